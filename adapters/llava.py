@@ -1,0 +1,38 @@
+"""LLaVA-1.5: ``LlavaForConditionalGeneration`` around a CLIP tower and any Llama-like decoder."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import Anatomy, Tower, feature_layer, square
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The parts of a ``LlavaForConditionalGeneration``."""
+    base = model.model
+    tower, config = base.vision_tower, model.config
+    vision = config.vision_config
+    if vision.model_type != "clip_vision_model":
+        raise ValueError(
+            f"llava with a {vision.model_type!r} tower: this adapter knows the CLIP tower (clip_vision_model) only."
+        )
+    patch = vision.patch_size
+    return Anatomy(
+        family="llava",
+        base=base,
+        tower=Tower(
+            module=tower,
+            layers=list(tower.encoder.layers),
+            attentions=[layer.self_attn for layer in tower.encoder.layers],
+            patch_grid=lambda height, width: (height // patch, width // patch),
+            image_size=square(vision.image_size),
+            feature_layer=feature_layer(config.vision_feature_layer, vision.num_hidden_layers, "llava"),
+            has_cls=True,
+            keeps_cls=config.vision_feature_select_strategy == "full",
+            merge=1,
+        ),
+        projector=base.multi_modal_projector,
+        decoder=base.language_model,
+        decoder_layers=list(base.language_model.layers),
+        tile="image",
+    )

@@ -1,0 +1,84 @@
+"""What a policy is (`Policy`) and what it answers (`Keep`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from .views import FeaturesView, TowerView
+
+Positions = Literal["original", "compact"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which units (candidates for keeping) survive, for a batch of tiles.
+
+    ``index`` is ``(batch, kept)`` int64, ascending where valid. Rows that keep fewer than ``kept`` units are filled
+    up with units they drop, marked False in ``valid``; ``valid=None`` says that every row keeps ``kept`` units.
+    ``rows`` ``(batch, kept, channels)`` are new features for the kept units, where a policy merges others into them.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+    @classmethod
+    def top(cls, scores: torch.Tensor, counts: int | list[int]) -> Keep:
+        """The ``counts`` highest of ``scores`` ``(batch, units)`` in each row, in their original order.
+
+        ``counts`` is one number for all rows, or one per row. NaN ranks last, whatever the backend thinks of it.
+        """
+        scores = scores.nan_to_num(nan=-torch.inf)
+        if isinstance(counts, int) or len(set(counts)) == 1:
+            k = counts if isinstance(counts, int) else counts[0]
+            return cls(scores.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values)
+        rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
+        return cls.from_mask(rank < torch.tensor(counts, device=scores.device)[:, None], max(counts))
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor, width: int) -> Keep:
+        """From a bool ``(batch, units)`` whose fullest row has ``width`` True entries."""
+        index = (~mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+        return cls(index, mask.gather(1, index))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies: a frozen record of settings, with a method for each stage it takes part in.
+
+    Attributes:
+        positions: ``"original"`` keeps the RoPE positions the tokens had before pruning, ``"compact"`` renumbers the
+            shortened sequence. Each policy defaults to what its released code does.
+    """
+
+    name: ClassVar[str]
+    default_ratio: ClassVar[float]
+    """Share of visual tokens kept when the caller names no budget: the middle one of the paper."""
+    after_projector: ClassVar[bool] = False
+    """Whether `encode_final` is asked behind the projector, about projected features, instead of before it."""
+
+    positions: Positions = "compact"
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("original", "compact"):
+            raise ValueError(f'positions={self.positions!r}: choose "original" or "compact"')
+
+    def tower_layers(self, feature_layer: int) -> Collection[int]:
+        """0-based vision layers after which `encode` is asked.
+
+        ``feature_layer`` is the layer whose output the language model consumes.
+        """
+        return ()
+
+    def encode(self, view: TowerView) -> Keep | None:
+        """After a vision layer: which units go on. ``None`` keeps all of them."""
+        raise NotImplementedError(f"{self.name} names tower layers but does not encode")
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """Behind the tower, or behind the projector: which units go on. ``None`` keeps all of them."""
+        return None

@@ -1,0 +1,82 @@
+"""Baselines that any method has to beat: nothing, chance, and an even grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Keep, Policy
+from .views import FeaturesView
+
+
+def uniform_index(grid: tuple[int, int], keep: int) -> list[int]:
+    """``keep`` cells spread evenly over a ``(rows, columns)`` grid, as raster numbers in ascending order.
+
+    As many grid rows as give square meshes are used, each holding its share of the cells at even distances.
+    """
+    height, width = grid
+    rows = min(height, max(round((keep * height / width) ** 0.5), -(-keep // width), 1))
+    share = [keep * (r + 1) // rows - keep * r // rows for r in range(rows)]
+    return [
+        ((2 * r + 1) * height // (2 * rows)) * width + (2 * c + 1) * width // (2 * share[r])
+        for r in range(rows)
+        for c in range(share[r])
+    ]
+
+
+def random_ranking(content_key: torch.Tensor, units: int, seed: int) -> torch.Tensor:
+    """A pseudo-random score per unit, ``(batch, units)`` int64, that depends on the seed and the tile's pixels alone.
+
+    A tile draws the same tokens alone and in any batch, on any device, without a word to the host: the numbers come
+    from integer mixing (the finaliser of splitmix64) of content, unit number and seed.
+    """
+
+    def mix(x: torch.Tensor) -> torch.Tensor:
+        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+        return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+    number = torch.arange(1, units + 1, device=content_key.device, dtype=torch.int64)
+    return mix(mix(content_key + seed)[:, None] + number * 0x1E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Identity(Policy):
+    """Keeps every visual token. The stock model with a receipt."""
+
+    name: ClassVar[str] = "none"
+    default_ratio: ClassVar[float] = 1.0
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Keeps tokens drawn by lot behind the tower (encode stage).
+
+    Attributes:
+        seed: changes the draw. The same image always draws the same tokens, whatever else is in the batch.
+    """
+
+    name: ClassVar[str] = "random"
+    default_ratio: ClassVar[float] = 128 / 576
+
+    seed: int = 0
+
+    def encode_final(self, view: FeaturesView) -> Keep:
+        """The units with the highest lots."""
+        lots = random_ranking(view.content_key, view.features.shape[1], self.seed)
+        return Keep(lots.topk(view.target, dim=-1, sorted=False).indices.sort(dim=-1).values)
+
+
+@dataclass(frozen=True)
+class Uniform(Policy):
+    """Keeps tokens on an even two-dimensional grid behind the tower (encode stage)."""
+
+    name: ClassVar[str] = "uniform"
+    default_ratio: ClassVar[float] = 128 / 576
+
+    def encode_final(self, view: FeaturesView) -> Keep:
+        """The same grid for every tile."""
+        index = torch.tensor(uniform_index(view.grid, view.target), device=view.features.device)
+        return Keep(index.expand(len(view.features), -1))

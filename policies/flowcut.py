@@ -1,0 +1,129 @@
+"""FlowCut: information-flow pruning inside the vision tower (Tong et al., NeurIPS 2025, arXiv 2505.19536).
+
+Follows the released ``utils_flowcut.py`` and ``modeling_clip_flowcut.py``. Scores are taken at every layer, averaged
+over the layers seen so far, and every second layer drops as many tokens as the entropy of the CLS attention allows,
+so that exactly the wanted number enters the layer whose output is consumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from .base import Keep, Policy
+from .scores import global_attention, global_similarity
+from .views import TowerView
+
+
+def information_score(attention: torch.Tensor, semantic: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Score of each token from one layer: (attention share + similarity share) x value magnitude.
+
+    All arguments and the result are ``(batch, tokens)``. Official: ``compute_score``.
+    """
+    share = attention / attention.sum(-1, keepdim=True)
+    return (share + semantic / semantic.sum(-1, keepdim=True)) * magnitude
+
+
+def value_magnitude(value: torch.Tensor) -> torch.Tensor:
+    """L1 norm of the head-averaged values ``(batch, heads, tokens, head_dim)``: ``(batch, tokens)``.
+
+    Heads are averaged with their sign before the norm is taken, as the released code does.
+    """
+    return value.mean(1).abs().sum(-1)
+
+
+def relative_entropy(attention: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """Entropy of the attention ``(batch, tokens)`` as a share of the largest possible one, ``ln(count)``: ``(batch,)``.
+
+    0 ln 0 counts as 0 (the released code yields NaN there and stops).
+    """
+    p = attention / attention.sum(-1, keepdim=True)
+    limit = torch.log(torch.as_tensor(count, dtype=p.dtype, device=p.device))
+    return torch.special.entr(p).sum(-1) / limit
+
+
+def drop_counts(
+    attention: torch.Tensor, alive: list[int], target: int, remaining: int, batch_max: bool
+) -> list[int]:
+    """How many tokens each row drops at a layer with ``remaining`` layers to go. Official: ``adaptive_prune_ratio``.
+
+    ``attention`` is ``(batch, tokens)`` with ``alive[b]`` real tokens in row ``b``. ``batch_max`` gives every row
+    the largest count of the batch, as the released code does; without it a row does not depend on its batch mates.
+    """
+    width = torch.tensor(alive, dtype=attention.dtype, device=attention.device)
+    flatness = relative_entropy(attention, width.clamp(min=2))
+    wanted = (width - target) / remaining**0.5 * (1 - flatness**2)
+    wanted = wanted.nan_to_num(0.0)
+    if batch_max:
+        wanted = wanted.max().expand(len(alive))
+    return [int(n) for n in wanted.round().tolist()]
+
+
+@dataclass(frozen=True)
+class FlowCut(Policy):
+    """FlowCut, inside the vision tower (encode stage).
+
+    The default mode differs from the released code in three ways: scores are computed in fp32 or better; the number
+    of tokens dropped at a layer depends on the image alone, not on the most prunable image of the batch; fully
+    concentrated attention gives entropy 0 instead of NaN. For one image in fp32 both modes keep the same tokens.
+
+    Where a pixel shuffle merges 2x2 patches, whole cells are scored (sum of their patches) and dropped; the paper
+    has no such model. Without a CLS token the mean query takes its place and the similarity term is left out, as in
+    the authors' Qwen2-VL code.
+
+    Attributes:
+        compat: ``"official"`` reproduces the released code, batch-maximum rule and model-dtype scores included.
+    """
+
+    name: ClassVar[str] = "flowcut"
+    default_ratio: ClassVar[float] = 128 / 576
+
+    compat: Literal["official"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compat not in (None, "official"):
+            raise ValueError(f'compat={self.compat!r}: choose "official" or None')
+
+    def tower_layers(self, feature_layer: int) -> range:
+        """Every layer before the consumed one is scored; the cuts fall on every second of them."""
+        return range(feature_layer)
+
+    def encode(self, view: TowerView) -> Keep | None:
+        """Score the layer, and cut if an even number of layers remains before the consumed one."""
+        width = view.units.shape[1]
+        alive = [width] * len(view.units) if view.valid is None else view.valid.sum(-1).tolist()
+        if max(alive) <= view.target:
+            return None
+        attention, score = self._layer_scores(view)
+        flow = 0.5 * view.carry["flow"] + 0.5 * score if "flow" in view.carry else score
+        view.carry["flow"] = flow
+
+        remaining = view.feature_layer - 1 - view.layer
+        if remaining % 2:
+            return None
+        if remaining == 0:
+            kept = [min(n, view.target) for n in alive]
+        else:
+            drop = drop_counts(attention, alive, view.target, remaining, self.compat == "official")
+            kept = [min(n, max(n - p, view.target)) for n, p in zip(alive, drop, strict=True)]
+        if kept == alive:
+            return None
+        if view.valid is not None:
+            flow = flow.masked_fill(~view.valid, -torch.inf)
+        return Keep.top(flow, kept)
+
+    def _layer_scores(self, view: TowerView) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLS attention and information score of this layer, per unit: two ``(batch, units)``."""
+        seen = view.attention
+        exact = seen.query.dtype if self.compat == "official" else None
+        attention = global_attention(seen, exact)
+        value = seen.value[:, :, 1:] if seen.has_cls else seen.value
+        magnitude = value_magnitude(value if exact else value.to(attention.dtype))
+        if seen.has_cls:
+            score = information_score(attention, global_similarity(seen, exact), magnitude)
+        else:
+            score = attention * magnitude
+        return view.per_unit(attention), view.per_unit(score)

@@ -1,0 +1,90 @@
+"""The public functions: `prune`, `unprune`, `pruned`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .budget import Budget
+from .errors import StateError, UnsupportedModelError
+from .policies.base import Policy
+from .registry import find_anatomy, make_policy
+from .session import Pruning
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prune(
+    model: Model,
+    policy: str | Policy = "flowcut",
+    *,
+    tokens: int | None = None,
+    ratio: float | None = None,
+    **settings: Any,
+) -> Model:
+    """Make a stock vision-language model drop visual tokens. In place, this instance only; returns the same model.
+
+    Args:
+        model: a transformers model of a supported family, untouched.
+        policy: a policy's name, see the table in the README, or a policy object.
+        tokens: visual tokens to keep per image (per tile where a model cuts images into tiles).
+        ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
+        settings: fields of the policy, such as ``compat="official"`` for FlowCut.
+
+    Raises:
+        UnsupportedModelError: the model's family has no adapter, or its modules cannot be hooked.
+        PolicyError: no such policy, or no such setting.
+        BudgetError: more tokens than there are, a ratio outside (0, 1], or both budgets at once.
+        StateError: the model is pruned already.
+    """
+    if getattr(model, "pruning", None) is not None:
+        raise StateError(
+            f"This model is pruned already ({model.pruning.policy.name}). Call unprune(model) first."  # type: ignore[union-attr]
+        )
+    chosen = make_policy(policy, settings)
+    check_hookable(model)
+    anatomy = find_anatomy(model)
+    budget = Budget.checked(
+        tokens, ratio, chosen.default_ratio, anatomy.tower.units, anatomy.tile, int(anatomy.tower.keeps_cls)
+    )
+    # a plain attribute: nn.Module would list a module here, and nothing of ours may enter the state dict
+    object.__setattr__(model, "pruning", Pruning(model, anatomy, chosen, budget))
+    return model
+
+
+def unprune(model: Model) -> Model:
+    """Undo `prune`: the model is bit for bit what it was. Returns the same model."""
+    pruning: Pruning | None = getattr(model, "pruning", None)
+    if pruning is None:
+        raise StateError(f"This {type(model).__name__} is not pruned, so there is nothing to undo.")
+    pruning.remove()
+    object.__delattr__(model, "pruning")
+    return model
+
+
+@contextmanager
+def pruned(model: Model, policy: str | Policy = "flowcut", **options: Any) -> Iterator[Model]:
+    """`prune` for the length of a ``with`` block; takes the same arguments."""
+    prune(model, policy, **options)
+    try:
+        yield model
+    finally:
+        unprune(model)
+
+
+def check_hookable(model: nn.Module) -> None:
+    """Raise if hooks on the model's modules would not fire."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a torch module: give a transformers model.")
+    compiled = "Prune the plain model first, then compile it: torch.compile(prune(model))."
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} is compiled, so hooks would not fire. {compiled}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            raise UnsupportedModelError(f"{name} is a {type(module).__name__}, so hooks would not fire. {compiled}")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise UnsupportedModelError(f"{name} is compiled, so hooks would not fire. {compiled}")

@@ -1,0 +1,92 @@
+"""Attention sites: seeing what an attention module computes with, without changing how it computes.
+
+transformers dispatches attention by a name in each module's config. A site gives one module a shallow copy of its
+config that names our function; the function tells the site's owner what it was called with and hands on to the
+implementation that the model's own config names at that moment, so sdpa stays sdpa and eager stays eager. The name is
+entered in transformers' table with the first site and leaves it with the last: importing this module registers
+nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedModelError
+
+NAME = "vlm_prune"
+
+Observer = Callable[..., "torch.Tensor | None"]
+"""Called with (layer, query, key, value, scaling); returns an attention mask to use, or None."""
+
+_open_sites: weakref.WeakSet[Site] = weakref.WeakSet()
+
+
+class Site:
+    """One attention module whose calls are shown to ``observer`` until `close` is called."""
+
+    def __init__(self, module: nn.Module, layer: int, observer: Observer):
+        config = getattr(module, "config", None)
+        if not hasattr(config, "_attn_implementation"):
+            raise UnsupportedModelError(
+                f"The attention module {type(module).__name__} of layer {layer} does not choose its implementation "
+                "by config, so its scores cannot be read (fused or replaced module?). Load the model with stock "
+                "attention modules, or choose a policy that reads no attention, such as uniform or random."
+            )
+        self.module, self.layer, self.observer = module, layer, observer
+        self.stock_config = config
+        module.config = copy.copy(config)
+        module.config._attn_implementation_internal = NAME
+        module.config.vlm_prune_site = self
+        _open_sites.add(self)
+        ALL_ATTENTION_FUNCTIONS[NAME] = attend
+
+    def close(self) -> None:
+        """Give the module its own config back."""
+        self.module.config = self.stock_config
+        _open_sites.discard(self)
+        if not _open_sites:
+            ALL_ATTENTION_FUNCTIONS.pop(NAME, None)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of a module with a site: show the inputs, then compute as the stock model would."""
+    site: Site = module.config.vlm_prune_site
+    real = _implementation(module, site.stock_config._attn_implementation)
+    live = site.observer(site.layer, query, key, value, kwargs.get("scaling"))
+    if live is not None:
+        attention_mask = _key_mask(live, query, site.stock_config._attn_implementation)
+    return real(module, query, key, value, attention_mask, **kwargs)
+
+
+def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:
+    if name == "eager":
+        # eager is not in the table: each modeling file has its own, and its attention class falls back to it
+        for cls in type(module).__mro__:
+            if eager := getattr(sys.modules[cls.__module__], "eager_attention_forward", None):
+                return eager  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _key_mask(live: torch.Tensor, query: torch.Tensor, implementation: str) -> torch.Tensor:
+    """Keys ``(batch, tokens)`` that may be attended, in the form that the implementation takes."""
+    if implementation.startswith("flash"):
+        return live
+    mask = live[:, None, None].expand(-1, 1, query.shape[2], -1)
+    if implementation == "eager":
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return mask

@@ -1,0 +1,46 @@
+"""How many visual tokens to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Visual tokens to keep per tile: a number (``tokens``) or a share (``ratio``) of what the tile has.
+
+    ``extra`` tokens of a tile are always kept and count towards ``tokens`` (a CLS row handed to the language model).
+    """
+
+    tokens: int | None = None
+    ratio: float | None = None
+    extra: int = 0
+
+    @classmethod
+    def checked(
+        cls, tokens: int | None, ratio: float | None, default: float, available: int, tile: str, extra: int = 0
+    ) -> Budget:
+        """Validate what the user asked for; ``available`` is the number of tokens a tile of the usual size has."""
+        if tokens is not None and ratio is not None:
+            raise BudgetError(f"Both tokens={tokens} and ratio={ratio} were given: give one of them.")
+        if tokens is not None:
+            if isinstance(tokens, bool) or not isinstance(tokens, int):
+                raise BudgetError(f"tokens={tokens!r}: a whole number of tokens per {tile} is needed.")
+            if not 1 + extra <= tokens <= available + extra:
+                raise BudgetError(
+                    f"tokens={tokens}: this model has {available + extra} visual tokens per {tile}, and the budget is "
+                    f"per {tile} too. Choose {1 + extra} to {available + extra}, or give ratio= instead."
+                )
+            return cls(tokens=tokens, extra=extra)
+        ratio = default if ratio is None else ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise BudgetError(f"ratio={ratio!r}: choose a share above 0 and up to 1, such as 0.25.")
+        return cls(ratio=float(ratio), extra=extra)
+
+    def units(self, available: int) -> int:
+        """Units to keep of ``available``, at least one."""
+        if self.ratio is not None:
+            return max(1, min(available, round(available * self.ratio)))
+        return min(available, (self.tokens or 1) - self.extra)

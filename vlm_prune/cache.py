@@ -1,0 +1,172 @@
+"""The KV cache of a pruned sequence: stock layers, told how long the sequence is for everyone else.
+
+A cache layer knows two lengths. *Physical* is the rows it holds. *Logical* is what transformers would have seen
+without pruning: ``get_seq_length`` says the logical one, so that ``generate``, position ids, attention masks and a
+later turn stay right; ``get_mask_sizes`` says ``(physical + new, missing)``, the same offset by which transformers
+masks sliding windows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .errors import UnsupportedCallError
+
+
+class PrunedLayer(CacheLayerMixin):
+    """A stock cache layer that holds fewer rows than the sequence has tokens.
+
+    Attributes:
+        inner: the stock layer that stores keys and values.
+        missing: logical length minus physical length.
+        seen: bool ``(batch, logical length at the last prefill)``, the attention mask that describes the stored rows
+            once the first ``missing`` columns are skipped; ``None`` if every stored row may be attended.
+        shift: int64 ``(batch,)``, how far positions moved down by renumbering; ``None`` if they kept their values.
+        prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, inner: CacheLayerMixin):
+        self.inner = inner
+        self.missing = 0
+        self.seen: torch.Tensor | None = None
+        self.shift: torch.Tensor | None = None
+        self.prefilled = 0
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what is not set here: dtype, device, is_initialized, ...
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Stored keys ``(batch, heads, physical length, head_dim)``."""
+        return self.inner.keys
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self.inner.keys = keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Stored values, shaped like `keys`."""
+        return self.inner.values
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self.inner.values = values
+
+    @property
+    def physical(self) -> int:
+        """Rows that really exist."""
+        return int(self.inner.get_seq_length())
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As the stock layer."""
+        self.inner.lazy_initialization(key_states, value_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows; as the stock layer."""
+        return self.inner.update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        """Logical length: as many tokens as the caller has passed."""
+        return self.physical + self.missing
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical length including the new rows, and the logical number of the first one."""
+        return self.physical + query_length, self.missing
+
+    def get_max_length(self) -> int:
+        """As the stock layer."""
+        return int(self.inner.get_max_length())
+
+    def reset(self) -> None:
+        """Empty the layer; it is an unpruned one again."""
+        self.inner.reset()
+        self.missing, self.seen, self.shift, self.prefilled = 0, None, None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as assisted decoding does. Raises when that would cut into a pruned prompt."""
+        size = self.get_seq_length()
+        # transformers before 5.20 names the size to keep, later ones the negative number to remove
+        kept = tokens_to_remove if tokens_to_remove > 0 else size + tokens_to_remove
+        if kept >= size:
+            return
+        if kept < self.prefilled:
+            raise UnsupportedCallError(
+                f"crop({tokens_to_remove}) would leave {kept} of {size} tokens and so cut into a prompt of "
+                f"{self.prefilled} tokens whose visual tokens were pruned. Crop generated tokens only, or start "
+                "again with a new cache."
+            )
+        drop = size - kept
+        self.inner.crop(tokens_to_remove if tokens_to_remove <= 0 else self.physical - drop)
+
+    def _rows(self, index: torch.Tensor) -> None:
+        for name in ("seen", "shift"):
+            if (state := getattr(self, name)) is not None:
+                setattr(self, name, state[index.to(state.device)])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch for beam search."""
+        self.inner.reorder_cache(beam_idx)
+        self._rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        batch = self.inner.keys.shape[0]
+        self.inner.batch_repeat_interleave(repeats)
+        self._rows(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows of the batch."""
+        self.inner.batch_select_indices(indices)
+        self._rows(indices)
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Raise if pruned rows cannot be stored in this kind of cache."""
+    for layer in cache.layers if cache is not None else ():
+        inner = layer.inner if isinstance(layer, PrunedLayer) else layer
+        if type(inner) is not DynamicLayer:
+            raise UnsupportedCallError(
+                f"A pruned model cannot use a cache of {type(inner).__name__} layers yet: it supports DynamicCache "
+                "(the default of generate). Leave cache_implementation and past_key_values at their defaults."
+            )
+
+
+def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
+    """The layers of a cache that a pruned prompt went through; empty for a stock cache."""
+    return [layer for layer in cache.layers if isinstance(layer, PrunedLayer)] if cache is not None else []
+
+
+def record_pruned(cache: Cache, dropped: int, seen: torch.Tensor | None, shift: torch.Tensor | None) -> None:
+    """Note in every layer that the tokens just passed were ``dropped`` more than the rows they left behind.
+
+    ``seen`` and ``shift`` describe the whole cache, see `PrunedLayer`.
+    """
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, PrunedLayer):
+            cache.layers[i] = layer = PrunedLayer(layer)
+        layer.missing += dropped
+        layer.seen, layer.shift = seen, shift
+        layer.prefilled = layer.get_seq_length()
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of storage behind a cache's keys and values."""
+    stores = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for layer in cache.layers
+        for t in (layer.keys, layer.values)
+        if t is not None
+    }
+    return sum(stores.values())

@@ -1,0 +1,135 @@
+"""State of one call. It lives in a context variable while the call runs, never on a module.
+
+`EncodeCall` follows a batch of tiles from the tower to behind the projector, `ForwardCall` one forward of the model.
+``generate`` encodes images before it calls forward, so the two are separate; an `EncodeCall` rides on the tower's
+output object, which stock code hands from the one to the other.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import UnsupportedCallError
+from .timing import Stopwatch
+
+if TYPE_CHECKING:
+    from .language import Shortened
+    from .policies.base import Keep
+    from .receipt import Receipt
+
+_forward: ContextVar[ForwardCall | None] = ContextVar("vlm_prune_forward", default=None)
+_encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
+
+RIDE = "vlm_prune"
+"""Attribute of a tower's output object under which its `EncodeCall` travels."""
+
+
+@dataclass
+class EncodeCall:
+    """One batch of tiles on its way through tower and projector.
+
+    Attributes:
+        tiles: rows of ``pixel_values``.
+        grid: rows and columns of units per tile.
+        target: units wanted per tile.
+        pixels: the tower's input.
+        keep: the units that survive so far, ``None`` while all do.
+        tower_tokens: tokens that each tower layer computed, per tile.
+    """
+
+    tiles: int
+    grid: tuple[int, int]
+    target: int
+    pixels: torch.Tensor
+    stopwatch: Stopwatch
+    receipt: Receipt
+    state: Any = None
+    keep: Keep | None = None
+    tower_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def units(self) -> int:
+        """Units per tile before anything is dropped."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def dropped(self) -> int | None:
+        """Units dropped in all tiles together, if that is known without asking the device."""
+        if self.keep is None:
+            return 0
+        if self.keep.valid is not None:
+            return None
+        return self.tiles * (self.units - self.keep.index.shape[1])
+
+
+def current_encode() -> EncodeCall | None:
+    """The encode call under way in this thread, if any."""
+    return _encode.get()
+
+
+def set_encode(call: EncodeCall | None) -> None:
+    """Begin (or, with ``None``, end) an encode call."""
+    _encode.set(call)
+
+
+@dataclass
+class ForwardCall:
+    """One forward of the model.
+
+    Attributes:
+        encoded: the tiles that this forward consumes.
+        unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
+        shift_labels: next-token targets ``(batch, length)`` that the loss will read, ours to write to.
+    """
+
+    unknown_features: bool = False
+    encoded: list[EncodeCall] = field(default_factory=list)
+    shift_labels: torch.Tensor | None = None
+    shortened: Shortened | None = None
+    stopwatch: Stopwatch | None = None
+    token: Token[ForwardCall | None] | None = None
+
+    def may_have_holes(self, embeds: torch.Tensor) -> bool:
+        """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
+        if self.encoded:
+            return any(call.dropped != 0 for call in self.encoded)
+        return self.unknown_features and bool(embeds[..., 0].isnan().any())
+
+    def live_rows(self, alive: torch.Tensor, live: torch.Tensor) -> tuple[int, bool]:
+        """Length of the shortened sequence, and whether every row of the batch fills it.
+
+        ``alive`` ``(batch, length)`` is False at holes, ``live`` at padding too. For one sequence with a fixed budget
+        the answer is known on the host; otherwise this waits for the device, once.
+        """
+        planned = [call.dropped for call in self.encoded]
+        if len(alive) == 1 and planned and None not in planned:
+            return alive.shape[1] - sum(n for n in planned if n is not None), True
+        *counts, holes = torch.cat([live.sum(-1), (~alive).sum()[None]]).tolist()
+        if planned and None not in planned and holes % sum(n for n in planned if n is not None):
+            raise UnsupportedCallError(
+                f"The image features hold {holes} rows of NaN where {sum(planned)} tokens were dropped: the vision "  # type: ignore[arg-type]
+                "tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
+            )
+        return max(counts), min(counts) == max(counts)
+
+
+def current_forward() -> ForwardCall | None:
+    """The forward under way in this thread, if any."""
+    return _forward.get()
+
+
+def begin_forward(call: ForwardCall) -> None:
+    """Make ``call`` the current one."""
+    call.token = _forward.set(call)
+
+
+def end_forward() -> ForwardCall | None:
+    """End the current forward and return it; the one around it, if any, is current again."""
+    call = _forward.get()
+    if call is not None and call.token is not None:
+        _forward.reset(call.token)
+    return call

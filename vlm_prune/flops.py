@@ -1,0 +1,21 @@
+"""Floating-point operations from shapes: 2 per multiply-add, attention without a causal discount."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def decoder_flops(config: Any, tokens: list[int]) -> int:
+    """Prefill of a Llama-like decoder with ``tokens[i]`` rows in layer ``i`` (no embedding, no lm_head)."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    weights = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * config.intermediate_size
+    return sum(2 * n * weights + 4 * n * n * heads * head_dim for n in tokens)
+
+
+def tower_flops(config: Any, tokens: list[int]) -> int:
+    """A ViT encoder with ``tokens[i]`` rows in layer ``i``, CLS counted (no patch embedding)."""
+    hidden = config.hidden_size
+    weights = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
+    return sum(2 * n * weights + 4 * n * n * hidden for n in tokens)

@@ -1,0 +1,135 @@
+"""The receipt: what a call kept, and what that cost and saved. Numbers are read off what ran, not planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from . import flops
+from .cache import kv_bytes
+from .policies.base import Keep
+
+
+@dataclass
+class Receipt:
+    """What the last call with images did, in this thread.
+
+    Attributes:
+        policy: the policy as it was asked for.
+        family: model family.
+        tile: what one entry of `kept` stands for, "image" or "tile".
+        grid: rows and columns of visual tokens per tile before pruning.
+        planned: visual tokens wanted per tile.
+        positions: the policy's rule for RoPE positions.
+        tower_tokens: tokens per tile that each tower layer computed, CLS counted.
+        prompt_tokens: length of the prompt as the caller sees it.
+        decoder_tokens: rows that each decoder layer computed in prefill.
+        kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
+        kv_bytes_dense: what it would hold without pruning.
+    """
+
+    policy: str
+    family: str
+    tile: str
+    grid: tuple[int, int]
+    planned: int
+    positions: str
+    tiles: int
+    tower_tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    batch: int = 0
+    decoder_tokens: list[int] = field(default_factory=list)
+    kv_bytes: int | None = None
+    kv_bytes_dense: int | None = None
+    keep: Keep | None = field(default=None, repr=False)
+    vision_config: Any = field(default=None, repr=False)
+    text_config: Any = field(default=None, repr=False)
+    _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
+    _prefill_ms: Callable[[], float] | None = field(default=None, repr=False)
+
+    @property
+    def units(self) -> int:
+        """Visual tokens per tile before pruning."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Per tile, the raster numbers of the visual tokens that reached the language model."""
+        if self.keep is None:
+            return [list(range(self.units)) for _ in range(self.tiles)]
+        index = self.keep.index.tolist()
+        if self.keep.valid is None:
+            return index
+        valid = self.keep.valid.tolist()
+        return [
+            [i for i, ok in zip(*row, strict=True) if ok] for row in zip(index, valid, strict=True)
+        ]
+
+    @property
+    def tower_ms(self) -> float | None:
+        """Milliseconds from the tower's entry to behind the projector."""
+        return self._tower_ms() if self._tower_ms else None
+
+    @property
+    def prefill_ms(self) -> float | None:
+        """Milliseconds of the decoder's prefill."""
+        return self._prefill_ms() if self._prefill_ms else None
+
+    @property
+    def flops(self) -> int:
+        """Operations of tower and prefill as they ran, by the shape formula of `vlm_prune.flops`."""
+        tower = self.tiles * flops.tower_flops(self.vision_config, self.tower_tokens)
+        return tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)
+
+    @property
+    def flops_dense(self) -> int:
+        """The same without pruning."""
+        tower = [self.tower_tokens[0]] * len(self.tower_tokens) if self.tower_tokens else []
+        prefill = [self.prompt_tokens] * len(self.decoder_tokens)
+        return self.tiles * flops.tower_flops(self.vision_config, tower) + self.batch * flops.decoder_flops(
+            self.text_config, prefill
+        )
+
+    def record_prefill(self, batch: int, length: int, rows: list[int], cache: Cache | None) -> None:
+        """Note a prefill of ``length`` tokens per sequence that computed ``rows[i]`` of them in layer ``i``."""
+        self.batch, self.prompt_tokens, self.decoder_tokens = batch, length, rows
+        if cache is not None:
+            self.kv_bytes = kv_bytes(cache)
+            self.kv_bytes_dense = sum(
+                layer.get_seq_length() * t.element_size() * t.shape[0] * t.shape[1] * t.shape[3]
+                for layer in cache.layers
+                for t in (layer.keys, layer.values)
+            )
+
+    def __str__(self) -> str:
+        kept = [len(row) for row in self.kept]
+        shown = ", ".join(map(str, kept[:8])) + (", ..." if len(kept) > 8 else "")
+        lines = [
+            f"{self.policy} on {self.family}: kept {shown} of {self.units} visual tokens per {self.tile} "
+            f"(planned {self.planned}), positions {self.positions}",
+        ]
+        if self.tower_tokens:
+            lines.append(f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers")
+        if self.decoder_tokens:
+            lines.append(
+                f"  decoder  {_summary(self.decoder_tokens)} of {self.prompt_tokens} tokens through "
+                f"{len(self.decoder_tokens)} layers"
+            )
+            lines.append(f"  compute  {self.flops / 1e9:.3g} of {self.flops_dense / 1e9:.3g} GFLOP")
+        if self.kv_bytes is not None and self.kv_bytes_dense:
+            lines.append(f"  KV cache {self.kv_bytes / 2**20:.3g} of {self.kv_bytes_dense / 2**20:.3g} MiB")
+        times = [
+            f"{name} {ms:.1f} ms"
+            for name, ms in (("tower", self.tower_ms), ("prefill", self.prefill_ms))
+            if ms is not None
+        ]
+        if times:
+            lines.append("  time     " + ", ".join(times))
+        return "\n".join(lines)
+
+
+def _summary(tokens: list[int]) -> str:
+    return str(tokens[0]) if len(set(tokens)) == 1 else f"{tokens[0]} falling to {min(tokens)}"

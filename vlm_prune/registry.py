@@ -1,0 +1,96 @@
+"""Names of policies and model families, and where their code is. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from .adapters.base import Anatomy
+from .errors import PolicyError, UnsupportedModelError
+from .policies.base import Policy
+
+POLICIES: dict[str, str | type[Policy]] = {
+    "flowcut": "vlm_prune.policies.flowcut:FlowCut",
+    "none": "vlm_prune.policies.baselines:Identity",
+    "random": "vlm_prune.policies.baselines:Random",
+    "uniform": "vlm_prune.policies.baselines:Uniform",
+}
+"""Policy name -> class, or "module:class" to import on demand."""
+
+ADAPTERS: dict[str, str | Callable[[nn.Module], Anatomy]] = {
+    "internvl": "vlm_prune.adapters.internvl:anatomy",
+    "llava": "vlm_prune.adapters.llava:anatomy",
+}
+"""``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest known names and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f'Did you mean "{near[0]}"? ' if near else ""
+    return f"{hint}Available: {', '.join(known)}."
+
+
+def register_policy(name: str, policy: type[Policy]) -> None:
+    """Make a policy of your own known by name. Raises if the name is taken."""
+    if name in POLICIES:
+        raise PolicyError(f'policy="{name}" exists already: register yours under another name.')
+    POLICIES[name] = policy
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class of a policy."""
+    if name not in POLICIES:
+        raise PolicyError(f'policy="{name}" is not known. {did_you_mean(name, POLICIES)}')
+    return _load(POLICIES[name])  # type: ignore[no-any-return]
+
+
+def make_policy(policy: str | Policy, settings: dict[str, Any]) -> Policy:
+    """A policy from its name and settings, or the given one."""
+    if isinstance(policy, Policy):
+        if settings:
+            raise PolicyError(
+                f"{', '.join(settings)} given beside a {type(policy).__name__} object: set it on the object."
+            )
+        return policy
+    if not isinstance(policy, str):
+        raise PolicyError(f"policy={policy!r}: give a name such as \"flowcut\" or a Policy object.")
+    cls = policy_class(policy)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for name in settings:
+        if name not in fields:
+            raise PolicyError(f'policy="{policy}" has no setting {name!r}. {did_you_mean(name, fields)}')
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f'policy="{policy}": {error}') from error
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """The parts of a stock model, by its ``config.model_type``."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config.model_type: give a vision-language model of transformers, for "
+            "instance AutoModelForImageTextToText.from_pretrained(...)."
+        )
+    if model_type not in ADAPTERS:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} is of model type "{model_type}", which has no adapter. '
+            f"{did_you_mean(model_type, ADAPTERS)}"
+        )
+    anatomy: Anatomy = _load(ADAPTERS[model_type])(model)
+    return anatomy
+
+
+def _load(entry: Any) -> Any:
+    if not isinstance(entry, str):
+        return entry
+    module, name = entry.split(":")
+    return getattr(importlib.import_module(module), name)

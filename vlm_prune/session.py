@@ -1,0 +1,122 @@
+"""One pruned model: its settings, its hooks, and how to undo them. Users see it as ``model.pruning``."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters.base import Anatomy
+from .attention import Site
+from .budget import Budget
+from .calls import RIDE, ForwardCall, begin_forward, end_forward, set_encode
+from .errors import UnsupportedCallError
+from .language import Decoder
+from .policies.base import Policy
+from .receipt import Receipt
+from .tower import Encoder
+
+
+class Pruning:
+    """A policy at work on a model.
+
+    Attributes:
+        policy: the policy, with its settings.
+        budget: how many visual tokens it keeps.
+        family: the model family.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, policy: Policy, budget: Budget):
+        self.policy, self.budget, self.family = policy, budget, anatomy.family
+        self._anatomy = anatomy
+        self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
+        self._encoder = Encoder(anatomy.tower, anatomy.projector, [policy], budget, self)
+        self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), policy.positions)
+        self._handles: list[Any] = []
+        try:
+            self._install(model)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self, model: nn.Module) -> None:
+        base = self._anatomy.base
+        self._handles += [
+            model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
+            base.register_forward_pre_hook(self._enter, with_kwargs=True),
+            base.register_forward_hook(self._leave, always_call=True),
+        ]
+        self._handles += self._encoder.install()
+        self._handles += self._decoder.install()
+
+    def remove(self) -> None:
+        """Undo everything; the model is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        for site in self._encoder.sites:
+            site.close()
+        self._handles, self._encoder.sites = [], []
+
+    # --- the receipt ---
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """What the last call with images did in this thread; ``None`` before the first."""
+        return self._receipts.get(threading.current_thread())
+
+    def new_receipt(self, grid: tuple[int, int], planned: int, tiles: int) -> Receipt:
+        """A receipt for a call that begins."""
+        return Receipt(
+            policy=self.policy.name,
+            family=self.family,
+            tile=self._anatomy.tile,
+            grid=grid,
+            planned=planned,
+            positions=self.policy.positions,
+            tiles=tiles,
+            vision_config=self._anatomy.tower.module.config,
+            text_config=self._anatomy.decoder.config,
+        )
+
+    def publish(self, receipt: Receipt) -> None:
+        """Make a receipt the current one of this thread."""
+        self._receipts[threading.current_thread()] = receipt
+
+    # --- hooks around a forward ---
+
+    def _take_labels(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hand the loss its next-token targets, so that a row whose successor is dropped learns the one behind it."""
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        if labels is None:
+            return None
+        # a tensor of our own: the decoder's entry writes the final targets into it once it knows what was dropped
+        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if shifted is None else shifted.clone()
+        return args, {**kwargs, "shift_labels": shifted}
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a forward: note which tiles it brings along."""
+        call = ForwardCall(shift_labels=kwargs.get("shift_labels"))
+        begin_forward(call)
+        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            raise UnsupportedCallError(
+                "output_attentions=True: attention maps of a pruned sequence do not have the shape that the prompt "
+                "promises. Call the model without it, or unprune(model) first."
+            )
+        given = kwargs.get("mm_encoder_outputs") or {}
+        for output in given.values():
+            if (ride := getattr(output, RIDE, None)) is not None:
+                call.encoded.append(ride)
+            elif output is not None:
+                call.unknown_features = True
+        if kwargs.get("inputs_embeds") is not None:
+            call.unknown_features = True
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End a forward, also after an exception."""
+        set_encode(None)
+        end_forward()

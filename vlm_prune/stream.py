@@ -1,0 +1,72 @@
+"""The token stream as pure tensor functions: opening holes, closing them, and undoing it.
+
+A dropped visual token is a *hole*: a row of NaN where its features would be. Stock code carries holes along like any
+features; the language model's entry closes them (`live_order`, `compact`) and its exit restores the full length
+(`restore`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def open_holes(rows: torch.Tensor, index: torch.Tensor, length: int, valid: torch.Tensor | None) -> torch.Tensor:
+    """Put ``rows`` ``(batch, kept, channels)`` back at ``index`` ``(batch, kept)`` among ``length`` rows of NaN.
+
+    Where ``valid`` ``(batch, kept)`` is False the row stays a hole; such entries of ``index`` must name dropped rows.
+    """
+    if valid is not None:
+        rows = rows.masked_fill(~valid[..., None], torch.nan)
+    full = rows.new_full((rows.shape[0], length, rows.shape[2]), torch.nan)
+    return full.scatter(1, index[..., None].expand_as(rows), rows)
+
+
+def find_holes(embeds: torch.Tensor) -> torch.Tensor:
+    """Which rows of ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""
+    return embeds[..., 0].isnan()
+
+
+def live_order(live: torch.Tensor, length: int) -> torch.Tensor:
+    """Where the rows of the shortened sequence come from: int64 ``(batch, length)``.
+
+    ``live`` is bool ``(batch, full length)``. Live rows keep their order and stand at the right; rows with fewer than
+    ``length`` of them are filled up on the left with dead rows, each named once.
+    """
+    return live.to(torch.int8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
+
+
+def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Pick rows ``order`` ``(batch, length)`` of ``x`` ``(batch or 1, full length, ...)``."""
+    x = x.expand(order.shape[0], *x.shape[1:])
+    index = order.view(*order.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand(*order.shape, *x.shape[2:]))
+
+
+def restore(x: torch.Tensor, order: torch.Tensor, length: int, valid: torch.Tensor | None) -> torch.Tensor:
+    """Inverse of `compact`: ``(batch, length, channels)`` with zeros in every row that ``x`` does not hold."""
+    if valid is not None:
+        x = x.masked_fill(~valid[..., None], 0)
+    full = x.new_zeros((x.shape[0], length, x.shape[2]))
+    return full.scatter(1, order[..., None].expand_as(x), x)
+
+
+def retarget(targets: torch.Tensor, order: torch.Tensor, live: torch.Tensor, ignore: int = -100) -> torch.Tensor:
+    """Next-token targets of a shortened sequence, laid out at full length: int64 ``(batch, length)``.
+
+    ``targets[b, i]`` is the label of row ``i + 1``. Each live row gets the label of the next live row, as it would
+    had the holes never been there.
+    """
+    labels = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=ignore)
+    short = compact(labels.masked_fill(~live, ignore), order)
+    moved = torch.nn.functional.pad(short[:, 1:], (0, 1), value=ignore)
+    return torch.full_like(targets, ignore).scatter(1, order, moved)
+
+
+def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> torch.Tensor:
+    """The raster numbers of the patches of each unit: int64 ``(units, merge * merge)``.
+
+    ``grid`` counts patches; units are ``merge`` x ``merge`` squares of them, numbered in raster order themselves.
+    """
+    rows, columns = grid
+    number = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)
+    return number.permute(0, 2, 1, 3).reshape(-1, merge * merge)

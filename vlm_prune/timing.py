@@ -1,0 +1,34 @@
+"""Times that are true on every device, without making the host wait while the model runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+class Stopwatch:
+    """Starts when made. `stop` returns a function that gives the milliseconds, waiting for the device if need be."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.begin = torch.cuda.Event(enable_timing=True)
+            self.begin.record()
+        else:
+            self.started = time.perf_counter()
+
+    def stop(self) -> Callable[[], float]:
+        """Stop now; ask for the number whenever you like."""
+        if self.device.type == "cuda":
+            begin, end = self.begin, torch.cuda.Event(enable_timing=True)
+            end.record()
+
+            def milliseconds() -> float:
+                end.synchronize()
+                return float(begin.elapsed_time(end))
+
+            return milliseconds
+        elapsed = 1e3 * (time.perf_counter() - self.started)
+        return lambda: elapsed

@@ -1,0 +1,264 @@
+"""The encode stage: pruning inside the vision tower, behind it, and around the projector.
+
+Hooks on the tower's layers ask the policy and cut the hidden states; the hook on the tower's output re-opens the
+holes, so that stock code between tower and projector sees a full grid; the hooks on the projector make it compute
+live rows only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import stream
+from .adapters.base import Tower
+from .attention import Site
+from .budget import Budget
+from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
+from .policies.base import Keep, Policy
+from .policies.views import AttentionView, FeaturesView, TowerView
+from .receipt import Receipt
+from .timing import Stopwatch
+
+
+@dataclass
+class TowerState:
+    """Where a batch of tiles stands inside the tower.
+
+    ``units`` ``(tiles, alive)`` are the original unit numbers in the order in which they stand in the sequence;
+    ``slots`` ``(tiles, alive, patches per unit)`` says where their patches stand (``None``: one patch per unit, in the
+    same order); ``valid`` marks the real ones where tiles keep different numbers.
+    """
+
+    grid: tuple[int, int]
+    units: torch.Tensor
+    slots: torch.Tensor | None
+    valid: torch.Tensor | None
+    attention: AttentionView | None
+    carry: dict[str, torch.Tensor]
+
+
+class Encoder:
+    """All hooks of the encode stage for one model and one policy.
+
+    ``prototype`` is a receipt with everything filled in that does not depend on the call.
+    """
+
+    def __init__(self, tower: Tower, projector: nn.Module, policies: list[Policy], budget: Budget, session: Any):
+        self.tower, self.projector, self.policies = tower, projector, policies
+        self.budget, self.session = budget, session
+        self.asked: dict[int, list[Policy]] = {}
+        for policy in policies:
+            for layer in policy.tower_layers(tower.feature_layer):
+                self.asked.setdefault(layer, []).append(policy)
+        self.sites: list[Site] = []
+
+    def install(self) -> list[Any]:
+        """Register hooks and attention sites; returns everything that has to be undone."""
+        module, handles = self.tower.module, []
+        handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
+        handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
+        for number, layer in enumerate(self.tower.layers):
+            # in front of the hooks by which transformers collects hidden states: they shall see the cut ones
+            handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+        for number in self.asked:
+            self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
+        handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
+        handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
+        return handles
+
+    # --- inside the tower ---
+
+    def enter_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin an encode call."""
+        pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
+        patches = self.tower.patch_grid(*pixels.shape[-2:])
+        grid = self.tower.unit_grid(*pixels.shape[-2:])
+        target = self.budget.units(grid[0] * grid[1])
+        receipt = self.session.new_receipt(grid, target, len(pixels))
+        call = EncodeCall(
+            tiles=len(pixels),
+            grid=grid,
+            target=target,
+            pixels=pixels,
+            stopwatch=Stopwatch(pixels.device),
+            receipt=receipt,
+        )
+        if target < call.units:
+            units = torch.arange(call.units, device=pixels.device).expand(len(pixels), -1)
+            slots = None
+            if self.tower.merge > 1:
+                slots = stream.unit_patches(patches, self.tower.merge, pixels.device).expand(len(pixels), -1, -1)
+            call.state = TowerState(patches, units, slots, None, None, {})
+        set_encode(call)
+
+    def see_attention(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor | None:
+        """Keep what a layer's attention computed with until its policy is asked; mask the fill of ragged tiles."""
+        state = self._state()
+        if state is None:
+            return None
+        valid = self._valid_tokens(state)
+        state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
+        return valid
+
+    def _state(self) -> TowerState | None:
+        call = current_encode()
+        return call.state if call is not None else None
+
+    def _valid_tokens(self, state: TowerState) -> torch.Tensor | None:
+        """``valid`` of each token, CLS in front."""
+        if state.valid is None:
+            return None
+        valid = state.valid.repeat_interleave(self.tower.merge**2, dim=1)
+        return torch.nn.functional.pad(valid, (int(self.tower.has_cls), 0), value=True)
+
+    def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind layer ``number``: ask the policies that want to be asked here, and cut."""
+        call = current_encode()
+        if call is None:
+            return None
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        call.tower_tokens.append(hidden.shape[1])
+        state: TowerState | None = call.state
+        if state is None or state.attention is None:
+            return None
+        attention, state.attention = state.attention, None
+        for policy in self.asked[number]:
+            view = TowerView(
+                layer=number,
+                feature_layer=self.tower.feature_layer,
+                target=call.target,
+                units=state.units,
+                attention=attention,
+                slots=state.slots,
+                valid=state.valid,
+                carry=state.carry,
+            )
+            keep = policy.encode(view)
+            if keep is not None:
+                hidden = self._cut(hidden, state, keep)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _cut(self, hidden: torch.Tensor, state: TowerState, keep: Keep) -> torch.Tensor:
+        """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and of all that goes with them."""
+        cls, per_unit = int(self.tower.has_cls), self.tower.merge**2
+        index = keep.index
+        if per_unit > 1:
+            slots = state.slots
+            if slots is None:
+                raise RuntimeError("a tower with merged patches lost track of them")
+            index = slots.gather(1, keep.index[..., None].expand(-1, -1, per_unit)).flatten(1)
+            kept = torch.arange(index.shape[1], device=index.device).view(1, -1, per_unit)
+            state.slots = kept.expand(len(index), -1, -1)
+        if cls:
+            index = torch.nn.functional.pad(index + 1, (1, 0), value=0)
+        state.units = state.units.gather(1, keep.index)
+        state.carry = {name: x.gather(1, keep.index) for name, x in state.carry.items()}
+        state.valid = keep.valid
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+
+    def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
+        call = current_encode()
+        if call is None:
+            return
+        if output is None:  # an exception is on its way
+            set_encode(None)
+            return
+        state: TowerState | None = call.state
+        setattr(output, RIDE, call)
+        if state is None or state.units.shape[1] == call.units:
+            return
+        call.keep = Keep(state.units, state.valid)
+        consumed = self.tower.feature_layer + 1
+        hidden_states = getattr(output, "hidden_states", None)
+        if hidden_states is not None and hidden_states[consumed] is not None:
+            opened = self._reopen(hidden_states[consumed], state)
+            output.hidden_states = (*hidden_states[:consumed], opened, *hidden_states[consumed + 1 :])
+        if consumed == len(self.tower.layers):
+            output.last_hidden_state = self._reopen(output.last_hidden_state, state)
+
+    def _reopen(self, hidden: torch.Tensor, state: TowerState) -> torch.Tensor:
+        cls, merge = int(self.tower.has_cls), self.tower.merge
+        table = stream.unit_patches(state.grid, merge, hidden.device)
+        index, valid = table[state.units].flatten(1), self._valid_tokens(state)
+        if cls:
+            index = torch.nn.functional.pad(index + 1, (1, 0), value=0)
+        return stream.open_holes(hidden, index, cls + state.grid[0] * state.grid[1], valid)
+
+    # --- around the projector ---
+
+    def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Ask the policies that choose behind the tower; hand the projector the live rows only."""
+        call = current_encode()
+        if call is None:
+            return None
+        features: torch.Tensor = args[0]
+        rows = self._choose(call, features, after_projector=False)
+        if call.keep is None:
+            return None
+        index, valid = self._rows(call.keep)
+        live = features.gather(1, index[..., None].expand(-1, -1, features.shape[2])) if rows is None else rows
+        return (live if valid is None else live.masked_fill(~valid[..., None], 0), *args[1:])
+
+    def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
+        """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
+        state: TowerState | None = call.state
+        if call.keep is not None or state is None:
+            return None
+        cls = int(self.tower.keeps_cls)
+        view = FeaturesView(
+            features[:, cls:], call.grid, call.target, content_key(call.pixels), call.pixels, state.carry
+        )
+        for policy in self.policies:
+            if policy.after_projector == after_projector and (keep := policy.encode_final(view)) is not None:
+                call.keep = keep
+                return None if keep.rows is None else torch.cat([features[:, :cls], keep.rows], 1)
+        return None
+
+    def _rows(self, keep: Keep) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
+        if not self.tower.keeps_cls:
+            return keep.index, keep.valid
+        valid = keep.valid
+        if valid is not None:
+            valid = torch.nn.functional.pad(valid, (1, 0), value=True)
+        return torch.nn.functional.pad(keep.index + 1, (1, 0), value=0), valid
+
+    def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
+        """Re-open the holes behind the projector; the encode call ends here."""
+        call = current_encode()
+        if call is None:
+            return None
+        set_encode(None)
+        if output is None:
+            return None
+        projected = call.keep is not None
+        rows = self._choose(call, output, after_projector=True)
+        call.state = None
+        call.receipt.keep, call.receipt.tower_tokens = call.keep, call.tower_tokens
+        call.receipt._tower_ms = call.stopwatch.stop()
+        self.session.publish(call.receipt)
+        if (forward := current_forward()) is not None:
+            forward.encoded.append(call)
+        if call.keep is None:
+            return None
+        index, valid = self._rows(call.keep)
+        if not projected:
+            output = output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
+        return stream.open_holes(output, index, call.units + int(self.tower.keeps_cls), valid)
+
+
+def content_key(pixels: torch.Tensor) -> torch.Tensor:
+    """A number per tile that depends on its pixels alone: int64 ``(tiles,)``.
+
+    The bits are summed as integers, so the result does not depend on the order of summation, nor on the batch.
+    """
+    bits = pixels.detach().float().contiguous().view(torch.int32)
+    return bits.flatten(1).sum(-1, dtype=torch.int64)
