@@ -57,6 +57,7 @@ class Anatomy:
         projector: takes the tower's features ``(tiles, units, channels)``.
         decoder: the language model, called with ``inputs_embeds``.
         decoder_layers: its layers, in order.
+        image_tokens: ids of the placeholders that visual features replace in ``input_ids``.
         tile: what one row of ``pixel_values`` is to the user ("image", "tile").
     """
 
@@ -66,6 +67,7 @@ class Anatomy:
     projector: nn.Module
     decoder: nn.Module
     decoder_layers: list[nn.Module]
+    image_tokens: tuple[int, ...]
     tile: str
 
 

@@ -34,5 +34,6 @@ def anatomy(model: nn.Module) -> Anatomy:
         projector=base.multi_modal_projector,
         decoder=base.language_model,
         decoder_layers=list(base.language_model.layers),
+        image_tokens=(config.image_token_id,),
         tile="image",
     )

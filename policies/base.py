@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 if TYPE_CHECKING:
-    from .views import FeaturesView, TowerView
+    from .views import FeaturesView, ModulateView, PrefillView, TowerView
 
 Positions = Literal["original", "compact"]
 
@@ -57,16 +57,29 @@ class Policy:
     """
 
     name: ClassVar[str]
-    default_ratio: ClassVar[float]
+    stages: ClassVar[tuple[str, ...]]
+    """Where it acts: "encode", "prefill", "decode" drop tokens there, "modulate" edits attention and drops none."""
+    default_ratio: ClassVar[float] = 1.0
     """Share of visual tokens kept when the caller names no budget: the middle one of the paper."""
     after_projector: ClassVar[bool] = False
     """Whether `encode_final` is asked behind the projector, about projected features, instead of before it."""
+    reads_attention: ClassVar[bool] = False
+    """Whether `prefill` looks at the attention of its layers."""
+    reads_hidden: ClassVar[bool] = False
+    """Whether `modulate` looks at the input of its layers."""
+    needs_text_only: ClassVar[bool] = False
+    """Whether `modulate` compares with a pass over the prompt without its images."""
 
     positions: Positions = "compact"
 
     def __post_init__(self) -> None:
         if self.positions not in ("original", "compact"):
             raise ValueError(f'positions={self.positions!r}: choose "original" or "compact"')
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it drops tokens, and so takes a budget."""
+        return self.stages != ("modulate",)
 
     def tower_layers(self, feature_layer: int) -> Collection[int]:
         """0-based vision layers after which `encode` is asked.
@@ -82,3 +95,23 @@ class Policy:
     def encode_final(self, view: FeaturesView) -> Keep | None:
         """Behind the tower, or behind the projector: which units go on. ``None`` keeps all of them."""
         return None
+
+    def prefill_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, after which `prefill` is asked."""
+        return ()
+
+    def prefill(self, view: PrefillView) -> torch.Tensor | None:
+        """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay."""
+        raise NotImplementedError(f"{self.name} names decoder layers but does not prune at them")
+
+    def trimmed_layers(self, depth: int) -> Collection[int]:
+        """Decoder layers that lose, after prefill, the KV of tokens which later layers dropped."""
+        return ()
+
+    def modulate_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, at whose attention `modulate` is asked."""
+        return ()
+
+    def modulate(self, view: ModulateView) -> torch.Tensor | None:
+        """Behind an attention call: new head outputs, shaped like ``view.output``, or ``None``."""
+        raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")

@@ -47,6 +47,7 @@ class Identity(Policy):
     """Keeps every visual token. The stock model with a receipt."""
 
     name: ClassVar[str] = "none"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 1.0
 
 
@@ -59,6 +60,7 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
 
     seed: int = 0
@@ -74,6 +76,7 @@ class Uniform(Policy):
     """Keeps tokens on an even two-dimensional grid behind the tower (encode stage)."""
 
     name: ClassVar[str] = "uniform"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
 
     def encode_final(self, view: FeaturesView) -> Keep:

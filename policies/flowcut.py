@@ -78,6 +78,7 @@ class FlowCut(Policy):
     """
 
     name: ClassVar[str] = "flowcut"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
 
     compat: Literal["official"] | None = None

@@ -49,13 +49,15 @@ class TowerView:
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def per_unit(self, per_patch: torch.Tensor) -> torch.Tensor:
-        """Sum a quantity ``(batch, patches)`` over the patches of each unit: ``(batch, units)``.
+        """Sum a quantity ``(batch, patches, ...)`` over the patches of each unit: ``(batch, units, ...)``.
 
         ``slots`` ``(batch, units, patches_per_unit)`` says where they stand; ``None`` means one patch per unit.
         """
         if self.slots is None:
             return per_patch
-        return per_patch.gather(1, self.slots.flatten(1)).view(self.slots.shape).sum(-1)
+        trailing = per_patch.shape[2:]
+        index = self.slots.flatten(1).view(len(self.slots), -1, *[1] * len(trailing)).expand(-1, -1, *trailing)
+        return per_patch.gather(1, index).unflatten(1, self.slots.shape[1:]).sum(2)
 
 
 @dataclass
@@ -77,3 +79,84 @@ class FeaturesView:
     content_key: torch.Tensor
     pixels: torch.Tensor
     carry: dict[str, torch.Tensor]
+
+
+@dataclass
+class PrefillView:
+    """The state of a prefill after one decoder layer.
+
+    Attributes:
+        layer: 0-based number of the layer that just ran.
+        depth: number of decoder layers.
+        hidden: its output ``(batch, rows, channels)``.
+        visual: bool ``(batch, rows)``, visual tokens still there.
+        valid: bool ``(batch, rows)``, rows that are not padding; ``None`` if none is.
+        initial: int64 ``(batch,)``, visual tokens that entered layer 0.
+        target: int64 ``(batch,)``, visual tokens that the budget wants in the end.
+        attention: the layer's attention inputs, if the policy reads them. Keys may begin with those of earlier turns:
+            the last ``rows`` keys are this prefill's. Not repeated for grouped queries.
+        carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere; the policy may
+            put new ones in.
+    """
+
+    layer: int
+    depth: int
+    hidden: torch.Tensor
+    visual: torch.Tensor
+    valid: torch.Tensor | None
+    initial: torch.Tensor
+    target: torch.Tensor
+    attention: AttentionView | None
+    carry: dict[str, torch.Tensor]
+
+    @property
+    def text(self) -> torch.Tensor:
+        """Rows behind the last visual token, padding excluded: bool ``(batch, rows)``."""
+        last = self.visual.long().cumsum(-1)
+        text = (last == last[:, -1:]) & ~self.visual & (last > 0)
+        return text if self.valid is None else text & self.valid
+
+
+@dataclass
+class ModulateView:
+    """One attention call of a decoder layer, after the stock implementation computed it.
+
+    Attributes:
+        layer: 0-based number of the layer.
+        depth: number of decoder layers.
+        query: ``(batch, heads, queries, head_dim)``, positions applied. Query ``j`` is key ``keys - queries + j``.
+        key, value: ``(batch, kv_heads, keys, head_dim)``, cache included, not repeated for grouped queries.
+        scaling: factor on the dot products.
+        output: ``(batch, queries, heads, head_dim)``, what the stock implementation returned.
+        hidden: the layer's input ``(batch, queries, channels)``, if the policy reads it.
+        visual: bool ``(batch, keys)``, which keys are visual tokens.
+        valid: bool ``(batch, keys)``, keys that may be attended; ``None`` if all may.
+        prefill: whether this call brings visual tokens along.
+        state: tensors, batch first, that stay with this layer's cache; the policy may put its own in.
+        carry: values ``(batch, keys)`` that the encode stage left for each visual token, 0 elsewhere.
+        text_only: ``(batch, heads, head_dim)``, the last row's head outputs of this layer without the image.
+    """
+
+    layer: int
+    depth: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    output: torch.Tensor
+    hidden: torch.Tensor | None
+    visual: torch.Tensor
+    valid: torch.Tensor | None
+    prefill: bool
+    state: dict[str, torch.Tensor]
+    carry: dict[str, torch.Tensor]
+    text_only: torch.Tensor | None
+
+    @property
+    def text_after_image(self) -> torch.Tensor:
+        """Queries behind the last visual token: bool ``(batch, queries)``."""
+        queries = self.query.shape[2]
+        after = self.visual.flip(-1).long().cumsum(-1).flip(-1) == 0
+        after = after & self.visual.any(-1, keepdim=True)
+        after = after if self.valid is None else after & self.valid
+        return after[:, -queries:]

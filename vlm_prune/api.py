@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .budget import Budget
-from .errors import StateError, UnsupportedModelError
+from .errors import BudgetError, StateError, UnsupportedModelError
 from .policies.base import Policy
-from .registry import find_anatomy, make_policy
+from .registry import find_anatomy, make_policies
 from .session import Pruning
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def prune(
     model: Model,
-    policy: str | Policy = "flowcut",
+    policy: str | Policy | Sequence[Policy] = "flowcut",
     *,
     tokens: int | None = None,
     ratio: float | None = None,
@@ -30,10 +30,12 @@ def prune(
 
     Args:
         model: a transformers model of a supported family, untouched.
-        policy: a policy's name, see the table in the README, or a policy object.
+        policy: a policy's name, see the table in the README, or a policy object. Several are composed in written
+            order: ``"flowcut+vhr"``, or a list of objects.
         tokens: visual tokens to keep per image (per tile where a model cuts images into tiles).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
-        settings: fields of the policy, such as ``compat="official"`` for FlowCut.
+        settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each
+            policy that needs one: ``flowcut={"compat": "official"}``.
 
     Raises:
         UnsupportedModelError: the model's family has no adapter, or its modules cannot be hooked.
@@ -43,16 +45,22 @@ def prune(
     """
     if getattr(model, "pruning", None) is not None:
         raise StateError(
-            f"This model is pruned already ({model.pruning.policy.name}). Call unprune(model) first."  # type: ignore[union-attr]
+            f"This model is pruned already ({model.pruning.name}). Call unprune(model) first."  # type: ignore[union-attr]
         )
-    chosen = make_policy(policy, settings)
+    policies = make_policies(policy, settings)
     check_hookable(model)
     anatomy = find_anatomy(model)
-    budget = Budget.checked(
-        tokens, ratio, chosen.default_ratio, anatomy.tower.units, anatomy.tile, int(anatomy.tower.keeps_cls)
-    )
+    owner = next((p for p in policies if p.prunes), None)
+    if owner is None and (tokens is not None or ratio is not None):
+        raise BudgetError(
+            f"{'+'.join(p.name for p in policies)} drops no tokens, so tokens= and ratio= have no meaning. Leave them "
+            'out, or compose it with a policy that prunes, such as "flowcut+...".'
+        )
+    extra = int(anatomy.tower.keeps_cls)
+    default = owner.default_ratio if owner is not None else 1.0
+    budget = Budget.checked(tokens, ratio, default, anatomy.tower.units, anatomy.tile, extra)
     # a plain attribute: nn.Module would list a module here, and nothing of ours may enter the state dict
-    object.__setattr__(model, "pruning", Pruning(model, anatomy, chosen, budget))
+    object.__setattr__(model, "pruning", Pruning(model, anatomy, policies, budget))
     return model
 
 
@@ -67,7 +75,9 @@ def unprune(model: Model) -> Model:
 
 
 @contextmanager
-def pruned(model: Model, policy: str | Policy = "flowcut", **options: Any) -> Iterator[Model]:
+def pruned(
+    model: Model, policy: str | Policy | Sequence[Policy] = "flowcut", **options: Any
+) -> Iterator[Model]:
     """`prune` for the length of a ``with`` block; takes the same arguments."""
     prune(model, policy, **options)
     try:

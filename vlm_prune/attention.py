@@ -24,15 +24,18 @@ from .errors import UnsupportedModelError
 NAME = "vlm_prune"
 
 Observer = Callable[..., "torch.Tensor | None"]
-"""Called with (layer, query, key, value, scaling); returns an attention mask to use, or None."""
+"""Called with (layer, query, key, value, scaling); returns a mask of keys ``(batch, keys)`` to use, or None."""
+
+Editor = Callable[..., "torch.Tensor"]
+"""Called with (layer, query, key, value, scaling, output); returns the output ``(batch, queries, heads, dim)``."""
 
 _open_sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
 
 class Site:
-    """One attention module whose calls are shown to ``observer`` until `close` is called."""
+    """One attention module whose calls are shown to ``observer``, and handed to ``editor``, until `close` is called."""
 
-    def __init__(self, module: nn.Module, layer: int, observer: Observer):
+    def __init__(self, module: nn.Module, layer: int, observer: Observer, editor: Editor | None = None):
         config = getattr(module, "config", None)
         if not hasattr(config, "_attn_implementation"):
             raise UnsupportedModelError(
@@ -40,7 +43,7 @@ class Site:
                 "by config, so its scores cannot be read (fused or replaced module?). Load the model with stock "
                 "attention modules, or choose a policy that reads no attention, such as uniform or random."
             )
-        self.module, self.layer, self.observer = module, layer, observer
+        self.module, self.layer, self.observer, self.editor = module, layer, observer, editor
         self.stock_config = config
         module.config = copy.copy(config)
         module.config._attn_implementation_internal = NAME
@@ -67,10 +70,14 @@ def attend(
     """The attention function of a module with a site: show the inputs, then compute as the stock model would."""
     site: Site = module.config.vlm_prune_site
     real = _implementation(module, site.stock_config._attn_implementation)
-    live = site.observer(site.layer, query, key, value, kwargs.get("scaling"))
+    scaling = kwargs.get("scaling")
+    live = site.observer(site.layer, query, key, value, scaling)
     if live is not None:
         attention_mask = _key_mask(live, query, site.stock_config._attn_implementation)
-    return real(module, query, key, value, attention_mask, **kwargs)
+    output, weights = real(module, query, key, value, attention_mask, **kwargs)
+    if site.editor is not None:
+        output = site.editor(site.layer, query, key, value, scaling, output)
+    return output, weights
 
 
 def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:

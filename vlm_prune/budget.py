@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .errors import BudgetError
 
 
@@ -44,3 +46,14 @@ class Budget:
         if self.ratio is not None:
             return max(1, min(available, round(available * self.ratio)))
         return min(available, (self.tokens or 1) - self.extra)
+
+    def of_visual(self, initial: torch.Tensor, dense: torch.Tensor, per_tile: int) -> torch.Tensor:
+        """Visual tokens to keep in each prompt of a batch, int64 ``(batch,)``.
+
+        ``initial`` of them entered the decoder, ``dense`` there were before any pruning, ``per_tile`` in each tile.
+        """
+        if self.ratio is not None:
+            wanted = (initial * self.ratio).round().long().clamp(min=1)
+        else:
+            wanted = (self.tokens or 1) * (dense // per_tile)
+        return torch.minimum(wanted, initial)

@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .errors import UnsupportedCallError
+from .rows import Rows
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -26,6 +27,8 @@ class PrunedLayer(CacheLayerMixin):
             once the first ``missing`` columns are skipped; ``None`` if every stored row may be attended.
         shift: int64 ``(batch,)``, how far positions moved down by renumbering; ``None`` if they kept their values.
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
+        marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
+        state: what policies keep with this layer between calls; tensors with the batch first.
     """
 
     is_sliding = False
@@ -37,6 +40,8 @@ class PrunedLayer(CacheLayerMixin):
         self.seen: torch.Tensor | None = None
         self.shift: torch.Tensor | None = None
         self.prefilled = 0
+        self.marks: dict[str, torch.Tensor] = {}
+        self.state: dict[str, torch.Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for what is not set here: dtype, device, is_initialized, ...
@@ -93,6 +98,7 @@ class PrunedLayer(CacheLayerMixin):
         """Empty the layer; it is an unpruned one again."""
         self.inner.reset()
         self.missing, self.seen, self.shift, self.prefilled = 0, None, None, 0
+        self.marks, self.state = {}, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as assisted decoding does. Raises when that would cut into a pruned prompt."""
@@ -114,6 +120,8 @@ class PrunedLayer(CacheLayerMixin):
         for name in ("seen", "shift"):
             if (state := getattr(self, name)) is not None:
                 setattr(self, name, state[index.to(state.device)])
+        self.marks = {name: x[index.to(x.device)] for name, x in self.marks.items()}
+        self.state = {name: x[index.to(x.device)] for name, x in self.state.items()}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
@@ -148,17 +156,72 @@ def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
     return [layer for layer in cache.layers if isinstance(layer, PrunedLayer)] if cache is not None else []
 
 
-def record_pruned(cache: Cache, dropped: int, seen: torch.Tensor | None, shift: torch.Tensor | None) -> None:
-    """Note in every layer that the tokens just passed were ``dropped`` more than the rows they left behind.
+def wrap(cache: Cache, index: int) -> PrunedLayer:
+    """Layer ``index`` of a cache as a `PrunedLayer`, made one in place if it is not."""
+    while len(cache.layers) <= index:  # a DynamicCache made without config grows its layers as they are used
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[index]
+    if not isinstance(layer, PrunedLayer):
+        cache.layers[index] = layer = PrunedLayer(layer)
+    return layer
 
-    ``seen`` and ``shift`` describe the whole cache, see `PrunedLayer`.
+
+def past_mask(layer: PrunedLayer | None, mask: torch.Tensor | None, logical: int) -> torch.Tensor | None:
+    """What of a layer's first ``logical`` tokens may be attended: bool ``(batch, logical)``, ``None`` if all.
+
+    ``mask`` is the caller's; it counts for a stock layer, and behind what the layer remembers itself.
     """
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, PrunedLayer):
-            cache.layers[i] = layer = PrunedLayer(layer)
+    seen = layer.seen if layer is not None else None
+    if seen is None:
+        return None if mask is None else mask[:, :logical].bool()
+    if mask is None:
+        return torch.nn.functional.pad(seen, (0, logical - seen.shape[1]), value=True)
+    return torch.cat([seen, mask[:, seen.shape[1] : logical].bool()], 1)
+
+
+def join_masks(past: torch.Tensor | None, now: torch.Tensor | None, logical: int, new: int) -> torch.Tensor | None:
+    """One mask of ``logical`` past and ``new`` present tokens, where ``None`` stands for all True."""
+    if past is None and now is None:
+        return None
+    if past is None:
+        past = now.new_ones(len(now), logical)  # type: ignore[union-attr, arg-type]
+    if now is None:
+        now = past.new_ones(len(past), new)
+    return torch.cat([past, now], 1)
+
+
+def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None) -> None:
+    """Note in every layer of the cache which rows of the turn that just went through it really exist.
+
+    ``mask`` is the caller's attention mask. A turn of which nothing was dropped leaves a stock cache stock.
+    """
+    if all(rows.count == rows.length for rows in layer_rows) and not pruned_layers(cache):
+        return
+    for index, rows in enumerate(layer_rows):
+        layer = wrap(cache, index)
+        before = layer.get_seq_length() - rows.count
+        dropped = rows.length - rows.count
+        past = past_mask(layer, mask, before)
+        seen = join_masks(past, rows.mask, before, rows.count)
+        layer.seen = None if seen is None else torch.nn.functional.pad(seen, (dropped, 0), value=False)
         layer.missing += dropped
-        layer.seen, layer.shift = seen, shift
+        if rows.shift is not None:
+            layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
         layer.prefilled = layer.get_seq_length()
+
+
+def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
+    """Take out of a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain."""
+    place = final.order.new_zeros(len(final.order), rows.length)
+    place.scatter_(1, rows.order, torch.arange(rows.count, device=place.device).expand_as(rows.order))
+    index = place.gather(1, final.order) + layer.physical - rows.count
+    past = torch.arange(layer.physical - rows.count, device=index.device).expand(len(index), -1)
+    index = torch.cat([past, index], 1)
+    layer.marks = {name: x.gather(1, index) for name, x in layer.marks.items()}
+    index = index[:, None, :, None]
+    for name in ("keys", "values"):
+        stored = getattr(layer, name)
+        setattr(layer, name, stored.gather(2, index.expand(-1, stored.shape[1], -1, stored.shape[3])))
 
 
 def kv_bytes(cache: Cache) -> int:

@@ -8,7 +8,7 @@ output object, which stock code hands from the one to the other.
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +17,9 @@ from .errors import UnsupportedCallError
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
-    from .language import Shortened
     from .policies.base import Keep
     from .receipt import Receipt
+    from .rows import Rows
 
 _forward: ContextVar[ForwardCall | None] = ContextVar("vlm_prune_forward", default=None)
 _encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
@@ -39,6 +39,7 @@ class EncodeCall:
         pixels: the tower's input.
         keep: the units that survive so far, ``None`` while all do.
         tower_tokens: tokens that each tower layer computed, per tile.
+        carry: ``(tiles, rows for the language model)``, what the policy left for the decoder's stages; 0 at holes.
     """
 
     tiles: int
@@ -50,6 +51,7 @@ class EncodeCall:
     state: Any = None
     keep: Keep | None = None
     tower_tokens: list[int] = field(default_factory=list)
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def units(self) -> int:
@@ -84,12 +86,27 @@ class ForwardCall:
         encoded: the tiles that this forward consumes.
         unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
         shift_labels: next-token targets ``(batch, length)`` that the loss will read, ours to write to.
+        image_mask: bool ``(batch, length)``, placeholders of visual tokens; known if a policy acts in the decoder.
+        mask: the caller's attention mask.
+        rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
+        fitted: masks and positions made for layers that differ from the first, see `layers.DecoderLayers`.
+        observed: what the current layer's attention computed with.
+        text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
+        probing: True during that pass without the image.
     """
 
     unknown_features: bool = False
     encoded: list[EncodeCall] = field(default_factory=list)
     shift_labels: torch.Tensor | None = None
-    shortened: Shortened | None = None
+    image_mask: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    rows: Rows | None = None
+    entered: Rows | None = None
+    layer_rows: list[Rows] = field(default_factory=list)
+    fitted: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
+    text_only: dict[int, torch.Tensor] | None = None
+    probing: bool = False
     stopwatch: Stopwatch | None = None
     token: Token[ForwardCall | None] | None = None
 
@@ -98,6 +115,27 @@ class ForwardCall:
         if self.encoded:
             return any(call.dropped != 0 for call in self.encoded)
         return self.unknown_features and bool(embeds[..., 0].isnan().any())
+
+    def has_visual_tokens(self) -> bool:
+        """Whether this forward brings visual tokens along."""
+        return bool(self.encoded) or (self.unknown_features and self.image_mask is not None)
+
+    def mark_visual(self, rows: Rows) -> Rows:
+        """``rows`` with `Rows.visual` and the values that the encode stage left for each visual token."""
+        mask = self.image_mask
+        if mask is None:
+            raise UnsupportedCallError(
+                "This policy acts on visual tokens inside the decoder and cannot tell which they are: the call has "
+                "inputs_embeds with image features already in them. Pass input_ids and pixel_values instead."
+            )
+        carry = {}
+        for name in {name for call in self.encoded for name in call.carry}:
+            values = torch.cat([call.carry[name].flatten() for call in self.encoded])
+            repeats = int(mask.sum()) // len(values) if len(mask) > 1 else 1
+            spread = torch.zeros(mask[::repeats].shape, dtype=values.dtype, device=mask.device)
+            # beams come as copies of a row next to it, so every repeats-th row stands for its copies
+            carry[name] = spread.masked_scatter(mask[::repeats], values).repeat_interleave(repeats, 0)
+        return replace(rows, visual=mask, carry=carry)
 
     def live_rows(self, alive: torch.Tensor, live: torch.Tensor) -> tuple[int, bool]:
         """Length of the shortened sequence, and whether every row of the batch fills it.

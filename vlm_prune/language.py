@@ -1,12 +1,12 @@
 """Entry and exit of the language model: stock layers run on the live rows only, callers see the full length.
 
-Everything here happens in two hooks of the decoder. The pre-hook closes the holes in ``inputs_embeds`` and lets
-``attention_mask`` and ``position_ids`` follow; the hook behind it restores the full length and tells the cache.
+The pre-hook of the decoder closes the holes in ``inputs_embeds`` and lets ``attention_mask`` and ``position_ids``
+follow; the hook behind it restores the full length and tells the cache. What happens between, at single layers, is in
+``layers.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,45 +14,29 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from . import stream
-from .cache import PrunedLayer, check_cache, pruned_layers, record_pruned
+from .cache import PrunedLayer, check_cache, join_masks, past_mask, pruned_layers, record_turn
 from .calls import ForwardCall, current_forward
 from .errors import UnsupportedCallError
+from .layers import DecoderLayers
+from .rows import Rows
 from .timing import Stopwatch
-
-
-@dataclass
-class Shortened:
-    """How the sequence of one decoder call was shortened.
-
-    ``order`` is as in `stream.live_order`; ``valid`` marks its real rows, ``None`` if all are. ``seen`` and ``shift``
-    are what the cache has to remember, see `cache.PrunedLayer`.
-    """
-
-    length: int
-    order: torch.Tensor
-    valid: torch.Tensor | None
-    seen: torch.Tensor | None
-    shift: torch.Tensor | None
-
-    def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows at full length, zeros where tokens were dropped."""
-        return stream.restore(x, self.order, self.length, self.valid)
 
 
 class Decoder:
     """The two hooks on a decoder.
 
-    ``positions`` is the policy's rule for what a kept token's RoPE position is ("original" or "compact").
+    ``positions`` is the rule for the RoPE positions of tokens kept by the encode stage ("original" or "compact").
+    ``layers`` are the hooks of the policies that act inside the decoder, ``None`` if none does.
     """
 
-    def __init__(self, module: nn.Module, layers: int, positions: str):
-        self.module, self.layers, self.positions = module, layers, positions
+    def __init__(self, module: nn.Module, depth: int, positions: str, layers: DecoderLayers | None):
+        self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
 
     def install(self) -> list[Any]:
         """Register the hooks; returns their handles."""
         return [
             self.module.register_forward_pre_hook(self.enter, with_kwargs=True),
-            self.module.register_forward_hook(self.leave, with_kwargs=True),
+            self.module.register_forward_hook(self.leave),
         ]
 
     def enter(
@@ -60,78 +44,116 @@ class Decoder:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
         call, embeds, past = current_forward(), kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if embeds is None or (call is not None and call.probing):
+            return None
+        continued = pruned_layers(past)
+        prefill = call is not None and embeds.shape[1] > 1
+        holes = prefill and call.may_have_holes(embeds)
         if call is not None and call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
-        continued = pruned_layers(past)
-        holes = call is not None and embeds is not None and embeds.shape[1] > 1 and call.may_have_holes(embeds)
-        if not holes and not continued:
+        inside = prefill and self.layers is not None and call.has_visual_tokens()
+        if not (holes or inside or continued):
             return None
         kwargs = dict(kwargs)
-        if continued:
-            _continue(kwargs, continued[0])
-        if holes:
-            _check_mask(kwargs.get("attention_mask"))
-            check_cache(past)
-            call.shortened = self._shorten(call, kwargs)
+        mask = kwargs.get("attention_mask")
+        _check_mask(mask)
+        if call is not None:
+            call.mask = mask
+        if not (holes or inside):
+            if continued[0].seen is not None or continued[0].shift is not None:
+                self._continue(kwargs, continued[0], mask)
+            return args, kwargs
+        check_cache(past)
+        rows = self._rows(call, kwargs, holes, inside)
+        call.rows = call.entered = rows
+        self._fit(kwargs, rows, continued[0] if continued else None, mask)
+        if inside:
+            self.layers.begin(call, kwargs)
         return args, kwargs
 
-    def _shorten(self, call: ForwardCall, kwargs: dict[str, Any]) -> Shortened:
+    def _continue(self, kwargs: dict[str, Any], layer: PrunedLayer, mask: torch.Tensor | None) -> None:
+        """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
+        embeds = kwargs["inputs_embeds"]
+        logical, length = layer.get_seq_length(), embeds.shape[1]
+        if layer.shift is not None:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(logical, logical + length, device=embeds.device)[None]
+            kwargs["position_ids"] = positions - layer.shift[:, None]
+        if layer.seen is not None:
+            now = None if mask is None else mask[:, logical:].bool()
+            kwargs["attention_mask"] = join_masks(past_mask(layer, mask, logical), now, logical, length)
+
+    def _fit(
+        self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
+    ) -> None:
+        """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
+        past: Cache | None = kwargs.get("past_key_values")
+        logical = past.get_seq_length() if past is not None else 0
+        shifted = layer is not None and layer.shift is not None
+        kwargs["position_ids"] = rows.positions - layer.shift[:, None] if shifted else rows.positions
+        joined = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
+        if joined is None and not _caches(kwargs, self.module):
+            # without cache and mask, stock code takes a jump in the positions for the start of a packed sequence
+            joined = rows.order.new_ones(rows.order.shape)
+        kwargs["attention_mask"] = joined
+
+    def _rows(self, call: ForwardCall, kwargs: dict[str, Any], holes: bool, inside: bool) -> Rows:
+        """Shorten the call's inputs, in ``kwargs``; returns what is left."""
         embeds: torch.Tensor = kwargs["inputs_embeds"]
         past: Cache | None = kwargs.get("past_key_values")
         mask: torch.Tensor | None = kwargs.get("attention_mask")
         batch, length, _ = embeds.shape
         logical = past.get_seq_length() if past is not None else 0
-
-        alive = ~stream.find_holes(embeds)
-        # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
-        live = alive & mask[:, -length:].bool() if mask is not None and batch > 1 else alive
-        rows, even = call.live_rows(alive, live)
-        order = stream.live_order(live, rows)
-        valid = None if even else live.gather(1, order)
-
-        short = stream.compact(embeds, order)
-        kwargs["inputs_embeds"] = short if valid is None else short.masked_fill(~valid[..., None], 0)
+        now = None if mask is None else mask[:, -length:].bool()
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(logical, logical + length, device=embeds.device)[None]
-        shift = pruned_layers(past)[0].shift if pruned_layers(past) else None
-        if self.positions == "compact":
-            before = (~alive).cumsum(-1)
-            positions = positions - before
-            shift = before[:, -1] if shift is None else shift + before[:, -1]
-        kwargs["position_ids"] = stream.compact(positions, order)
+        rows = Rows(
+            length=length,
+            order=torch.arange(length, device=embeds.device).expand(batch, -1),
+            positions=positions,
+            mask=now,
+        )
+        if inside:
+            rows = call.mark_visual(rows)
+        if not holes:
+            return rows
 
-        now = valid
-        if now is None and mask is not None:
-            now = mask[:, -length:].bool().gather(1, order)
-        seen = None
-        if now is not None:
-            old = now.new_ones(batch, logical) if mask is None else mask[:, :logical].bool()
-            kwargs["attention_mask"] = torch.cat([old, now], 1)
-            seen = torch.cat([now.new_zeros(batch, length - rows), old, now], 1)
-        elif not _caches(kwargs, self.module):
-            # without cache and mask, stock code takes a jump in the positions for the start of a packed sequence
-            kwargs["attention_mask"] = order.new_ones(batch, rows)
-        if call.shift_labels is not None:
-            call.shift_labels.copy_(stream.retarget(call.shift_labels, order, live))
-        return Shortened(length, order, valid, seen, shift)
+        alive = ~stream.find_holes(embeds)
+        # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
+        live = alive & now if now is not None and batch > 1 else alive
+        count, even = call.live_rows(alive, live)
+        order = stream.live_order(live, count)
+        valid = None if even else live.gather(1, order)
+        kwargs["inputs_embeds"] = rows.pick(embeds, order, valid)
+        return rows.cut(order, valid, ~alive if self.positions == "compact" else None)
 
-    def leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Restore the full length and note in the cache what is missing."""
         call = current_forward()
-        if call is None:
+        if call is None or call.probing:
             return None
-        rows = length = output.last_hidden_state.shape[1]
+        length = output.last_hidden_state.shape[1]
+        counts = [length] * self.depth
         cache: Cache | None = output.past_key_values
-        if (short := call.shortened) is not None:
-            call.shortened, length = None, short.length
-            output.last_hidden_state = short.restore(output.last_hidden_state)
-            if output.hidden_states is not None:
-                output.hidden_states = tuple(h if h is None else short.restore(h) for h in output.hidden_states)
+        if (rows := call.rows) is not None and call.entered is not None:
+            length, call.rows = rows.length, None
+            by_layer = call.layer_rows or [call.entered] * self.depth
+            counts = [r.count for r in by_layer]
+            if rows.count < length:
+                output.last_hidden_state = rows.restore(output.last_hidden_state)
+                if call.shift_labels is not None:
+                    call.shift_labels.copy_(stream.retarget(call.shift_labels, rows.order, rows.valid))
+                if output.hidden_states is not None:
+                    states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
+                    output.hidden_states = tuple(h if h is None else r.restore(h) for h, r in states)
             if cache is not None:
-                record_pruned(cache, length - rows, short.seen, short.shift)
+                if self.layers is not None:
+                    by_layer = self.layers.trim_cache(cache, by_layer, rows)
+                record_turn(cache, by_layer, call.mask)
         for encoded in call.encoded:
-            encoded.receipt.record_prefill(len(output.last_hidden_state), length, [rows] * self.layers, cache)
+            encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, cache)
             encoded.receipt._prefill_ms = call.stopwatch.stop() if call.stopwatch else None
         return output
 
@@ -139,23 +161,6 @@ class Decoder:
 def _caches(kwargs: dict[str, Any], module: nn.Module) -> bool:
     use = kwargs.get("use_cache")
     return bool(module.config.use_cache if use is None else use)
-
-
-def _continue(kwargs: dict[str, Any], layer: PrunedLayer) -> None:
-    """Make a call fit what earlier, pruned tokens left in the cache: the mask of stored rows, shifted positions."""
-    embeds = kwargs["inputs_embeds"]
-    logical, (batch, length, _) = layer.get_seq_length(), embeds.shape
-    if layer.shift is not None:
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(logical, logical + length, device=embeds.device)[None]
-        kwargs["position_ids"] = positions - layer.shift[:, None]
-    if layer.seen is not None:
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = layer.seen.new_ones(batch, logical + length)
-        _check_mask(mask)
-        kwargs["attention_mask"] = torch.cat([layer.seen, mask[:, layer.seen.shape[1] :].bool()], 1)
 
 
 def _check_mask(mask: Any) -> None:

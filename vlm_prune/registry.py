@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,25 +51,56 @@ def policy_class(name: str) -> type[Policy]:
     return _load(POLICIES[name])  # type: ignore[no-any-return]
 
 
-def make_policy(policy: str | Policy, settings: dict[str, Any]) -> Policy:
-    """A policy from its name and settings, or the given one."""
+def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, Any]) -> tuple[Policy, ...]:
+    """The policies of a composition, in written order.
+
+    ``policy`` is a name, names joined by "+", a policy object or several. ``settings`` are the fields of a single
+    named policy; for a composition, each policy's name with a dict of its fields.
+    """
     if isinstance(policy, Policy):
-        if settings:
-            raise PolicyError(
-                f"{', '.join(settings)} given beside a {type(policy).__name__} object: set it on the object."
-            )
-        return policy
+        policy = [policy]
     if not isinstance(policy, str):
-        raise PolicyError(f"policy={policy!r}: give a name such as \"flowcut\" or a Policy object.")
-    cls = policy_class(policy)
+        if not (isinstance(policy, Sequence) and policy and all(isinstance(p, Policy) for p in policy)):
+            raise PolicyError(f'policy={policy!r}: give a name such as "flowcut", or policy objects.')
+        if settings:
+            raise PolicyError(f"{', '.join(settings)} given beside policy objects: set it on the object.")
+        return _checked(tuple(policy))
+    names = policy.split("+")
+    if len(names) == 1:
+        return (_make(policy, settings),)
+    classes = [policy_class(name) for name in names]
+    for name, fields in settings.items():
+        if name not in names or not isinstance(fields, dict):
+            raise PolicyError(
+                f'{name}={fields!r}: settings of the composition "{policy}" are given by policy, such as '
+                f"{names[0]}={{...}}."
+            )
+    made = [_make(name, settings.get(name, {})) for name, _ in zip(names, classes, strict=True)]
+    return _checked(tuple(made))
+
+
+def _checked(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+    encoders = [p.name for p in policies if "encode" in p.stages]
+    if len(encoders) > 1:
+        raise PolicyError(
+            f"{' and '.join(encoders)} both drop tokens in the encode stage, where one decides for all. Compose one "
+            "of them with policies of the prefill, decode and modulate stages."
+        )
+    if len({p.name for p in policies}) < len(policies):
+        raise PolicyError(f"{'+'.join(p.name for p in policies)}: a policy can stand in a composition once.")
+    return policies
+
+
+def _make(name: str, settings: dict[str, Any]) -> Policy:
+    cls = policy_class(name)
     fields = [f.name for f in dataclasses.fields(cls)]
-    for name in settings:
-        if name not in fields:
-            raise PolicyError(f'policy="{policy}" has no setting {name!r}. {did_you_mean(name, fields)}')
+    for setting in settings:
+        if setting not in fields:
+            raise PolicyError(f'policy="{name}" has no setting {setting!r}. {did_you_mean(setting, fields)}')
     try:
         return cls(**settings)
     except (TypeError, ValueError) as error:
-        raise PolicyError(f'policy="{policy}": {error}') from error
+        raise PolicyError(f'policy="{name}": {error}') from error
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:

@@ -10,37 +10,56 @@ import torch
 from torch import nn
 
 from .adapters.base import Anatomy
-from .attention import Site
 from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, set_encode
 from .errors import UnsupportedCallError
 from .language import Decoder
+from .layers import DecoderLayers
 from .policies.base import Policy
 from .receipt import Receipt
 from .tower import Encoder
 
 
 class Pruning:
-    """A policy at work on a model.
+    """Policies at work on a model.
 
     Attributes:
-        policy: the policy, with its settings.
-        budget: how many visual tokens it keeps.
+        policies: in the order in which they were written, with their settings.
+        budget: how many visual tokens they keep. It belongs to the first policy that drops tokens; any other takes
+            its own default, as a share of what reaches it.
         family: the model family.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, policy: Policy, budget: Budget):
-        self.policy, self.budget, self.family = policy, budget, anatomy.family
+    def __init__(self, model: nn.Module, anatomy: Anatomy, policies: tuple[Policy, ...], budget: Budget):
+        self.policies, self.budget, self.family = policies, budget, anatomy.family
         self._anatomy = anatomy
         self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
-        self._encoder = Encoder(anatomy.tower, anatomy.projector, [policy], budget, self)
-        self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), policy.positions)
         self._handles: list[Any] = []
+
+        owner = next((p for p in policies if p.prunes), None)
+        budgets = [
+            (p, budget if p is owner else Budget(ratio=p.default_ratio, extra=budget.extra)) for p in policies
+        ]
+        encode = next(((p, b) for p, b in budgets if "encode" in p.stages), None)
+        self.positions = encode[0].positions if encode else "original"
+        self._encoder = Encoder(
+            anatomy.tower, anatomy.projector, policies, encode[1] if encode else Budget(ratio=1.0), self
+        )
+        layers = DecoderLayers(
+            anatomy.decoder, anatomy.decoder_layers, budgets, anatomy.tower.units + int(anatomy.tower.keeps_cls)
+        )
+        self._layers = layers if layers else None
+        self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
         try:
             self._install(model)
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def name(self) -> str:
+        """The policies' names, joined by "+"."""
+        return "+".join(policy.name for policy in self.policies)
 
     def _install(self, model: nn.Module) -> None:
         base = self._anatomy.base
@@ -51,14 +70,20 @@ class Pruning:
         ]
         self._handles += self._encoder.install()
         self._handles += self._decoder.install()
+        if self._layers is not None:
+            self._handles += self._layers.install()
 
     def remove(self) -> None:
         """Undo everything; the model is as it was before."""
         for handle in self._handles:
             handle.remove()
-        for site in self._encoder.sites:
+        sites = self._encoder.sites + (self._layers.sites if self._layers is not None else [])
+        for site in sites:
             site.close()
-        self._handles, self._encoder.sites = [], []
+        self._handles.clear()
+        self._encoder.sites = []
+        if self._layers is not None:
+            self._layers.sites = []
 
     # --- the receipt ---
 
@@ -70,12 +95,12 @@ class Pruning:
     def new_receipt(self, grid: tuple[int, int], planned: int, tiles: int) -> Receipt:
         """A receipt for a call that begins."""
         return Receipt(
-            policy=self.policy.name,
+            policy=self.name,
             family=self.family,
             tile=self._anatomy.tile,
             grid=grid,
             planned=planned,
-            positions=self.policy.positions,
+            positions=self.positions,
             tiles=tiles,
             vision_config=self._anatomy.tower.module.config,
             text_config=self._anatomy.decoder.config,
@@ -113,8 +138,20 @@ class Pruning:
                 call.encoded.append(ride)
             elif output is not None:
                 call.unknown_features = True
-        if kwargs.get("inputs_embeds") is not None:
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if embeds is not None:
             call.unknown_features = True
+        if self._layers is not None and ids is not None and ids.shape[1] > 1:
+            call.image_mask = torch.isin(ids, ids.new_tensor(self._anatomy.image_tokens))
+        elif self._layers is not None and embeds is not None and embeds.shape[1] > 1:
+            call.image_mask = self._placeholders(module, embeds)
+
+    def _placeholders(self, base: nn.Module, embeds: torch.Tensor) -> torch.Tensor | None:
+        """Where ``inputs_embeds`` ``(batch, length, channels)`` still hold placeholders; ``None`` if nowhere."""
+        ids = torch.tensor(self._anatomy.image_tokens, device=embeds.device)
+        known = base.get_input_embeddings()(ids).to(embeds.dtype)
+        mask = (embeds[:, :, None] == known).all(-1).any(-1)
+        return mask if mask.any() else None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward, also after an exception."""

@@ -50,15 +50,18 @@ def restore(x: torch.Tensor, order: torch.Tensor, length: int, valid: torch.Tens
     return full.scatter(1, order[..., None].expand_as(x), x)
 
 
-def retarget(targets: torch.Tensor, order: torch.Tensor, live: torch.Tensor, ignore: int = -100) -> torch.Tensor:
+def retarget(
+    targets: torch.Tensor, order: torch.Tensor, valid: torch.Tensor | None, ignore: int = -100
+) -> torch.Tensor:
     """Next-token targets of a shortened sequence, laid out at full length: int64 ``(batch, length)``.
 
-    ``targets[b, i]`` is the label of row ``i + 1``. Each live row gets the label of the next live row, as it would
-    had the holes never been there.
+    ``targets[b, i]`` is the label of row ``i + 1``; ``order`` and ``valid`` ``(batch, rows)`` say which rows are left.
+    Each of them gets the label of the next one, as it would had the others never been there.
     """
-    labels = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=ignore)
-    short = compact(labels.masked_fill(~live, ignore), order)
-    moved = torch.nn.functional.pad(short[:, 1:], (0, 1), value=ignore)
+    labels = compact(torch.nn.functional.pad(targets[:, :-1], (1, 0), value=ignore), order)
+    if valid is not None:
+        labels = labels.masked_fill(~valid, ignore)
+    moved = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore)
     return torch.full_like(targets, ignore).scatter(1, order, moved)
 
 

@@ -7,6 +7,7 @@ live rows only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,6 @@ from .budget import Budget
 from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
-from .receipt import Receipt
 from .timing import Stopwatch
 
 
@@ -48,13 +48,17 @@ class Encoder:
     ``prototype`` is a receipt with everything filled in that does not depend on the call.
     """
 
-    def __init__(self, tower: Tower, projector: nn.Module, policies: list[Policy], budget: Budget, session: Any):
+    def __init__(
+        self, tower: Tower, projector: nn.Module, policies: Sequence[Policy], budget: Budget, session: Any
+    ):
         self.tower, self.projector, self.policies = tower, projector, policies
         self.budget, self.session = budget, session
         self.asked: dict[int, list[Policy]] = {}
         for policy in policies:
             for layer in policy.tower_layers(tower.feature_layer):
                 self.asked.setdefault(layer, []).append(policy)
+        # policies of later stages may watch the tower without dropping anything in it
+        self.observes = any("encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies)
         self.sites: list[Site] = []
 
     def install(self) -> list[Any]:
@@ -88,7 +92,7 @@ class Encoder:
             stopwatch=Stopwatch(pixels.device),
             receipt=receipt,
         )
-        if target < call.units:
+        if target < call.units or self.observes:
             units = torch.arange(call.units, device=pixels.device).expand(len(pixels), -1)
             slots = None
             if self.tower.merge > 1:
@@ -173,6 +177,8 @@ class Encoder:
             return
         state: TowerState | None = call.state
         setattr(output, RIDE, call)
+        if state is not None:
+            call.carry = self._carried(call, state)
         if state is None or state.units.shape[1] == call.units:
             return
         call.keep = Keep(state.units, state.valid)
@@ -183,6 +189,15 @@ class Encoder:
             output.hidden_states = (*hidden_states[:consumed], opened, *hidden_states[consumed + 1 :])
         if consumed == len(self.tower.layers):
             output.last_hidden_state = self._reopen(output.last_hidden_state, state)
+
+    def _carried(self, call: EncodeCall, state: TowerState) -> dict[str, torch.Tensor]:
+        """What policies left per unit, laid out as the rows that the language model gets: ``(tiles, rows)``."""
+        carried = {}
+        for name, x in state.carry.items():
+            x = x if state.valid is None else x.masked_fill(~state.valid, 0)
+            full = x.new_zeros(call.tiles, call.units).scatter(1, state.units, x)
+            carried[name] = torch.nn.functional.pad(full, (int(self.tower.keeps_cls), 0))
+        return carried
 
     def _reopen(self, hidden: torch.Tensor, state: TowerState) -> torch.Tensor:
         cls, merge = int(self.tower.has_cls), self.tower.merge
@@ -210,7 +225,7 @@ class Encoder:
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
         """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
         state: TowerState | None = call.state
-        if call.keep is not None or state is None:
+        if call.keep is not None or state is None or call.target == call.units:
             return None
         cls = int(self.tower.keeps_cls)
         view = FeaturesView(

@@ -1,0 +1,297 @@
+"""Inside the decoder: dropping tokens between layers, and editing what attention returns.
+
+Stock code makes one mask and one set of rotary embeddings for all layers. Where a layer's rows or its cache differ
+from the first layer's, the pre-hook here hands it its own, made by the same stock functions and shared by all layers
+that agree.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+
+from . import stream
+from .attention import Site
+from .budget import Budget
+from .cache import PrunedLayer, join_masks, past_mask, trim, wrap
+from .calls import ForwardCall, current_forward
+from .policies.base import Policy
+from .policies.views import AttentionView, ModulateView, PrefillView
+from .rows import Rows
+
+
+class DecoderLayers:
+    """The hooks on single decoder layers for policies that prune in prefill or modulate attention.
+
+    ``policies`` are (policy, budget) pairs in the written order of the composition.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, layers: list[nn.Module], policies: list[tuple[Policy, Budget]], units: int
+    ):
+        self.decoder, self.layers, self.policies, self.units = decoder, layers, policies, units
+        self.depth = len(layers)
+        self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
+        self.modulated: dict[int, list[Policy]] = {}
+        for policy, budget in policies:
+            for layer in policy.prefill_layers(self.depth):
+                self.pruned.setdefault(layer, []).append((policy, budget))
+            for layer in policy.modulate_layers(self.depth):
+                self.modulated.setdefault(layer, []).append(policy)
+        self.trimmed = {layer for policy, _ in policies for layer in policy.trimmed_layers(self.depth)}
+        self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
+        self.sites: list[Site] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.pruned or self.modulated)
+
+    def install(self) -> list[Any]:
+        """Register hooks and attention sites; returns the hooks' handles."""
+        handles: list[Any] = []
+        for number, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(partial(self.enter_layer, number), with_kwargs=True))
+            reads = any(policy.reads_attention for policy, _ in self.pruned.get(number, []))
+            if reads or number in self.modulated:
+                edit = self.edit_attention if number in self.modulated else None
+                self.sites.append(Site(layer.self_attn, number, self.see_attention, edit))
+            if number in self.pruned:
+                # in front of the hooks by which transformers collects hidden states
+                handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+        return handles
+
+    def begin(self, call: ForwardCall, kwargs: dict[str, Any]) -> None:
+        """A prefill begins; ``kwargs`` are the decoder's. Runs the pass without the image if a policy needs it."""
+        rows = call.entered
+        if not self.needs_text_only or rows is None or rows.visual is None:
+            return
+        text = ~rows.visual if rows.mask is None else ~rows.visual & rows.mask
+        order = stream.live_order(text, int(text.sum(-1).max()))
+        valid = text.gather(1, order)
+        call.text_only, call.probing = {}, True
+        try:
+            with torch.no_grad():
+                self.decoder(
+                    inputs_embeds=rows.pick(kwargs["inputs_embeds"], order, valid),
+                    attention_mask=valid,
+                    position_ids=(valid.cumsum(-1) - 1).clamp(min=0),
+                    use_cache=False,
+                )
+        finally:
+            call.probing = False
+
+    # --- layer boundaries ---
+
+    def enter_layer(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before layer ``number``: note its rows, give it the mask and positions it needs."""
+        call = current_forward()
+        if call is None or call.probing:
+            return None
+        hidden: torch.Tensor = args[0]
+        call.observed = {"hidden": hidden}
+        cache: Cache | None = kwargs.get("past_key_values")
+        if call.rows is not None:
+            call.layer_rows.append(call.rows)
+            if cache is not None and number in self.modulated:
+                wrap(cache, number)
+        layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
+        call.observed["layer"] = layer
+        if number == 0:
+            call.fitted = {"key": _key(call.entered, first), "shift": first.shift if first else None}
+            return None
+        key = _key(call.rows, layer)
+        if key == call.fitted["key"]:
+            return None
+        if key not in call.fitted:
+            call.fitted[key] = self._fit(call, hidden, layer, kwargs)
+        return args, {**kwargs, **call.fitted[key]}
+
+    def _fit(
+        self, call: ForwardCall, hidden: torch.Tensor, layer: PrunedLayer | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Attention mask, position ids and rotary embeddings for this call's rows behind what ``layer`` holds."""
+        count, rows = hidden.shape[1], call.rows
+        logical = layer.get_seq_length() if layer is not None else 0
+        if rows is not None:
+            positions, now = rows.positions, rows.mask
+        else:
+            positions, now = kwargs["position_ids"], None
+            if (first_shift := call.fitted["shift"]) is not None:
+                positions = positions + first_shift[:, None]
+            if call.mask is not None:
+                now = call.mask[:, logical:].bool()
+        if layer is not None and layer.shift is not None:
+            positions = positions - layer.shift[:, None]
+        mask = join_masks(past_mask(layer, call.mask, logical), now, logical, count)
+        cache = None
+        if kwargs.get("past_key_values") is not None:
+            cache = Cache(layers=[layer if layer is not None else DynamicLayer()])
+        elif mask is None:
+            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        return {
+            "attention_mask": create_causal_mask(
+                config=self.decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=mask,
+                past_key_values=cache,
+                position_ids=positions,
+            ),
+            "position_ids": positions,
+            "position_embeddings": self.decoder.rotary_emb(hidden, positions),
+        }
+
+    def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
+        call = current_forward()
+        if call is None or call.probing or call.rows is None or call.rows.visual is None:
+            return None
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        for policy, budget in self.pruned[number]:
+            hidden = self._prune(call, policy, budget, number, hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _prune(
+        self, call: ForwardCall, policy: Policy, budget: Budget, number: int, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        rows: Rows = call.rows  # type: ignore[assignment]
+        initial = call.entered.visual.sum(-1)  # type: ignore[union-attr]
+        view = PrefillView(
+            layer=number,
+            depth=self.depth,
+            hidden=hidden,
+            visual=rows.visual,
+            valid=rows.mask,
+            initial=initial,
+            target=budget.of_visual(initial, call.image_mask.sum(-1), self.units),
+            attention=call.observed.get("attention"),
+            carry=dict(rows.carry),
+        )
+        keep = policy.prefill(view)
+        rows.carry.update(view.carry)
+        if keep is None:
+            return hidden
+        gone = rows.visual & ~keep
+        live = ~gone
+        if rows.mask is not None and len(hidden) > 1:
+            live = live & rows.mask
+        counts = live.sum(-1).tolist()
+        if min(counts) == rows.count:
+            return hidden
+        order = stream.live_order(live, max(counts))
+        valid = None if min(counts) == max(counts) else live.gather(1, order)
+        call.rows = rows.cut(order, valid, gone if policy.positions == "compact" else None)
+        call.observed.pop("attention", None)
+        return rows.pick(hidden, order, valid)
+
+    # --- attention ---
+
+    def see_attention(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> None:
+        """Keep what a layer's attention computes with until its policies are asked."""
+        call = current_forward()
+        if call is None or call.probing or call.rows is None or layer not in self.pruned:
+            return
+        valid = call.rows.mask
+        if valid is not None:
+            past = key.shape[2] - valid.shape[1]
+            valid = torch.nn.functional.pad(valid, (past, 0), value=True)
+        call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
+
+    def edit_attention(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Let the policies edit the head outputs ``(batch, queries, heads, head_dim)`` of one layer."""
+        call = current_forward()
+        if call is None:
+            return output
+        if call.probing:
+            call.text_only[layer] = output[:, -1]  # type: ignore[index]
+            return output
+        stored: PrunedLayer | None = call.observed.get("layer")
+        if call.rows is None and (stored is None or "visual" not in stored.marks):
+            return output  # no image in this prompt
+        marks = self._marks(call, stored, query.shape[2], key.shape[2])
+        for policy in self.modulated[layer]:
+            view = ModulateView(
+                layer=layer,
+                depth=self.depth,
+                query=query,
+                key=key,
+                value=value,
+                scaling=scaling,
+                output=output,
+                hidden=call.observed["hidden"] if policy.reads_hidden else None,
+                visual=marks["visual"],
+                valid=self._valid(call, stored, query.shape[2], key.shape[2]),
+                prefill=call.rows is not None,
+                state=stored.state if stored is not None else {},
+                carry={name: x for name, x in marks.items() if name != "visual"},
+                text_only=call.text_only[layer] if call.text_only is not None else None,
+            )
+            edited = policy.modulate(view)
+            output = output if edited is None else edited
+        return output
+
+    def _marks(
+        self, call: ForwardCall, stored: PrunedLayer | None, queries: int, keys: int
+    ) -> dict[str, torch.Tensor]:
+        """What is known of each key ``(batch, keys)``: whether it is a visual token, and what the encode stage left."""
+        known = stored.marks if stored is not None else {}
+        if call.rows is None:
+            return {name: torch.nn.functional.pad(x, (0, keys - x.shape[1])) for name, x in known.items()}
+        marks = {}
+        for name, x in {"visual": call.rows.visual, **call.rows.carry}.items():
+            past = known.get(name, x.new_zeros(len(x), 0))  # type: ignore[union-attr]
+            past = torch.nn.functional.pad(past, (0, keys - queries - past.shape[1]))
+            marks[name] = torch.cat([past, x], 1)
+        if stored is not None:
+            stored.marks = marks
+        return marks
+
+    def _valid(
+        self, call: ForwardCall, stored: PrunedLayer | None, queries: int, keys: int
+    ) -> torch.Tensor | None:
+        """Keys of a layer that may be attended, bool ``(batch, keys)``; ``None`` if all may."""
+        missing = stored.missing if stored is not None else 0
+        logical = keys - queries + missing
+        now = call.rows.mask if call.rows is not None else None
+        if call.rows is None and call.mask is not None:
+            now = call.mask[:, logical:].bool()
+        mask = join_masks(past_mask(stored, call.mask, logical), now, logical, queries)
+        return None if mask is None else mask[:, missing:]
+
+    def trim_cache(self, cache: Cache, layer_rows: list[Rows], final: Rows) -> list[Rows]:
+        """After prefill, take dropped tokens out of earlier layers too; returns the rows that each layer now holds."""
+        held = list(layer_rows)
+        for number in self.trimmed:
+            if held[number].count > final.count:
+                trim(wrap(cache, number), held[number], final)
+                held[number] = final
+        return held
+
+
+def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:
+    if cache is None or number >= len(cache.layers):
+        return None
+    layer = cache.layers[number]
+    return layer if isinstance(layer, PrunedLayer) else None
+
+
+def _key(rows: Rows | None, layer: PrunedLayer | None) -> tuple[Any, ...]:
+    """Layers with equal keys can share mask and positions."""
+    if layer is None or not (layer.missing or layer.seen is not None or layer.shift is not None):
+        return (id(rows), 0, None, None)
+    return (id(rows), layer.missing, id(layer.seen), id(layer.shift))

@@ -1,0 +1,78 @@
+"""The rows that a decoder computes at the moment, and what belongs to each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from . import stream
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A shortened sequence: one turn's tokens of a batch, as a decoder layer sees them.
+
+    Attributes:
+        length: tokens of this turn as the caller passed them.
+        order: int64 ``(batch, rows)``, the token that each row holds (see `stream.live_order`).
+        valid: bool ``(batch, rows)``, False for rows that only fill up a ragged batch; ``None`` if there are none.
+        mask: bool ``(batch, rows)``, rows that may be attended; ``None`` if all may.
+        positions: int64 ``(batch or 1, rows)``, RoPE positions, not yet moved by what earlier turns renumbered.
+        shift: int64 ``(batch,)``, by how much this turn's last position was moved down; ``None`` if it was not.
+        visual: bool ``(batch, rows)``, visual tokens; ``None`` if no policy acts inside the decoder.
+        carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere.
+    """
+
+    length: int
+    order: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    visual: torch.Tensor | None = None
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Rows per sequence, fill included."""
+        return self.order.shape[1]
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """``(batch, rows, channels)`` at full length, zeros where tokens were dropped."""
+        return stream.restore(x, self.order, self.length, self.valid)
+
+    def pick(self, x: torch.Tensor, order: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """Rows ``order`` of ``x`` ``(batch, rows, channels)``; zeros in fill rows, which may point at holes."""
+        x = stream.compact(x, order)
+        return x if valid is None else x.masked_fill(~valid[..., None], 0)
+
+    def cut(self, order: torch.Tensor, valid: torch.Tensor | None, gone: torch.Tensor | None) -> Rows:
+        """The rows ``order`` ``(batch, fewer rows)`` of these.
+
+        ``gone`` bool ``(batch, rows)`` marks dropped rows whose places the others close up ("compact" positions);
+        ``None`` lets positions be ("original").
+        """
+        positions, shift = self.positions, self.shift
+        if gone is not None:
+            before = gone.cumsum(-1)
+            positions = positions - before
+            shift = before[:, -1] if shift is None else shift + before[:, -1]
+        mask = valid
+        if mask is None and self.mask is not None:
+            mask = self.mask.gather(1, order)
+        return replace(
+            self,
+            order=self.order.gather(1, order),
+            positions=stream.compact(positions, order),
+            valid=valid,
+            mask=mask,
+            shift=shift,
+            visual=None if self.visual is None else _picked(self.visual, order, valid),
+            carry={name: _picked(x, order, valid) for name, x in self.carry.items()},
+        )
+
+
+def _picked(x: torch.Tensor, order: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    x = x.gather(1, order)
+    return x if valid is None else x.masked_fill(~valid, 0)
