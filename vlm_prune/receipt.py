@@ -107,10 +107,8 @@ class Receipt:
     def __str__(self) -> str:
         kept = [len(row) for row in self.kept]
         shown = ", ".join(map(str, kept[:8])) + (", ..." if len(kept) > 8 else "")
-        lines = [
-            f"{self.policy} on {self.family}: kept {shown} of {self.units} visual tokens per {self.tile} "
-            f"(planned {self.planned}), positions {self.positions}",
-        ]
+        lines = [f"{self.policy} on {self.family}: kept {shown} of {self.units} visual tokens per {self.tile}"]
+        lines[0] += f" (planned {self.planned}), positions {self.positions}"
         if self.tower_tokens:
             lines.append(f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers")
         if self.decoder_tokens:
