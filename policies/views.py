@@ -34,6 +34,8 @@ class TowerView:
         layer: 0-based number of the layer that just ran.
         feature_layer: the layer whose output is consumed.
         target: units wanted in the end, per tile.
+        grid: rows and columns of a tile's units before any cut.
+        hidden: the layer's output for the patches ``(batch, patches, channels)``, CLS left out.
         attention: the layer's attention inputs.
         carry: tensors ``(batch, units)`` that the policy wants to find again at its next layer; the engine cuts them
             along with the tokens.
@@ -42,7 +44,9 @@ class TowerView:
     layer: int
     feature_layer: int
     target: int
+    grid: tuple[int, int]
     units: torch.Tensor
+    hidden: torch.Tensor
     attention: AttentionView
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None

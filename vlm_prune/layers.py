@@ -198,10 +198,7 @@ class DecoderLayers:
         call = current_forward()
         if call is None or call.probing or call.rows is None or layer not in self.pruned:
             return
-        valid = call.rows.mask
-        if valid is not None:
-            past = key.shape[2] - valid.shape[1]
-            valid = torch.nn.functional.pad(valid, (past, 0), value=True)
+        valid = self._valid(call, call.observed.get("layer"), query.shape[2], key.shape[2])
         call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
 
     def edit_attention(

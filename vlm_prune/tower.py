@@ -56,7 +56,8 @@ class Encoder:
         self.asked: dict[int, list[Policy]] = {}
         for policy in policies:
             for layer in policy.tower_layers(tower.feature_layer):
-                self.asked.setdefault(layer, []).append(policy)
+                if layer < len(tower.layers):
+                    self.asked.setdefault(layer, []).append(policy)
         # policies of later stages may watch the tower without dropping anything in it
         self.observes = any("encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies)
         self.sites: list[Site] = []
@@ -138,7 +139,9 @@ class Encoder:
                 layer=number,
                 feature_layer=self.tower.feature_layer,
                 target=call.target,
+                grid=call.grid,
                 units=state.units,
+                hidden=hidden[:, int(self.tower.has_cls) :],
                 attention=attention,
                 slots=state.slots,
                 valid=state.valid,
@@ -165,6 +168,8 @@ class Encoder:
         state.units = state.units.gather(1, keep.index)
         state.carry = {name: x.gather(1, keep.index) for name, x in state.carry.items()}
         state.valid = keep.valid
+        if keep.rows is not None:
+            return torch.cat([hidden[:, :cls], keep.rows], 1)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
