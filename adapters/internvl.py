@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from .base import Anatomy, Tower, feature_layer, square
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: Any) -> Anatomy:
     """The parts of an ``InternVLForConditionalGeneration``."""
     base, config = model.model, model.config
     tower, vision = base.vision_tower, config.vision_config

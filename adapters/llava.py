@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from .base import Anatomy, Tower, feature_layer, square
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: Any) -> Anatomy:
     """The parts of a ``LlavaForConditionalGeneration``."""
     base = model.model
     tower, config = base.vision_tower, model.config

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UnsupportedModelError
@@ -35,8 +34,8 @@ _open_sites: weakref.WeakSet[Site] = weakref.WeakSet()
 class Site:
     """One attention module whose calls are shown to ``observer``, and handed to ``editor``, until `close` is called."""
 
-    def __init__(self, module: nn.Module, layer: int, observer: Observer, editor: Editor | None = None):
-        config = getattr(module, "config", None)
+    def __init__(self, module: Any, layer: int, observer: Observer, editor: Editor | None = None):
+        config: Any = getattr(module, "config", None)
         if not hasattr(config, "_attn_implementation"):
             raise UnsupportedModelError(
                 f"The attention module {type(module).__name__} of layer {layer} does not choose its implementation "
@@ -60,7 +59,7 @@ class Site:
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -80,12 +79,12 @@ def attend(
     return output, weights
 
 
-def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:
+def _implementation(module: Any, name: str) -> Callable[..., Any]:
     if name == "eager":
         # eager is not in the table: each modeling file has its own, and its attention class falls back to it
         for cls in type(module).__mro__:
             if eager := getattr(sys.modules[cls.__module__], "eager_attention_forward", None):
-                return eager  # type: ignore[no-any-return]
+                return eager
     return ALL_ATTENTION_FUNCTIONS[name]
 
 

@@ -28,7 +28,7 @@ class Budget:
         if tokens is not None and ratio is not None:
             raise BudgetError(f"Both tokens={tokens} and ratio={ratio} were given: give one of them.")
         if tokens is not None:
-            if isinstance(tokens, bool) or not isinstance(tokens, int):
+            if type(tokens) is not int:
                 raise BudgetError(f"tokens={tokens!r}: a whole number of tokens per {tile} is needed.")
             if not 1 + extra <= tokens <= available + extra:
                 raise BudgetError(
@@ -37,7 +37,7 @@ class Budget:
                 )
             return cls(tokens=tokens, extra=extra)
         ratio = default if ratio is None else ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        if not isinstance(ratio, int | float) or type(ratio) is bool or not 0 < ratio <= 1:
             raise BudgetError(f"ratio={ratio!r}: choose a share above 0 and up to 1, such as 0.25.")
         return cls(ratio=float(ratio), extra=extra)
 

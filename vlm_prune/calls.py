@@ -89,7 +89,8 @@ class ForwardCall:
         image_mask: bool ``(batch, length)``, placeholders of visual tokens; known if a policy acts in the decoder.
         mask: the caller's attention mask.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
-        fitted: masks and positions made for layers that differ from the first, see `layers.DecoderLayers`.
+        first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
+        fitted: masks and positions made for layers that differ from it.
         observed: what the current layer's attention computed with.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         probing: True during that pass without the image.
@@ -103,9 +104,10 @@ class ForwardCall:
     rows: Rows | None = None
     entered: Rows | None = None
     layer_rows: list[Rows] = field(default_factory=list)
-    fitted: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    first: tuple[Any, ...] = ()
+    fitted: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
-    text_only: dict[int, torch.Tensor] | None = None
+    text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     probing: bool = False
     stopwatch: Stopwatch | None = None
     token: Token[ForwardCall | None] | None = None
@@ -143,13 +145,14 @@ class ForwardCall:
         ``alive`` ``(batch, length)`` is False at holes, ``live`` at padding too. For one sequence with a fixed budget
         the answer is known on the host; otherwise this waits for the device, once.
         """
-        planned = [call.dropped for call in self.encoded]
-        if len(alive) == 1 and planned and None not in planned:
-            return alive.shape[1] - sum(n for n in planned if n is not None), True
+        dropped = [call.dropped for call in self.encoded]
+        planned = sum(n or 0 for n in dropped) if None not in dropped else 0
+        if len(alive) == 1 and planned:
+            return alive.shape[1] - planned, True
         *counts, holes = torch.cat([live.sum(-1), (~alive).sum()[None]]).tolist()
-        if planned and None not in planned and holes % sum(n for n in planned if n is not None):
+        if planned and holes % planned:
             raise UnsupportedCallError(
-                f"The image features hold {holes} rows of NaN where {sum(planned)} tokens were dropped: the vision "  # type: ignore[arg-type]
+                f"The image features hold {holes} rows of NaN where {planned} tokens were dropped: the vision "
                 "tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
             )
         return max(counts), min(counts) == max(counts)

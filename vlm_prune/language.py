@@ -43,22 +43,22 @@ class Decoder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
-        call, embeds, past = current_forward(), kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        if embeds is None or (call is not None and call.probing):
+        call = current_forward() or ForwardCall()  # a decoder called on its own brings no visual tokens
+        embeds, past = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if embeds is None or call.probing:
             return None
         continued = pruned_layers(past)
-        prefill = call is not None and embeds.shape[1] > 1
-        holes = prefill and call.may_have_holes(embeds)
-        if call is not None and call.encoded:
+        if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
+        prefill = embeds.shape[1] > 1
+        holes = prefill and call.may_have_holes(embeds)
         inside = prefill and self.layers is not None and call.has_visual_tokens()
         if not (holes or inside or continued):
             return None
         kwargs = dict(kwargs)
         mask = kwargs.get("attention_mask")
         _check_mask(mask)
-        if call is not None:
-            call.mask = mask
+        call.mask = mask
         if not (holes or inside):
             if continued[0].seen is not None or continued[0].shift is not None:
                 self._continue(kwargs, continued[0], mask)
@@ -67,7 +67,7 @@ class Decoder:
         rows = self._rows(call, kwargs, holes, inside)
         call.rows = call.entered = rows
         self._fit(kwargs, rows, continued[0] if continued else None, mask)
-        if inside:
+        if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
 
@@ -90,8 +90,9 @@ class Decoder:
         """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
         past: Cache | None = kwargs.get("past_key_values")
         logical = past.get_seq_length() if past is not None else 0
-        shifted = layer is not None and layer.shift is not None
-        kwargs["position_ids"] = rows.positions - layer.shift[:, None] if shifted else rows.positions
+        kwargs["position_ids"] = rows.positions
+        if layer is not None and layer.shift is not None:
+            kwargs["position_ids"] = rows.positions - layer.shift[:, None]
         joined = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
         if joined is None and not _caches(kwargs, self.module):
             # without cache and mask, stock code takes a jump in the positions for the start of a packed sequence
@@ -158,7 +159,7 @@ class Decoder:
         return output
 
 
-def _caches(kwargs: dict[str, Any], module: nn.Module) -> bool:
+def _caches(kwargs: dict[str, Any], module: Any) -> bool:
     use = kwargs.get("use_cache")
     return bool(module.config.use_cache if use is None else use)
 

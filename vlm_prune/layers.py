@@ -32,7 +32,7 @@ class DecoderLayers:
     """
 
     def __init__(
-        self, decoder: nn.Module, layers: list[nn.Module], policies: list[tuple[Policy, Budget]], units: int
+        self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], units: int
     ):
         self.decoder, self.layers, self.policies, self.units = decoder, layers, policies, units
         self.depth = len(layers)
@@ -72,7 +72,7 @@ class DecoderLayers:
         text = ~rows.visual if rows.mask is None else ~rows.visual & rows.mask
         order = stream.live_order(text, int(text.sum(-1).max()))
         valid = text.gather(1, order)
-        call.text_only, call.probing = {}, True
+        call.probing = True
         try:
             with torch.no_grad():
                 self.decoder(
@@ -103,17 +103,22 @@ class DecoderLayers:
         layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
         call.observed["layer"] = layer
         if number == 0:
-            call.fitted = {"key": _key(call.entered, first), "shift": first.shift if first else None}
+            call.first = _key(call.entered, first)
             return None
         key = _key(call.rows, layer)
-        if key == call.fitted["key"]:
+        if key == call.first:
             return None
         if key not in call.fitted:
-            call.fitted[key] = self._fit(call, hidden, layer, kwargs)
+            call.fitted[key] = self._fit(call, hidden, layer, first, kwargs)
         return args, {**kwargs, **call.fitted[key]}
 
     def _fit(
-        self, call: ForwardCall, hidden: torch.Tensor, layer: PrunedLayer | None, kwargs: dict[str, Any]
+        self,
+        call: ForwardCall,
+        hidden: torch.Tensor,
+        layer: PrunedLayer | None,
+        first: PrunedLayer | None,
+        kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Attention mask, position ids and rotary embeddings for this call's rows behind what ``layer`` holds."""
         count, rows = hidden.shape[1], call.rows
@@ -122,8 +127,8 @@ class DecoderLayers:
             positions, now = rows.positions, rows.mask
         else:
             positions, now = kwargs["position_ids"], None
-            if (first_shift := call.fitted["shift"]) is not None:
-                positions = positions + first_shift[:, None]
+            if first is not None and first.shift is not None:  # stock code's positions are those of layer 0
+                positions = positions + first.shift[:, None]
             if call.mask is not None:
                 now = call.mask[:, logical:].bool()
         if layer is not None and layer.shift is not None:
@@ -149,7 +154,7 @@ class DecoderLayers:
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
         call = current_forward()
-        if call is None or call.probing or call.rows is None or call.rows.visual is None:
+        if call is None or call.probing or call.rows is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         for policy, budget in self.pruned[number]:
@@ -159,8 +164,10 @@ class DecoderLayers:
     def _prune(
         self, call: ForwardCall, policy: Policy, budget: Budget, number: int, hidden: torch.Tensor
     ) -> torch.Tensor:
-        rows: Rows = call.rows  # type: ignore[assignment]
-        initial = call.entered.visual.sum(-1)  # type: ignore[union-attr]
+        rows, entered, image = call.rows, call.entered, call.image_mask
+        if rows is None or entered is None or image is None or rows.visual is None or entered.visual is None:
+            return hidden
+        initial = entered.visual.sum(-1)
         view = PrefillView(
             layer=number,
             depth=self.depth,
@@ -168,7 +175,7 @@ class DecoderLayers:
             visual=rows.visual,
             valid=rows.mask,
             initial=initial,
-            target=budget.of_visual(initial, call.image_mask.sum(-1), self.units),
+            target=budget.of_visual(initial, image.sum(-1), self.units),
             attention=call.observed.get("attention"),
             carry=dict(rows.carry),
         )
@@ -215,7 +222,7 @@ class DecoderLayers:
         if call is None:
             return output
         if call.probing:
-            call.text_only[layer] = output[:, -1]  # type: ignore[index]
+            call.text_only[layer] = output[:, -1]
             return output
         stored: PrunedLayer | None = call.observed.get("layer")
         if call.rows is None and (stored is None or "visual" not in stored.marks):
@@ -236,7 +243,7 @@ class DecoderLayers:
                 prefill=call.rows is not None,
                 state=stored.state if stored is not None else {},
                 carry={name: x for name, x in marks.items() if name != "visual"},
-                text_only=call.text_only[layer] if call.text_only is not None else None,
+                text_only=call.text_only.get(layer),
             )
             edited = policy.modulate(view)
             output = output if edited is None else edited
@@ -249,9 +256,12 @@ class DecoderLayers:
         known = stored.marks if stored is not None else {}
         if call.rows is None:
             return {name: torch.nn.functional.pad(x, (0, keys - x.shape[1])) for name, x in known.items()}
-        marks = {}
-        for name, x in {"visual": call.rows.visual, **call.rows.carry}.items():
-            past = known.get(name, x.new_zeros(len(x), 0))  # type: ignore[union-attr]
+        marks: dict[str, torch.Tensor] = {}
+        now = dict(call.rows.carry)
+        if call.rows.visual is not None:
+            now["visual"] = call.rows.visual
+        for name, x in now.items():
+            past = known.get(name, x.new_zeros(len(x), 0))
             past = torch.nn.functional.pad(past, (0, keys - queries - past.shape[1]))
             marks[name] = torch.cat([past, x], 1)
         if stored is not None:

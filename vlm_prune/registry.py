@@ -8,8 +8,6 @@ import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
-
 from .adapters.base import Anatomy
 from .errors import PolicyError, UnsupportedModelError
 from .policies.base import Policy
@@ -22,7 +20,7 @@ POLICIES: dict[str, str | type[Policy]] = {
 }
 """Policy name -> class, or "module:class" to import on demand."""
 
-ADAPTERS: dict[str, str | Callable[[nn.Module], Anatomy]] = {
+ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "internvl": "vlm_prune.adapters.internvl:anatomy",
     "llava": "vlm_prune.adapters.llava:anatomy",
 }
@@ -48,7 +46,7 @@ def policy_class(name: str) -> type[Policy]:
     """The class of a policy."""
     if name not in POLICIES:
         raise PolicyError(f'policy="{name}" is not known. {did_you_mean(name, POLICIES)}')
-    return _load(POLICIES[name])  # type: ignore[no-any-return]
+    return _load(POLICIES[name])
 
 
 def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, Any]) -> tuple[Policy, ...]:
@@ -57,14 +55,13 @@ def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, A
     ``policy`` is a name, names joined by "+", a policy object or several. ``settings`` are the fields of a single
     named policy; for a composition, each policy's name with a dict of its fields.
     """
-    if isinstance(policy, Policy):
-        policy = [policy]
     if not isinstance(policy, str):
-        if not (isinstance(policy, Sequence) and policy and all(isinstance(p, Policy) for p in policy)):
+        objects = (policy,) if isinstance(policy, Policy) else policy
+        if not isinstance(objects, list | tuple) or not objects or not all(isinstance(p, Policy) for p in objects):
             raise PolicyError(f'policy={policy!r}: give a name such as "flowcut", or policy objects.')
         if settings:
             raise PolicyError(f"{', '.join(settings)} given beside policy objects: set it on the object.")
-        return _checked(tuple(policy))
+        return _checked(tuple(objects))
     names = policy.split("+")
     if len(names) == 1:
         return (_make(policy, settings),)
@@ -103,7 +100,7 @@ def _make(name: str, settings: dict[str, Any]) -> Policy:
         raise PolicyError(f'policy="{name}": {error}') from error
 
 
-def find_anatomy(model: nn.Module) -> Anatomy:
+def find_anatomy(model: Any) -> Anatomy:
     """The parts of a stock model, by its ``config.model_type``."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:

@@ -146,7 +146,7 @@ class Pruning:
         elif self._layers is not None and embeds is not None and embeds.shape[1] > 1:
             call.image_mask = self._placeholders(module, embeds)
 
-    def _placeholders(self, base: nn.Module, embeds: torch.Tensor) -> torch.Tensor | None:
+    def _placeholders(self, base: Any, embeds: torch.Tensor) -> torch.Tensor | None:
         """Where ``inputs_embeds`` ``(batch, length, channels)`` still hold placeholders; ``None`` if nowhere."""
         ids = torch.tensor(self._anatomy.image_tokens, device=embeds.device)
         known = base.get_input_embeddings()(ids).to(embeds.dtype)
