@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .rows import LogitEdit
 
 
 @dataclass
@@ -75,6 +79,7 @@ class FeaturesView:
         content_key: ``(batch,)`` int64, a number that depends on a tile's pixels alone.
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
         carry: what the policy left in `TowerView.carry`.
+        merge: side of the square of patches that makes a unit.
     """
 
     features: torch.Tensor
@@ -83,6 +88,7 @@ class FeaturesView:
     content_key: torch.Tensor
     pixels: torch.Tensor
     carry: dict[str, torch.Tensor]
+    merge: int = 1
 
 
 @dataclass
@@ -138,7 +144,10 @@ class ModulateView:
         prefill: whether this call brings visual tokens along.
         state: tensors, batch first, that stay with this layer's cache; the policy may put its own in.
         carry: values ``(batch, keys)`` that the encode stage left for each visual token, 0 elsewhere.
-        text_only: ``(batch, heads, head_dim)``, the last row's head outputs of this layer without the image.
+        text_only: ``(batch, heads, head_dim)``, the last row's head outputs of this layer without the image; ``None``
+            if no policy needs them.
+        logit_edits: what earlier policies of a composition do to the logits, see `rows.LogitEdit`; a policy that
+            recomputes rows applies them, and adds its own.
     """
 
     layer: int
@@ -155,6 +164,7 @@ class ModulateView:
     state: dict[str, torch.Tensor]
     carry: dict[str, torch.Tensor]
     text_only: torch.Tensor | None
+    logit_edits: list[LogitEdit] = field(default_factory=list)
 
     @property
     def text_after_image(self) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .budget import Budget
-from .errors import BudgetError, StateError, UnsupportedModelError
+from .errors import BudgetError, PolicyError, StateError, UnsupportedModelError
 from .policies.base import Policy
 from .registry import find_anatomy, make_policies
 from .session import Pruning
@@ -59,8 +59,12 @@ def prune(
     extra = int(anatomy.tower.keeps_cls)
     default = owner.default_ratio if owner is not None else 1.0
     budget = Budget.checked(tokens, ratio, default, anatomy.tower.units, anatomy.tile, extra)
+    try:
+        pruning = Pruning(model, anatomy, policies, budget)
+    except ValueError as error:  # a policy that does not fit this model, say by a layer that it has not
+        raise PolicyError(f"{'+'.join(p.name for p in policies)} on {anatomy.family}: {error}") from error
     # a plain attribute: nn.Module would list a module here, and nothing of ours may enter the state dict
-    object.__setattr__(model, "pruning", Pruning(model, anatomy, policies, budget))
+    object.__setattr__(model, "pruning", pruning)
     return model
 
 

@@ -228,6 +228,7 @@ class DecoderLayers:
         if call.rows is None and (stored is None or "visual" not in stored.marks):
             return output  # no image in this prompt
         marks = self._marks(call, stored, query.shape[2], key.shape[2])
+        logit_edits: list[Any] = []
         for policy in self.modulated[layer]:
             view = ModulateView(
                 layer=layer,
@@ -244,6 +245,7 @@ class DecoderLayers:
                 state=stored.state if stored is not None else {},
                 carry={name: x for name, x in marks.items() if name != "visual"},
                 text_only=call.text_only.get(layer),
+                logit_edits=logit_edits,
             )
             edited = policy.modulate(view)
             output = output if edited is None else edited

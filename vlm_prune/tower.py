@@ -133,21 +133,22 @@ class Encoder:
         state: TowerState | None = call.state
         if state is None or state.attention is None:
             return None
-        attention, state.attention = state.attention, None
-        for policy in self.asked[number]:
-            view = TowerView(
-                layer=number,
-                feature_layer=self.tower.feature_layer,
-                target=call.target,
-                grid=call.grid,
-                units=state.units,
-                hidden=hidden[:, int(self.tower.has_cls) :],
-                attention=attention,
-                slots=state.slots,
-                valid=state.valid,
-                carry=state.carry,
-            )
-            keep = policy.encode(view)
+        view = TowerView(
+            layer=number,
+            feature_layer=self.tower.feature_layer,
+            target=call.target,
+            grid=call.grid,
+            units=state.units,
+            hidden=hidden[:, int(self.tower.has_cls) :],
+            attention=state.attention,
+            slots=state.slots,
+            valid=state.valid,
+            carry=state.carry,
+        )
+        state.attention = None
+        # all see the layer as it was; of a composition, one policy at most drops units here
+        answers = [policy.encode(view) for policy in self.asked[number]]
+        for keep in answers:
             if keep is not None:
                 hidden = self._cut(hidden, state, keep)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -67,14 +67,18 @@ class Panel:
 
     def picture(self) -> Pixels:
         """The tiles, faded where tokens were dropped, in their places."""
-        faded = np.stack([fade(tile, kept, self.grid) for tile, kept in zip(self.tiles, self.kept, strict=True)])
+        faded = np.stack(
+            [fade(tile, kept, self.grid) for tile, kept in zip(self.tiles, self.kept, strict=True)]
+        )
         return mosaic(faded, self.layout)
 
 
 def denormalise(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Pixels:
     """Normalised ``(tiles, 3, height, width)`` back to ``(tiles, height, width, 3)`` in 0..255."""
     shape = (3, 1, 1)
-    pixels = pixel_values.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    pixels = pixel_values.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(
+        shape
+    )
     found: Pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return found
 
