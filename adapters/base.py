@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ class Tower:
         has_cls: whether token 0 is CLS.
         keeps_cls: whether CLS is handed to the language model too (``vision_feature_select_strategy="full"``).
         merge: side of the square of patches that a pixel shuffle turns into one token (1: no shuffle).
+        resizing: keyword arguments of ``module`` that let it take an image of another size.
     """
 
     module: nn.Module
@@ -33,6 +35,7 @@ class Tower:
     has_cls: bool
     keeps_cls: bool
     merge: int
+    resizing: Mapping[str, Any] = field(default_factory=dict)
 
     def unit_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of language-model tokens that a tile of this size in pixels gives."""

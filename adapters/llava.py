@@ -30,6 +30,7 @@ def anatomy(model: Any) -> Anatomy:
             has_cls=True,
             keeps_cls=config.vision_feature_select_strategy == "full",
             merge=1,
+            resizing={"interpolate_pos_encoding": True},
         ),
         projector=base.multi_modal_projector,
         decoder=base.language_model,

@@ -81,6 +81,13 @@ class Policy:
         """Whether it drops tokens, and so takes a budget."""
         return self.stages != ("modulate",)
 
+    def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int] | None:
+        """Rows and columns of units that the tower shall see of a smaller image, instead of ``grid``.
+
+        ``None`` shows it the image as the processor prepared it.
+        """
+        return None
+
     def tower_layers(self, feature_layer: int) -> Collection[int]:
         """0-based vision layers after which `encode` is asked.
 

@@ -42,6 +42,78 @@ def global_similarity(view: AttentionView, dtype: torch.dtype | None = None) -> 
     return _softmax_over_tokens(_rows(value[:, :, 0], value), view)
 
 
+def last_row(valid: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Each sequence's last real row, bool ``(batch, rows)``.
+
+    ``valid`` ``(batch, rows)`` marks real rows, ``None`` says that all are; ``like`` lends shape and device.
+    """
+    number = torch.ones_like(like, dtype=torch.int64) if valid is None else valid.to(torch.int64)
+    number = number.cumsum(-1)
+    last = number == number[:, -1:]
+    return last & (number.diff(dim=-1, prepend=number.new_zeros(len(number), 1)) > 0)
+
+
+def attention_mass(
+    view: AttentionView, voters: torch.Tensor, width: int | None = None, chunk: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much attention the ``voters`` pay to each row in a decoder layer: sum and maximum, two ``(batch, rows)``.
+
+    Only the voters' rows of the attention map exist, ``chunk`` of them at a time. Each is a causal softmax over all
+    valid keys, in fp32 or better, averaged over the query heads.
+
+    Args:
+        view: ``query`` ``(batch, heads, rows, head_dim)``, ``key`` ``(batch, key heads, keys, head_dim)``, not repeated
+            where key heads are shared. The last ``rows`` keys belong to the query rows, earlier ones to earlier turns;
+            ``valid`` is ``(batch, keys)`` or ``None``.
+        voters: bool ``(batch, rows)``, the rows that pay. A sequence without voters gets zeros.
+        width: how many voters the fullest sequence has; ``None`` waits for the device to find out.
+        chunk: voters per step.
+    """
+    (batch, heads, rows, _), (shared, keys) = view.query.shape, view.key.shape[1:3]
+    dtype = torch.promote_types(view.query.dtype, torch.float32)
+    key, past = view.key.to(dtype).mT, keys - rows
+    width = int(voters.sum(-1).max()) if width is None else width
+    index = (~voters).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+    total = key.new_zeros(batch, rows)
+    peak = total.clone()
+    for some in index.split(chunk, dim=1):
+        query = view.query.gather(2, some[:, None, :, None].expand(-1, heads, -1, view.query.shape[3])).to(
+            dtype
+        )
+        logits = (query.reshape(batch, shared, -1, query.shape[3]) @ key) * view.scaling
+        logits = logits.view(batch, heads, -1, keys)
+        seen = torch.arange(keys, device=some.device) <= some[..., None] + past
+        if view.valid is not None:
+            seen = seen & view.valid[:, None]
+        paid = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[..., past:]
+        paid = paid.masked_fill(~voters.gather(1, some)[..., None], 0)
+        total += paid.sum(1)
+        peak = torch.maximum(peak, paid.amax(1))
+    return total, peak
+
+
+def top_mask(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """The ``count`` ``(batch,)`` highest ``scores`` ``(batch, rows)`` of each row, bool like ``scores``.
+
+    Only candidates ``among`` (bool) are chosen; fewer than ``count`` candidates are all chosen. NaN ranks last, and of
+    equals the first one wins.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    ranked = scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(~among, -torch.inf)
+    rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (rank < count[:, None]) & among
+
+
+def cosine_distance(features: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One minus the cosine of every pair of tokens: ``(batch, tokens, channels)`` -> ``(batch, tokens, tokens)``.
+
+    ``dtype`` defaults to fp32, or fp64 for fp64 inputs. A row of zeros is at distance 1 from all tokens.
+    """
+    features = features.to(dtype or torch.promote_types(features.dtype, torch.float32))
+    unit = features / (features.norm(dim=-1, keepdim=True) + 1e-8)
+    return 1.0 - unit @ unit.mT
+
+
 def _rows(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Dot products of one query per head ``(batch, heads, dim)`` with all keys: ``(batch, heads, tokens)``."""
     return (key @ query.unsqueeze(-1)).squeeze(-1)

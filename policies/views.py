@@ -43,6 +43,7 @@ class TowerView:
         attention: the layer's attention inputs.
         carry: tensors ``(batch, units)`` that the policy wants to find again at its next layer; the engine cuts them
             along with the tokens.
+        pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
     """
 
     layer: int
@@ -55,6 +56,7 @@ class TowerView:
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    pixels: torch.Tensor | None = None
 
     def per_unit(self, per_patch: torch.Tensor) -> torch.Tensor:
         """Sum a quantity ``(batch, patches, ...)`` over the patches of each unit: ``(batch, units, ...)``.
@@ -79,7 +81,6 @@ class FeaturesView:
         content_key: ``(batch,)`` int64, a number that depends on a tile's pixels alone.
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
         carry: what the policy left in `TowerView.carry`.
-        merge: side of the square of patches that makes a unit.
     """
 
     features: torch.Tensor
@@ -88,7 +89,6 @@ class FeaturesView:
     content_key: torch.Tensor
     pixels: torch.Tensor
     carry: dict[str, torch.Tensor]
-    merge: int = 1
 
 
 @dataclass

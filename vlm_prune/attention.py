@@ -47,6 +47,14 @@ class Site:
         module.config = copy.copy(config)
         module.config._attn_implementation_internal = NAME
         module.config.vlm_prune_site = self
+        self._open()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a pruned model is pruned too, and goes on when the original is not any more."""
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
         _open_sites.add(self)
         ALL_ATTENTION_FUNCTIONS[NAME] = attend
 

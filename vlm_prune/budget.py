@@ -47,13 +47,12 @@ class Budget:
             return max(1, min(available, round(available * self.ratio)))
         return min(available, (self.tokens or 1) - self.extra)
 
-    def of_visual(self, initial: torch.Tensor, dense: torch.Tensor, per_tile: int) -> torch.Tensor:
+    def of_visual(self, base: torch.Tensor, dense: torch.Tensor, per_tile: int) -> torch.Tensor:
         """Visual tokens to keep in each prompt of a batch, int64 ``(batch,)``.
 
-        ``initial`` of them entered the decoder, ``dense`` there were before any pruning, ``per_tile`` in each tile.
+        A ``ratio`` is a share of ``base`` ``(batch,)``. ``dense`` visual tokens there were before any pruning,
+        ``per_tile`` in each tile: ``tokens`` are kept for each of these tiles.
         """
         if self.ratio is not None:
-            wanted = (initial * self.ratio).round().long().clamp(min=1)
-        else:
-            wanted = (self.tokens or 1) * (dense // per_tile)
-        return torch.minimum(wanted, initial)
+            return (base * self.ratio).round().long().clamp(min=1).minimum(base)
+        return ((self.tokens or 1) * (dense // per_tile)).minimum(base)

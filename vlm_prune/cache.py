@@ -27,6 +27,7 @@ class PrunedLayer(CacheLayerMixin):
             once the first ``missing`` columns are skipped; ``None`` if every stored row may be attended.
         shift: int64 ``(batch,)``, how far positions moved down by renumbering; ``None`` if they kept their values.
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
+        turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
         state: what policies keep with this layer between calls; tensors with the batch first.
     """
@@ -40,6 +41,7 @@ class PrunedLayer(CacheLayerMixin):
         self.seen: torch.Tensor | None = None
         self.shift: torch.Tensor | None = None
         self.prefilled = 0
+        self.turn: Rows | None = None
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
 
@@ -97,7 +99,7 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empty the layer; it is an unpruned one again."""
         self.inner.reset()
-        self.missing, self.seen, self.shift, self.prefilled = 0, None, None, 0
+        self.missing, self.seen, self.shift, self.prefilled, self.turn = 0, None, None, 0, None
         self.marks, self.state = {}, {}
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -108,13 +110,22 @@ class PrunedLayer(CacheLayerMixin):
         if kept >= size:
             return
         if kept < self.prefilled:
-            raise UnsupportedCallError(
-                f"crop({tokens_to_remove}) would leave {kept} of {size} tokens and so cut into a prompt of "
-                f"{self.prefilled} tokens whose visual tokens were pruned. Crop generated tokens only, or start "
-                "again with a new cache."
-            )
+            self._crop_turn(kept, size)
         drop = size - kept
         self.inner.crop(tokens_to_remove if tokens_to_remove <= 0 else self.physical - drop)
+
+    def _crop_turn(self, kept: int, size: int) -> None:
+        """Forget the end of the last pruned turn, if all of it has its rows (as candidates of assisted decoding have)."""
+        cut = self.prefilled - kept
+        if self.turn is None or cut > self.turn.tail():
+            raise UnsupportedCallError(
+                f"Cropping this cache from {size} to {kept} tokens would cut into a prompt of {self.prefilled} tokens "
+                "whose visual tokens were pruned. Crop the text behind the last image only, or start again with a "
+                "new cache."
+            )
+        self.prefilled, self.turn = kept, self.turn.without_tail(cut)
+        self.seen = None if self.seen is None else self.seen[:, :kept]
+        self.marks = {name: x[:, : kept - self.missing] for name, x in self.marks.items()}
 
     def _rows(self, index: torch.Tensor) -> None:
         for name in ("seen", "shift"):
@@ -195,7 +206,7 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
 
     ``mask`` is the caller's attention mask. A turn of which nothing was dropped leaves a stock cache stock.
     """
-    if all(rows.count == rows.length for rows in layer_rows) and not pruned_layers(cache):
+    if all(rows.whole for rows in layer_rows) and not pruned_layers(cache):
         return
     for index, rows in enumerate(layer_rows):
         layer = wrap(cache, index)
@@ -207,7 +218,7 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
         layer.missing += dropped
         if rows.shift is not None:
             layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
-        layer.prefilled = layer.get_seq_length()
+        layer.prefilled, layer.turn = layer.get_seq_length(), rows
 
 
 def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:

@@ -7,7 +7,7 @@ output object, which stock code hands from the one to the other.
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ class ForwardCall:
         observed: what the current layer's attention computed with.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         probing: True during that pass without the image.
+        owner: whose forward this is; ``outer`` is the call of another model around it.
     """
 
     unknown_features: bool = False
@@ -110,7 +111,8 @@ class ForwardCall:
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     probing: bool = False
     stopwatch: Stopwatch | None = None
-    token: Token[ForwardCall | None] | None = None
+    owner: Any = None
+    outer: ForwardCall | None = None
 
     def may_have_holes(self, embeds: torch.Tensor) -> bool:
         """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
@@ -155,7 +157,8 @@ class ForwardCall:
                 f"The image features hold {holes} rows of NaN where {planned} tokens were dropped: the vision "
                 "tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
             )
-        return max(counts), min(counts) == max(counts)
+        # a turn of holes only (in a chunked prefill) leaves one masked row: stock layers cannot compute none
+        return max(1, *counts), 0 < min(counts) == max(counts)
 
 
 def current_forward() -> ForwardCall | None:
@@ -165,12 +168,21 @@ def current_forward() -> ForwardCall | None:
 
 def begin_forward(call: ForwardCall) -> None:
     """Make ``call`` the current one."""
-    call.token = _forward.set(call)
+    outer = _forward.get()
+    # a forward is never inside another of the same model: that one was interrupted, and Ctrl-C runs no hooks
+    call.outer = outer if outer is None or outer.owner is not call.owner else outer.outer
+    _forward.set(call)
 
 
 def end_forward() -> ForwardCall | None:
     """End the current forward and return it; the one around it, if any, is current again."""
     call = _forward.get()
-    if call is not None and call.token is not None:
-        _forward.reset(call.token)
+    if call is not None:
+        _forward.set(call.outer)
     return call
+
+
+def forget_calls() -> None:
+    """End everything that an interrupt may have left under way in this thread."""
+    _forward.set(None)
+    _encode.set(None)

@@ -50,9 +50,8 @@ class Decoder:
         continued = pruned_layers(past)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
-        prefill = embeds.shape[1] > 1
-        holes = prefill and call.may_have_holes(embeds)
-        inside = prefill and self.layers is not None and call.has_visual_tokens()
+        holes = call.may_have_holes(embeds)
+        inside = embeds.shape[1] > 1 and self.layers is not None and call.has_visual_tokens()
         if not (holes or inside or continued):
             return None
         kwargs = dict(kwargs)
@@ -142,7 +141,7 @@ class Decoder:
             length, call.rows = rows.length, None
             by_layer = call.layer_rows or [call.entered] * self.depth
             counts = [r.count for r in by_layer]
-            if rows.count < length:
+            if not rows.whole:
                 output.last_hidden_state = rows.restore(output.last_hidden_state)
                 if call.shift_labels is not None:
                     call.shift_labels.copy_(stream.retarget(call.shift_labels, rows.order, rows.valid))

@@ -157,42 +157,70 @@ class DecoderLayers:
         if call is None or call.probing or call.rows is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        for policy, budget in self.pruned[number]:
-            hidden = self._prune(call, policy, budget, number, hidden)
+        rows, visual = call.rows, call.rows.visual
+        if visual is None:
+            return None
+        gone = torch.zeros_like(visual)
+        closed_up: torch.Tensor | None = None
+        for policy, budget in self.pruned[number]:  # all see the layer as it was
+            view = self._view(call, rows, visual, policy, budget, number, hidden)
+            keep = policy.prefill(view)
+            rows.carry.update(view.carry)
+            if keep is not None:
+                gone = gone | (visual & ~keep)
+                if policy.positions == "compact":
+                    closed_up = visual & ~keep if closed_up is None else closed_up | (visual & ~keep)
+        hidden = self._drop(call, rows, hidden, gone, closed_up)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _prune(
-        self, call: ForwardCall, policy: Policy, budget: Budget, number: int, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        rows, entered, image = call.rows, call.entered, call.image_mask
-        if rows is None or entered is None or image is None or rows.visual is None or entered.visual is None:
-            return hidden
-        initial = entered.visual.sum(-1)
-        view = PrefillView(
+    def _view(
+        self,
+        call: ForwardCall,
+        rows: Rows,
+        visual: torch.Tensor,
+        policy: Policy,
+        budget: Budget,
+        number: int,
+        hidden: torch.Tensor,
+    ) -> PrefillView:
+        entered = call.entered.visual if call.entered is not None else None
+        initial = visual.sum(-1) if entered is None else entered.sum(-1)
+        dense = initial if call.image_mask is None else call.image_mask.sum(-1)
+        # the share that a policy of several stages keeps is one of all tokens, not of what its own encode stage left
+        base = dense if "encode" in policy.stages else initial
+        return PrefillView(
             layer=number,
             depth=self.depth,
             hidden=hidden,
-            visual=rows.visual,
+            visual=visual,
             valid=rows.mask,
             initial=initial,
-            target=budget.of_visual(initial, image.sum(-1), self.units),
+            target=budget.of_visual(base, dense, self.units),
             attention=call.observed.get("attention"),
             carry=dict(rows.carry),
         )
-        keep = policy.prefill(view)
-        rows.carry.update(view.carry)
-        if keep is None:
-            return hidden
-        gone = rows.visual & ~keep
+
+    def _drop(
+        self,
+        call: ForwardCall,
+        rows: Rows,
+        hidden: torch.Tensor,
+        gone: torch.Tensor,
+        closed_up: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Take the rows ``gone`` out of ``hidden``, and padding with them where sequences differ anyway.
+
+        Positions move down over the places ``closed_up``, if any.
+        """
         live = ~gone
         if rows.mask is not None and len(hidden) > 1:
             live = live & rows.mask
-        counts = live.sum(-1).tolist()
-        if min(counts) == rows.count:
+        *counts, dropped = torch.cat([live.sum(-1), gone.sum()[None]]).tolist()
+        if not dropped:
             return hidden
         order = stream.live_order(live, max(counts))
         valid = None if min(counts) == max(counts) else live.gather(1, order)
-        call.rows = rows.cut(order, valid, gone if policy.positions == "compact" else None)
+        call.rows = rows.cut(order, valid, closed_up)
         call.observed.pop("attention", None)
         return rows.pick(hidden, order, valid)
 

@@ -99,7 +99,7 @@ def answer_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     wanted = targets >= 0
-    index = (~wanted).to(torch.int8).argsort(-1, stable=True)[:, : int(wanted.sum(-1).max())]
+    index = (~wanted).to(torch.int8).argsort(dim=-1, stable=True)[:, : int(wanted.sum(-1).max())]
     return index, targets.gather(1, index).masked_fill(~wanted.gather(1, index), -100)
 
 

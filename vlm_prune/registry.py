@@ -13,10 +13,18 @@ from .errors import PolicyError, UnsupportedModelError
 from .policies.base import Policy
 
 POLICIES: dict[str, str | type[Policy]] = {
+    "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",
+    "divprune": "vlm_prune.policies.divprune:DivPrune",
+    "downsample": "vlm_prune.policies.pooling:Downsample",
+    "dyvte": "vlm_prune.policies.dyvte:DyVTE",
+    "fastv": "vlm_prune.policies.fastv:FastV",
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
+    "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
     "none": "vlm_prune.policies.baselines:Identity",
+    "pool": "vlm_prune.policies.pooling:Pool",
     "random": "vlm_prune.policies.baselines:Random",
     "uniform": "vlm_prune.policies.baselines:Uniform",
+    "visionzip": "vlm_prune.policies.visionzip:VisionZip",
 }
 """Policy name -> class, or "module:class" to import on demand."""
 

@@ -38,6 +38,28 @@ class Rows:
         """Rows per sequence, fill included."""
         return self.order.shape[1]
 
+    @property
+    def whole(self) -> bool:
+        """Whether these are the turn's tokens as the caller passed them: none dropped, none moved aside for one."""
+        return self.count == self.length and self.valid is None
+
+    def tail(self) -> int:
+        """How many tokens at the end of the turn have all their rows, in every sequence. Waits for the device."""
+        last = torch.arange(self.length - 1, self.length - 1 - self.count, -1, device=self.order.device)
+        there = self.order.flip(-1) == last
+        if self.valid is not None:
+            there = there & self.valid.flip(-1)
+        return int(there.long().cumprod(-1).sum(-1).min())
+
+    def without_tail(self, cut: int) -> Rows:
+        """The turn without its last ``cut`` tokens, all of which have rows. Keeps what says where rows belong."""
+        return Rows(
+            length=self.length - cut,
+            order=self.order[:, : self.count - cut],
+            positions=self.positions[:, : self.count - cut],
+            valid=None if self.valid is None else self.valid[:, : self.count - cut],
+        )
+
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """``(batch, rows, channels)`` at full length, zeros where tokens were dropped."""
         return stream.restore(x, self.order, self.length, self.valid)

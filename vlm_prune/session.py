@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapters.base import Anatomy
 from .budget import Budget
-from .calls import RIDE, ForwardCall, begin_forward, end_forward, set_encode
+from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
 from .errors import UnsupportedCallError
 from .language import Decoder
 from .layers import DecoderLayers
@@ -75,6 +75,7 @@ class Pruning:
 
     def remove(self) -> None:
         """Undo everything; the model is as it was before."""
+        forget_calls()
         for handle in self._handles:
             handle.remove()
         sites = self._encoder.sites + (self._layers.sites if self._layers is not None else [])
@@ -125,7 +126,7 @@ class Pruning:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
-        call = ForwardCall(shift_labels=kwargs.get("shift_labels"))
+        call = ForwardCall(shift_labels=kwargs.get("shift_labels"), owner=self)
         begin_forward(call)
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise UnsupportedCallError(

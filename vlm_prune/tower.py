@@ -21,6 +21,7 @@ from .attention import Site
 from .budget import Budget
 from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
 from .policies.base import Keep, Policy
+from .policies.pooling import grid_places, shrink
 from .policies.views import AttentionView, FeaturesView, TowerView
 from .timing import Stopwatch
 
@@ -70,7 +71,8 @@ class Encoder:
         for number, layer in enumerate(self.tower.layers):
             # in front of the hooks by which transformers collects hidden states: they shall see the cut ones
             handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
-        for number in self.asked:
+        # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
+        for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
         handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
         handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
@@ -78,7 +80,9 @@ class Encoder:
 
     # --- inside the tower ---
 
-    def enter_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_tower(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin an encode call."""
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         patches = self.tower.patch_grid(*pixels.shape[-2:])
@@ -100,6 +104,24 @@ class Encoder:
                 slots = stream.unit_patches(patches, self.tower.merge, pixels.device).expand(len(pixels), -1, -1)
             call.state = TowerState(patches, units, slots, None, None, {})
         set_encode(call)
+        grids = (policy.tower_grid(grid, target) for policy in self.policies) if target < call.units else ()
+        small = next((shape for shape in grids if shape is not None), None)
+        if small is None:
+            return None
+        pixels = self._shrink(call, small)
+        kwargs = {**kwargs, **self.tower.resizing}
+        return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _shrink(self, call: EncodeCall, small: tuple[int, int]) -> torch.Tensor:
+        """The image at the size that makes a ``small`` grid of units, and the state of the call that goes with it."""
+        state: TowerState = call.state
+        (height, width), merge, device = call.pixels.shape[-2:], self.tower.merge, call.pixels.device
+        places = torch.tensor(grid_places(call.grid, small), device=device)
+        state.units = places.expand(call.tiles, -1)
+        if state.slots is not None:
+            slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)
+            state.slots = slots.expand(call.tiles, -1, -1)
+        return shrink(call.pixels, small[0] * height // call.grid[0], small[1] * width // call.grid[1])
 
     def see_attention(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -109,7 +131,8 @@ class Encoder:
         if state is None:
             return None
         valid = self._valid_tokens(state)
-        state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
+        if layer in self.asked:
+            state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
         return valid
 
     def _state(self) -> TowerState | None:
@@ -183,8 +206,6 @@ class Encoder:
             return
         state: TowerState | None = call.state
         setattr(output, RIDE, call)
-        if state is not None:
-            call.carry = self._carried(call, state)
         if state is None or state.units.shape[1] == call.units:
             return
         call.keep = Keep(state.units, state.valid)
@@ -209,6 +230,9 @@ class Encoder:
         cls, merge = int(self.tower.has_cls), self.tower.merge
         table = stream.unit_patches(state.grid, merge, hidden.device)
         index, valid = table[state.units].flatten(1), self._valid_tokens(state)
+        if state.slots is not None:
+            # behind a cut the patches of a unit stand together, those of a smaller image in raster order
+            index = index.scatter(1, state.slots.flatten(1), index)
         if cls:
             index = torch.nn.functional.pad(index + 1, (1, 0), value=0)
         return stream.open_holes(hidden, index, cls + state.grid[0] * state.grid[1], valid)
@@ -262,7 +286,8 @@ class Encoder:
             return None
         projected = call.keep is not None
         rows = self._choose(call, output, after_projector=True)
-        call.state = None
+        if call.state is not None:
+            call.carry, call.state = self._carried(call, call.state), None
         call.receipt.keep, call.receipt.tower_tokens = call.keep, call.tower_tokens
         call.receipt._tower_ms = call.stopwatch.stop()
         self.session.publish(call.receipt)

@@ -50,7 +50,7 @@ def update(gates: ExitGates, optimiser: torch.optim.Optimizer, seen: dict[int, O
         could.append(labels.float().mean())
         right.append((wants_exit(logits) == labels).float().mean())
     loss = torch.stack(losses).mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimiser.step()
     gates.trained_steps += 1
     return Step(loss.item(), torch.stack(could).mean().item(), torch.stack(right).mean().item())
@@ -71,16 +71,17 @@ def observe_batch(
 
     Raises:
         ValueError: there are no ``input_ids`` or no ``labels``.
-        UnsupportedModelError: the decoder has no final norm, or the model no output embeddings.
+        UnsupportedModelError: the decoder has no final norm, or the model no output layer, by their usual names.
     """
     inputs = dict(batch)
     labels, ids = inputs.pop("labels", None), inputs.get("input_ids")
     if labels is None or ids is None:
         raise ValueError(f"a training batch needs input_ids and labels, this one has {', '.join(batch)}")
-    norm, head = getattr(anatomy.decoder, "norm", None), model.get_output_embeddings()
+    norm: Any = getattr(anatomy.decoder, "norm", None)
+    head: Any = getattr(model, "lm_head", None)
     if norm is None or head is None:
         raise UnsupportedModelError(
-            f"{type(anatomy.decoder).__name__} has no final `norm`, or {type(model).__name__} no output embeddings, so "
+            f"{type(anatomy.decoder).__name__} has no `norm`, or {type(model).__name__} no `lm_head`, so "
             "its answer cannot be computed from a layer on."
         )
     mask = inputs.get("attention_mask")
@@ -140,7 +141,8 @@ def train_exit(
     if getattr(model, "pruning", None) is not None:
         raise StateError("exit gates are trained on the stock model: call unprune(model) first")
     anatomy = find_anatomy(model)
-    depth, channels = len(anatomy.decoder_layers), anatomy.decoder.config.hidden_size
+    config: Any = anatomy.decoder.config
+    depth, channels = len(anatomy.decoder_layers), config.hidden_size
     if steps < 1:
         raise ValueError(f"steps={steps}: choose 1 or more")
     if not 1 <= layers_per_step <= depth:

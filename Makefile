@@ -1,0 +1,71 @@
+# Everything works on a machine that has Python >= 3.10 and make: each target first makes the virtual environment.
+#   make PYTHON=python3.12    another interpreter for the environment
+#   make test WORKERS=8       more test processes
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' && echo $$p && break; done)
+WORKERS ?= 2
+VENV := .venv
+WHEEL_VENV := .venv-wheel
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin/python -m
+# one thread a process: worker processes that share cores are slower with more
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help venv lint test test-all wheel typecheck demo demo-quick oracle train-tiny card clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+venv: $(READY) ## the virtual environment with everything in it (.venv)
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found: install one, or name it with make PYTHON=..."; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --upgrade pip
+	$(RUN) pip install --editable '.[dev]'
+	@touch $@
+
+lint: $(READY) ## style and format, as CI checks them
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+test: lint ## lint and all tests that take seconds; offline
+	$(PYTEST) -m "not slow"
+
+test-all: lint ## the tests that take minutes too
+	$(PYTEST)
+
+# The four folders at the top become one package only when installed, so the type checker reads the installed wheel.
+# It is installed into an environment of its own that borrows the dependencies of the first one.
+wheel: $(READY) ## build the wheel and install it into .venv-wheel
+	rm -rf build $(WHEEL_VENV)
+	$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(RUN) venv --without-pip $(WHEEL_VENV)
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(RUN) pip --quiet --python $(WHEEL_VENV)/bin/python install --no-deps build/wheel/*.whl
+	cd $(WHEEL_VENV) && bin/vlm-prune policies
+
+typecheck: wheel ## mypy on the installed wheel
+	cd $(WHEEL_VENV) && ../$(RUN) mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache \
+		--python-executable bin/python --package vlm_prune
+
+demo: $(READY) ## prune two trained models at five budgets, under 5 minutes: runs/demo/
+	$(VENV)/bin/vlm-prune demo
+
+demo-quick: $(READY) ## the same, smaller, under a minute
+	$(VENV)/bin/vlm-prune demo --quick
+
+oracle: $(READY) ## prefill of a pruned prompt against a prompt that never had the tokens
+	$(VENV)/bin/vlm-prune oracle
+
+train-tiny: $(READY) ## train the shipped test models again (an hour and a half on one core)
+	$(RUN) vlm_prune.eval.tiny.train --all
+
+card: $(READY) ## measure the shipped test models and write their cards
+	$(RUN) vlm_prune.eval.tiny.card
+
+clean: ## remove what was built; .venv and runs stay
+	rm -rf build dist *.egg-info $(WHEEL_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

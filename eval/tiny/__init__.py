@@ -1,0 +1,1 @@
+"""The tiny trained test models: how they are built, trained, measured and described."""

@@ -1,0 +1,183 @@
+"""AgilePruner: attention-ranked picks with an image-adaptive diversity threshold (ICLR 2026, arXiv 2603.01236).
+
+Follows ``encode_images``, ``effective_rank``, ``calculate_adaptive_tau`` and
+``select_diverse_tokens_by_attention_and_distance`` of the released ``llava/model/llava_arch.py`` (paper section 4.3).
+Tokens are taken by falling CLS attention; each one taken strikes out all tokens that lie nearer to it than a threshold,
+which grows with the token's rank, and faster in images whose tokens span more dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from .base import Keep, Policy
+from .scores import cosine_distance, global_attention
+from .settings import check_choice, check_number
+from .views import FeaturesView, TowerView
+
+RELEASED_UNITS = 576
+"""Visual tokens of an image in the released code, which never prunes to a budget of this size or above."""
+RELEASED_ERANK = 90.0
+"""Mean effective rank of LLaVA-1.5's training images behind the projector (CLIP-L/336, 24 x 24 tokens)."""
+
+
+def effective_rank(features: torch.Tensor, exact: bool = True) -> torch.Tensor:
+    """Exponential of the entropy of the singular values' shares, token mean removed: ``(batch,)``.
+
+    Between 1 (all tokens on one line) and the smaller one of tokens and channels. On CUDA the eigenvalue solver waits
+    for the device once.
+
+    Args:
+        features: ``(batch, tokens, channels)``, left as they are.
+        exact: work in fp64 on the smaller one of the two Gram matrices. Without it, in fp32 on the one of the tokens as
+            the released code does; where there are fewer channels than tokens its rounding noise raises the rank by up
+            to some percent.
+    """
+    x = features.to(torch.float64 if exact else torch.float32)
+    x = x - x.mean(1, keepdim=True)
+    gram = x.mT @ x if exact and x.shape[1] > x.shape[2] else x @ x.mT
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0.0 if exact else 1e-12).sqrt()
+    share = singular / (singular.sum(-1, keepdim=True) + 1e-12)
+    return (-(share * (share + 1e-12).log()).sum(-1)).exp()
+
+
+def calibrate_erank(features: Iterable[torch.Tensor]) -> float:
+    """Mean effective rank over images: what ``AgilePruner(erank_avg=...)`` wants for a model.
+
+    Args:
+        features: projected features of the unpruned model, each ``(units, channels)`` or ``(tiles, units, channels)``,
+            for instance ``model.get_image_features(pixel_values=pixels).pooler_output``. A few dozen images are enough.
+
+    Raises:
+        ValueError: there are no features.
+    """
+    ranks = [effective_rank(x if x.dim() == 3 else x[None]).cpu() for x in features]
+    if not ranks:
+        raise ValueError("no features: give those of at least one image")
+    return torch.cat(ranks).mean().item()
+
+
+def adaptive_tau(growth: torch.Tensor, units: int, step: float, limit: float) -> torch.Tensor:
+    """The distance below which the token of each rank strikes out others: fp64 ``(batch, units)``.
+
+    ``growth`` ``(batch,)`` is the image's effective rank over the average one. The threshold rises by ``step`` times
+    that from rank to rank, up to ``limit``. Official: ``calculate_adaptive_tau`` (equation 6).
+    """
+    rank = torch.arange(1, units + 1, device=growth.device, dtype=torch.float64)
+    return (rank * (growth.double() * step)[:, None]).clamp(max=limit)
+
+
+def pick(order: torch.Tensor, distance: torch.Tensor, tau: torch.Tensor, keep: int) -> torch.Tensor:
+    """Walk down a ranking, striking out what is too near to a token taken: int64 ``(batch, keep)`` in taking order.
+
+    Where nothing is left before ``keep`` tokens are taken, the best-ranked ones among those struck out fill up.
+    ``keep`` steps, none of which waits for the device.
+
+    Args:
+        order: int64 ``(batch, units)``, token numbers from the best to the worst.
+        distance: ``(batch, units, units)``.
+        tau: ``(batch, units)``, by rank: the token of rank ``r`` strikes out those at ``distance < tau[:, r]``.
+        keep: tokens to take.
+    """
+    batch, units = order.shape
+    # the comparison is made in the dtype of the distances, as torch does for the Python floats of the released code
+    radius = tau.to(distance.dtype)[..., None]
+    by_rank = distance.gather(1, order[..., None].expand(-1, -1, units))
+    near = by_rank.gather(2, order[:, None].expand(-1, units, -1)) < radius
+    rank = torch.arange(units, device=order.device)
+    alive = torch.ones_like(order, dtype=torch.bool)
+    taken = alive.new_zeros(batch, units + 1)  # one column more, for rows in which nothing is alive
+    for _ in range(keep):
+        best = torch.where(alive, rank, units).amin(-1, keepdim=True)
+        taken.scatter_(1, best, True)
+        best = best.clamp(max=units - 1)
+        alive &= ~near.gather(1, best[..., None].expand(-1, -1, units)).squeeze(1)
+        alive.scatter_(1, best, False)
+    first = (~taken[:, :units]).to(torch.int8).argsort(dim=-1, stable=True)[:, :keep]
+    return order.gather(1, first)
+
+
+@dataclass(frozen=True)
+class AgilePruner(Policy):
+    """AgilePruner, behind the projector (encode stage). The budget holds for each tile by itself.
+
+    Scores are the CLS attention of the feature layer; effective rank and cosine distances are those of projected
+    features. The default mode differs from the released code in these points:
+
+    - Features are never changed. The released rank function subtracts the token mean in place, so that with float32
+      features the distances, and the tokens that the language model reads, lose their mean.
+    - Any number of tiles and of tokens per tile; the released code stops at two tiles, and prunes nothing if the
+      budget is 576 or more.
+    - Attention, distances and thresholds are fp32 or better, the rank fp64, and ties go to the earlier token; the
+      released code works in the model's dtype, where many scores are equal, and leaves their order to the device.
+
+    Where a pixel shuffle merges patches, a unit's score is the sum over its patches; without a CLS token the mean
+    query takes its place. The paper has no such model.
+
+    Attributes:
+        erank_avg: mean effective rank of the model's images. The published 90 belongs to LLaVA-1.5 (CLIP-L/336);
+            measure that of another model with `calibrate_erank`. ``None`` is 90 for tiles of 24 x 24 tokens, and each
+            image's own rank for all others: thresholds then do not adapt to the image.
+        tau_step: growth of the threshold from rank to rank in an average image, as a cosine distance.
+        tau_max: largest threshold.
+        tau: one threshold for all tokens instead (the sweep of the paper's table 12; ``DIST_THRESHOLD`` in the code).
+        compat: ``"official"`` reproduces the released code, in-place centring of float32 features included.
+    """
+
+    name: ClassVar[str] = "agilepruner"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    default_ratio: ClassVar[float] = 64 / 576
+    after_projector: ClassVar[bool] = True
+
+    erank_avg: float | None = None
+    tau_step: float = 0.01
+    tau_max: float = 0.25
+    tau: float | None = None
+    compat: Literal["official"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, optional=True, erank_avg=(1, torch.inf), tau=(0, 2))
+        check_number(self, tau_step=(0, 2), tau_max=(0, 2))
+        check_choice(self, compat=(None, "official"))
+
+    def tower_layers(self, feature_layer: int) -> tuple[int]:
+        """The feature layer: its attention is the score."""
+        return (feature_layer,)
+
+    def encode(self, view: TowerView) -> None:
+        """Note the CLS attention of each unit; nothing is cut inside the tower."""
+        dtype = view.attention.query.dtype if self.compat == "official" else None
+        view.carry["cls_attention"] = view.per_unit(global_attention(view.attention, dtype))
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """Pick among the projected features."""
+        official = self.compat == "official"
+        if official and view.target >= RELEASED_UNITS:
+            return None
+        features, centred = view.features, official and view.features.dtype == torch.float32
+        if centred:
+            features = features - features.mean(1, keepdim=True)
+        distance = cosine_distance(features.detach(), features.dtype if official else None)
+        order = view.carry["cls_attention"].argsort(dim=-1, descending=True, stable=not official)
+        index = pick(order, distance, self._thresholds(view), view.target).sort(dim=-1).values
+        rows = features.gather(1, index[..., None].expand(-1, -1, features.shape[2])) if centred else None
+        return Keep(index, rows=rows)
+
+    def _thresholds(self, view: FeaturesView) -> torch.Tensor:
+        """The threshold of each rank: ``(batch, units)``."""
+        batch, units = view.features.shape[:2]
+        if self.tau is not None:
+            return view.features.new_full((batch, units), self.tau, dtype=torch.float64)
+        average = self.erank_avg
+        if average is None and (view.grid == (24, 24) or self.compat == "official"):
+            average = RELEASED_ERANK
+        if average is None:
+            growth = view.features.new_ones(batch, dtype=torch.float64)
+        else:
+            growth = effective_rank(view.features.detach(), exact=self.compat is None).double() / average
+        return adaptive_tau(growth, units, self.tau_step, self.tau_max)

@@ -1,0 +1,59 @@
+"""DivPrune: the most diverse tokens, by max-min distance (Alvar et al., CVPR 2025, arXiv 2503.02175).
+
+Written from the paper (section 3: visual token pruning as a max-min diversity problem, solved greedily). Diversity
+only: neither attention nor text is looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Keep, Policy
+from .scores import cosine_distance
+from .views import FeaturesView
+
+
+def max_min_diverse(distance: torch.Tensor, keep: int) -> torch.Tensor:
+    """Take the token farthest from all taken so far, again and again: int64 ``(batch, keep)`` in taking order.
+
+    The first one is the token whose nearest neighbour is farthest away. Of equals the earliest is taken. ``keep``
+    steps, none of which waits for the device.
+
+    Args:
+        distance: ``(batch, units, units)``, symmetric.
+        keep: tokens to take, up to ``units``.
+    """
+    units = distance.shape[1]
+    itself = torch.eye(units, dtype=torch.bool, device=distance.device)
+    latest = distance.masked_fill(itself, torch.inf).amin(-1).argmax(-1, keepdim=True)
+    taken, gap = [latest], torch.full_like(distance[:, 0], torch.inf)
+    for _ in range(keep - 1):
+        gap = torch.minimum(gap, distance.gather(1, latest[..., None].expand(-1, -1, units)).squeeze(1))
+        # -inf stays through every minimum to come, so nothing is taken twice, duplicates of a token included
+        gap.scatter_(1, latest, -torch.inf)
+        latest = gap.argmax(-1, keepdim=True)
+        taken.append(latest)
+    return torch.cat(taken, dim=1)
+
+
+@dataclass(frozen=True)
+class DivPrune(Policy):
+    """DivPrune, behind the projector (encode stage), by cosine distance. The budget holds for each tile by itself.
+
+    It differs from the released code in two points: distances are fp32 or better whatever the model's dtype; and a
+    token is never taken twice. The released code can do so where only duplicates of taken tokens are left, and then
+    keeps fewer tokens than asked for.
+    """
+
+    name: ClassVar[str] = "divprune"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    default_ratio: ClassVar[float] = 0.098
+    after_projector: ClassVar[bool] = True
+
+    def encode_final(self, view: FeaturesView) -> Keep:
+        """The most diverse projected features, in their original order."""
+        taken = max_min_diverse(cosine_distance(view.features.detach()), view.target)
+        return Keep(taken.sort(dim=-1).values)

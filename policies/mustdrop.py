@@ -1,0 +1,206 @@
+"""MustDrop: visual tokens merged in the tower, filtered in prefill, trimmed from the cache (arXiv 2411.10803).
+
+The pure functions are in ``window_merge.py`` and ``dual_attention.py``; which released files they follow is said there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from .base import Keep, Policy, Positions
+from .dual_attention import (
+    PUBLISHED_THRESHOLDS,
+    check_thresholds,
+    dual_attention_filter,
+    key_set,
+    scaled_layers,
+    step_count,
+)
+from .scores import attention_mass, global_attention, last_row, top_mask
+from .window_merge import merge_alike, merge_as_released, merge_flags, window_cells
+
+if TYPE_CHECKING:
+    from .views import FeaturesView, PrefillView, TowerView
+
+KEY, SIZE = "mustdrop_key", "mustdrop_size"
+"""Names under which the encode stage leaves, per token, 1 for the key set, and the patches that it stands for."""
+
+
+@dataclass(frozen=True)
+class MustDrop(Policy):
+    """MustDrop, in the tower, inside the decoder, and in its cache (encode, prefill and decode stage).
+
+    Encode: after the first vision layer, windows of alike patches become one token each; the tokens that CLS attends
+    to most in the layer behind the consumed one form the *key set*, which survives everything. Prefill: after four
+    decoder layers, tokens that the text behind the image hardly attends to are dropped. Decode: tokens dropped in
+    prefill leave the cache of the layers that had seen them.
+
+    The default mode differs from the released code as follows. A wanted number of tokens is reached exactly, in four
+    steps of equal share, ranked by the total attention from the text (the released thresholds were tuned per
+    benchmark); windows are merged only as far as that number allows. Each image merges as many windows as it has alike
+    ones, not as many as the least alike of the batch, and a merged token stands where its window's last patch stood,
+    not in front of all others. Grids that the window does not divide keep their last rows and columns as they are.
+    Each sequence of a batch is filtered by its own text, padding has no vote, and a prompt that ends with the image is
+    judged by its last row. The layers scale with the decoder's depth. Positions are original ones.
+
+    Where a pixel shuffle follows the tower, tokens are compared and merged behind it, in ``unit_window`` windows,
+    and the key set is chosen among whole units; the paper has no such model. Without CLS the mean query stands in.
+
+    Attributes:
+        thresholds: (global, individual), or a name of `PUBLISHED_THRESHOLDS`, to filter by instead of the budget. They
+            decide how many tokens go; of the budget only "all" counts then.
+        merge_threshold: mean cosine at which a window merges; above 1 switches merging off.
+        window: rows and columns of a window of patches.
+        unit_window: rows and columns of a window where a token already holds several patches.
+        key_ratio: share of the tokens in the key set; 0 for none. Where the budget is smaller, the key set is kept.
+        layers: decoder layers, 0-based, after which tokens are dropped; ``None`` scales the released ones.
+        floor: tokens per sequence that thresholds leave at least, by total attention.
+        trim_cache: whether dropped tokens also leave the cache of earlier layers, from the first cut on.
+        compat: ``"official"`` reproduces the released code for one sequence, together with ``positions="compact"``:
+            no floor, thresholds (1.0, 0.0) unless given, merged tokens first. Cell numbers in the receipt are then
+            places in that order.
+    """
+
+    name: ClassVar[str] = "mustdrop"
+    stages: ClassVar[tuple[str, ...]] = ("encode", "prefill", "decode")
+    default_ratio: ClassVar[float] = 128 / 576
+    reads_attention: ClassVar[bool] = True
+
+    positions: Positions = "original"
+    thresholds: tuple[float, float] | str | None = None
+    merge_threshold: float = 0.8
+    window: tuple[int, int] = (3, 3)
+    unit_window: tuple[int, int] = (2, 2)
+    key_ratio: float = 0.08
+    layers: tuple[int, ...] | None = None
+    floor: int = 1
+    trim_cache: bool = True
+    compat: Literal["official"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("thresholds", "window", "unit_window", "layers"):  # configuration files have lists
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        check(self)
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The thresholds as numbers; ``None`` in budget mode."""
+        if isinstance(self.thresholds, str):
+            return PUBLISHED_THRESHOLDS[self.thresholds]
+        return (1.0, 0.0) if self.thresholds is None and self.compat == "official" else self.thresholds
+
+    # --- encode ---
+
+    def tower_layers(self, feature_layer: int) -> list[int]:
+        """The first layer merges; the layer behind the consumed one, or else that one itself, gives the key set."""
+        return sorted({0, feature_layer, feature_layer + 1})
+
+    def encode(self, view: TowerView) -> Keep | None:
+        """Merge after the first layer, note the key set at the end."""
+        if view.layer >= view.feature_layer and self.key_ratio > 0:
+            attention = view.per_unit(global_attention(view.attention))
+            view.carry[KEY] = key_set(attention, self.key_ratio, view.valid).to(attention.dtype)
+        whole = view.units.shape[1] == view.grid[0] * view.grid[1]
+        if view.layer > 0 or view.slots is not None or view.valid is not None or not whole:
+            return None
+        view.carry[SIZE] = torch.ones_like(view.units, dtype=torch.float32)
+        if self.compat == "official":
+            return self._merge_as_released(view)
+        return self._merge(view.hidden, view.grid, self.window, view.target, view.carry)
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """Merge here where the tower's patches were not the tokens."""
+        if SIZE in view.carry:
+            return None
+        view.carry[SIZE] = torch.ones(view.features.shape[:2], device=view.features.device)
+        return self._merge(view.features, view.grid, self.unit_window, view.target, view.carry)
+
+    def _merge(
+        self,
+        hidden: torch.Tensor,
+        grid: tuple[int, int],
+        window: tuple[int, int],
+        target: int,
+        carry: dict[str, torch.Tensor],
+    ) -> Keep | None:
+        cells = window_cells(grid, window, hidden.device)
+        per_window = cells.shape[1]
+        most = (hidden.shape[1] - target) // (per_window - 1) if self.limits is None else None
+        merged, keep = merge_alike(hidden, cells, self.merge_threshold, most)
+        if KEY in carry:
+            carry[KEY] = merge_flags(carry[KEY], cells, merged)
+        carry[SIZE] = carry[SIZE].index_copy(1, cells[:, -1], torch.where(merged, float(per_window), 1.0))
+        return keep
+
+    def _merge_as_released(self, view: TowerView) -> Keep | None:
+        if any(side % step for side, step in zip(view.grid, self.window, strict=True)):
+            raise ValueError(
+                f'compat="official": windows {self.window} do not divide the grid of {view.grid} patches, and the '
+                "released code stops there. Leave compat at its default, or choose another window."
+            )
+        cells = window_cells(view.grid, self.window, view.hidden.device)
+        return merge_as_released(view.hidden, cells, self.merge_threshold)
+
+    # --- prefill and decode ---
+
+    def prefill_layers(self, depth: int) -> list[int]:
+        """Four layers in the first half, unless `layers` names others."""
+        if self.layers is None:
+            return scaled_layers(depth)
+        if self.layers[-1] >= depth:
+            raise ValueError(f"layers={self.layers}: this decoder has the layers 0 to {depth - 1}")
+        return list(self.layers)
+
+    def trimmed_layers(self, depth: int) -> Collection[int]:
+        """All layers from the first cut on, as in the released code."""
+        return range(self.prefill_layers(depth)[0], depth) if self.trim_cache else ()
+
+    def prefill(self, view: PrefillView) -> torch.Tensor:
+        """Drop what the text attends to least, but nothing of the key set."""
+        if view.attention is None:
+            raise RuntimeError(
+                f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
+            )
+        visual = view.visual
+        keys = visual & (view.carry[KEY] > 0) if KEY in view.carry else torch.zeros_like(visual)
+        voters = view.text
+        voters = voters | (last_row(view.valid, visual) & ~voters.any(-1, keepdim=True))
+        total, peak = attention_mass(view.attention, voters)
+        if self.limits is None:
+            steps = self.prefill_layers(view.depth)
+            count = step_count(view.initial, view.target, steps.index(view.layer) + 1, len(steps))
+            ranked = total.masked_fill(keys, torch.inf)
+            return ~visual | top_mask(ranked, torch.maximum(count, keys.sum(-1)), visual)
+        keep = dual_attention_filter(total, peak, visual, *self.limits) | keys | ~visual
+        if self.compat == "official":
+            return keep
+        keep = keep | top_mask(total, torch.full_like(view.initial, self.floor), visual)
+        return keep | (view.target >= view.initial)[:, None]
+
+
+def check(policy: MustDrop) -> None:
+    """Raise ValueError for settings that make no sense."""
+    if policy.compat not in (None, "official"):
+        raise ValueError(f'compat={policy.compat!r}: choose "official" or None')
+    check_thresholds(policy.thresholds)
+    for name in ("window", "unit_window"):
+        value = getattr(policy, name)
+        if not (isinstance(value, tuple) and len(value) == 2 and min(value) >= 1 and value[0] * value[1] > 1):
+            raise ValueError(
+                f"{name}={value!r}: give (rows, columns) that hold at least two tokens, such as (3, 3)"
+            )
+    if not 0 <= policy.key_ratio <= 1:
+        raise ValueError(f"key_ratio={policy.key_ratio!r}: choose a share from 0 to 1")
+    if policy.floor < 0:
+        raise ValueError(f"floor={policy.floor!r}: choose a number of tokens of at least 0")
+    layers = policy.layers
+    if layers is not None and (not layers or min(layers) < 0 or list(layers) != sorted(set(layers))):
+        raise ValueError(
+            f"layers={layers!r}: give 0-based layer numbers in ascending order, such as (2, 6, 10, 14)"
+        )

@@ -1,0 +1,122 @@
+"""Two baselines that look at nothing: average pooling of the visual tokens, and a smaller image.
+
+VTC-Bench (arXiv 2510.07143) finds that plain image downsampling beats many pruning methods; pooling the tower's grid is
+how Matryoshka multimodal models (arXiv 2405.17430) make fewer tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Keep, Policy
+from .views import FeaturesView
+
+
+def pooling_cells(grid: tuple[int, int], keep: int) -> tuple[list[int], list[int]]:
+    """Divide a ``(rows, columns)`` grid into ``keep`` cells as square and as equal as can be.
+
+    The grid is cut into bands of rows, each band into its share of the cells, so that any number of cells up to that of
+    the units works out.
+
+    Returns:
+        The cell of each unit, in raster order, and the unit in the middle of each cell, ascending.
+    """
+    height, width = grid
+    bands = min(height, keep, max(round((keep * height / width) ** 0.5), -(-keep // width)))
+    cell = [0] * (height * width)
+    middle: list[int] = []
+    for band in range(bands):
+        rows = _part(band, bands, height)
+        cells = keep * (band + 1) // bands - keep * band // bands
+        for number in range(cells):
+            columns = _part(number, cells, width)
+            for row in rows:
+                for column in columns:
+                    cell[row * width + column] = len(middle)
+            middle.append(_middle(rows) * width + _middle(columns))
+    return cell, middle
+
+
+def _part(number: int, parts: int, size: int) -> range:
+    """Part ``number`` of ``size`` places divided into ``parts`` runs whose lengths differ by one at most."""
+    return range(number * size // parts, (number + 1) * size // parts)
+
+
+def _middle(part: range) -> int:
+    return part[len(part) // 2]
+
+
+def pool(features: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
+    """Mean of the units of each cell: ``(batch, units, channels)`` -> ``(batch, cells, channels)``, summed in fp32.
+
+    ``cell`` int64 ``(units,)`` says which cell a unit belongs to; every cell has one at least.
+    """
+    exact = torch.promote_types(features.dtype, torch.float32)
+    member = (cell == torch.arange(cells, device=cell.device)[:, None]).to(exact)
+    return (member / member.sum(1, keepdim=True) @ features.to(exact)).to(features.dtype)
+
+
+def smaller_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
+    """Rows and columns of a grid of nearly the same shape with as many cells as ``keep`` allows, none above it."""
+    height, width = grid
+    ideal = int((keep * height / width) ** 0.5)
+    rows = {min(max(r, 1), height, keep) for r in (ideal, ideal + 1)}
+    shapes = [(r, min(keep // r, width)) for r in sorted(rows)]
+    return max(shapes, key=lambda shape: (shape[0] * shape[1], -abs(shape[0] * width - shape[1] * height)))
+
+
+def grid_places(grid: tuple[int, int], small: tuple[int, int]) -> list[int]:
+    """Where the cells of a ``small`` grid stand in a larger one: raster numbers of the units in their middle."""
+    height, width = grid
+    rows = [_middle(_part(r, small[0], height)) for r in range(small[0])]
+    return [row * width + _middle(_part(c, small[1], width)) for row in rows for c in range(small[1])]
+
+
+def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize ``(tiles, channels, height, width)`` by a bicubic filter that is widened to stop aliasing.
+
+    The filter's weights sum to 1, so it makes no difference whether pixels are normalised before or after.
+    """
+    exact = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    small = torch.nn.functional.interpolate(exact, (height, width), mode="bicubic", antialias=True)
+    return small.to(pixels.dtype)
+
+
+@dataclass(frozen=True)
+class Pool(Policy):
+    """Averages neighbouring tokens on an even grid between tower and projector (encode stage).
+
+    Exactly the wanted number of tokens per tile; where it is no product of two even divisions, bands of the grid hold
+    cells of slightly different size. A pooled token stands in the middle of its cell.
+    """
+
+    name: ClassVar[str] = "pool"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    default_ratio: ClassVar[float] = 0.25
+
+    def encode_final(self, view: FeaturesView) -> Keep:
+        """The same cells for every tile."""
+        cell, middle = pooling_cells(view.grid, view.target)
+        device = view.features.device
+        rows = pool(view.features, torch.tensor(cell, device=device), view.target)
+        return Keep(torch.tensor(middle, device=device).expand(len(rows), -1), rows=rows)
+
+
+@dataclass(frozen=True)
+class Downsample(Policy):
+    """Shows the tower a smaller image, which becomes fewer tokens there already (encode stage).
+
+    The image keeps its shape as far as whole tokens allow and makes at most the wanted number of them: a budget of 128
+    of 24 x 24 tokens gives 11 x 11. The tower's position embeddings are interpolated, by the model's own code.
+    """
+
+    name: ClassVar[str] = "downsample"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    default_ratio: ClassVar[float] = 0.25
+
+    def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int]:
+        """The grid of units that the tower shall see instead of ``grid``."""
+        return smaller_grid(grid, target)

@@ -1,0 +1,254 @@
+"""VFlowOpt: pruning by visual information flow, in three stages (Yang et al., ICCV 2025, arXiv 2508.05211).
+
+Importance is read off the attention of the tower's last layer (`importance`). Behind the projector the least important
+tokens are recycled, stage 1 (`recycle`); before two decoder layers more are dropped by the same map, stages 2 and 3.
+Follows the released ``llava_qwen_training_free.py`` and ``modeling_qwen2.py`` (``forward_illava``). `vlm_prune.tune`
+searches the settings that suit a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isqrt
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from .base import Keep, Policy, Positions
+from .importance import calibrated_attention, entropy_share, patch_entropy, true_grey, wrapped_grey
+from .recycle import recycle_official, recycle_to
+from .scores import top_mask
+from .settings import check_choice, check_number
+from .shares import (
+    PUBLISHED,
+    average_share,
+    check_average,
+    check_first,
+    literal_counts,
+    solve_first,
+    solved_counts,
+)
+
+if TYPE_CHECKING:
+    from .views import FeaturesView, ModulateView, PrefillView, TowerView
+
+MAP, AVERAGE = "vflowopt_map", "vflowopt_average"
+"""What the encode stage leaves per token: its importance, and the tokens to hold on average per token that enters."""
+
+LEAST = 0.001
+"""The smallest share a setting can ask for."""
+
+
+@dataclass(frozen=True)
+class VFlowOpt(Policy):
+    """VFlowOpt, behind the projector and inside the decoder (encode and prefill stage).
+
+    The budget is the paper's: the share of visual tokens that a decoder layer computes, averaged over all layers. A
+    little more than that enters the decoder, less leaves it. In stage 1 each tile is pruned by itself, in stages 2 and
+    3 all visual tokens of a prompt together. For CLIP the row and the column of CLS are left out of the map; where a
+    pixel shuffle merges patches, their mean counts.
+
+    The default differs from the released code:
+    - budgets are exact; there, recycled tokens come on top, and a budget that the second cut cannot use up lapses;
+    - where no token passes the threshold ``t``, the one that draws most attention stands in; there, the map is NaN;
+    - weights of recycling are neither negative nor NaN;
+    - all layers are causal; there, the layer in front of the first cut is not, because sdpa asked for its attention
+      map computes it without the mask;
+    - where a budget is smaller than the number of cells, cells grow;
+    - entropy is that of the true pixels.
+
+    Attributes:
+        t: by how much the attention that a token draws has to exceed the mean, as a factor, for the token to take part
+            in the calibration. Depends on the tower: the published values are for SigLIP's attention sinks.
+        alpha: weight of patch entropy in the map, may be negative. 0, as published, leaves it out.
+        m: side of the cells for recycling, in tokens, need not be whole. ``None`` drops without recycling.
+        r_v: share of the tokens that enters the decoder. ``None``: what the budget asks for.
+        r_1: share of these that goes on at the first cut in the decoder.
+        r_2: share of the rest that goes on at the second cut. ``None``: what the budget asks for. If ``r_v`` is given
+            too, all shares are taken as they are, and their average is the default budget.
+        layers: the two cuts, as fractions of the decoder's depth.
+        counts: ``"average"``, or ``"entering"``: the budget is what enters the decoder, and both cuts save on top.
+        entropy: of ``"true_grey"`` levels, or ``"official_wrap"``: of normalised values that wrap around, as in the
+            released code. ``None``: the latter with ``compat="official"``, else the former.
+        image_mean: the processor's, one number per channel. Needed for true grey levels, so if ``alpha`` is not 0.
+        image_std: likewise.
+        compat: ``"official"`` reproduces the released code, but a map of NaN raises.
+    """
+
+    name: ClassVar[str] = "vflowopt"
+    stages: ClassVar[tuple[str, ...]] = ("encode", "prefill")
+    default_ratio: ClassVar[float] = 0.25
+    after_projector: ClassVar[bool] = True
+
+    positions: Positions = "original"
+    t: float = PUBLISHED[0.25]["t"]
+    alpha: float = 0.0
+    m: float | None = PUBLISHED[0.25]["m"]
+    r_v: float | None = None
+    r_1: float = PUBLISHED[0.25]["r_1"]
+    r_2: float | None = None
+    layers: tuple[float, float] = (9 / 28, 18 / 28)
+    counts: Literal["average", "entering"] = "average"
+    entropy: Literal["true_grey", "official_wrap"] | None = None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    compat: Literal["official"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "image_mean", "image_std"):
+            if isinstance(getattr(self, name), list):  # what JSON makes of a tuple
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check(self)
+        if self.counts == "average" and self.r_v is not None and self.r_2 is not None:
+            object.__setattr__(
+                self, "default_ratio", average_share(self.r_v, self.r_1, self.r_2, self.layers)
+            )
+
+    @property
+    def entropy_of(self) -> str:
+        """The levels whose entropy is taken, ``compat`` considered."""
+        return self.entropy or ("true_grey" if self.compat is None else "official_wrap")
+
+    def tower_layers(self, feature_layer: int) -> tuple[int, ...]:
+        """The layer whose output is consumed."""
+        return (feature_layer,)
+
+    def encode(self, view: TowerView) -> None:
+        """Leave the map, the mean over the patches of each unit, for all three stages."""
+        units = view.grid[0] * view.grid[1]
+        if view.target >= units:
+            return
+        scores = calibrated_attention(view.attention, self.t, fallback=self.compat is None)
+        if self.compat is None:
+            scores = scores.nan_to_num(nan=0.0)
+        scores = view.per_unit(scores) / (1 if view.slots is None else view.slots.shape[2])
+        if self.alpha:
+            scores = scores + self.alpha * self._entropy(view).gather(1, view.units)
+        view.carry[MAP] = scores
+        view.carry[AVERAGE] = torch.full_like(scores, view.target / self._entering(view.target, units))
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """Stage 1: recycle the least important tokens of each tile."""
+        scores, units = view.carry[MAP], view.features.shape[1]
+        entering = self._entering(view.target, units)
+        if self.compat == "official":
+            if bool(scores.isnan().any()):
+                raise ValueError(
+                    f'no token draws more than t={self.t} times the mean attention, for which compat="official" '
+                    "has no map: choose a smaller t, or leave compat out"
+                )
+            if self.m is not None:
+                return recycle_official(view.features, scores, [view.grid], entering / units, self.m)
+        if entering >= units:
+            return None
+        if self.m is None:
+            return Keep.top(scores, entering)
+        return recycle_to(view.features, scores, view.grid, entering, self.m)
+
+    def _entering(self, target: int, units: int) -> int:
+        """Tokens of a tile of ``units`` that enter the decoder, for a budget of ``target``."""
+        share = self.entering_share(target / units, 1 / units)
+        return max(1, units - round(units * (1 - share)))
+
+    def entering_share(self, budget: float, grain: float = 0.0) -> float:
+        """The share of the tokens that enters the decoder where the budget is a share of ``budget``.
+
+        ``grain`` is the share of one token.
+        """
+        if self.counts == "entering":
+            return budget
+        if self.r_v is None:
+            return solve_first(budget, self.r_1, self.r_2 or PUBLISHED[0.25]["r_2"], self.layers)
+        if self.r_2 is None:
+            check_first(budget, self.r_v, self.r_1, self.layers, grain)
+        else:
+            check_average(budget, self.r_v, self.r_1, self.r_2, self.layers, 0.005 + grain)
+        return self.r_v
+
+    def _entropy(self, view: TowerView) -> torch.Tensor:
+        """Softmax of patch entropy per unit, ``(tiles, units)``, dropped ones included."""
+        if view.pixels is None:
+            raise RuntimeError("alpha is not 0, but the engine shows the policy no pixels")
+        mean, std = self.image_mean, self.image_std
+        if self.entropy_of == "official_wrap" or mean is None or std is None:
+            grey = wrapped_grey(view.pixels)
+        else:
+            grey = true_grey(view.pixels, mean, std)
+        merge = 1 if view.slots is None else isqrt(view.slots.shape[2])
+        patches = (view.grid[0] * merge, view.grid[1] * merge)
+        return entropy_share(patch_entropy(grey, patches), view.grid, merge)
+
+    def cuts(self, depth: int) -> tuple[int, int]:
+        """The decoder layers before which tokens are dropped."""
+        first, second = (min(max(round(depth * share), 1), depth - 1) for share in self.layers)
+        return first, second
+
+    def prefill_layers(self, depth: int) -> tuple[int, ...]:
+        """The layers in front of the two cuts."""
+        return tuple(sorted({cut - 1 for cut in self.cuts(depth) if cut}))
+
+    def prefill(self, view: PrefillView) -> torch.Tensor | None:
+        """Stages 2 and 3: keep the most important of a prompt's visual tokens."""
+        if MAP not in view.carry:
+            return None
+        known = view.visual & (
+            view.carry[AVERAGE] > 0
+        )  # a CLS row that counts as a visual token has no importance
+        others = (view.visual & ~known).sum(-1)
+        entered, cuts = view.initial - others, self.cuts(view.depth)
+        if self.counts == "entering" or (self.r_v is not None and self.r_2 is not None):
+            counts = literal_counts(entered, self.r_1, self.r_2 or PUBLISHED[0.25]["r_2"])
+        else:
+            # every token carries the same number, so the mean over those still there stands for all that entered
+            each = (view.carry[AVERAGE] * known).double().sum(-1) / known.sum(-1).clamp(min=1)
+            counts = solved_counts(entered, (each * entered).round(), self.r_1, cuts, view.depth)
+        count = counts[sum(view.layer + 1 >= cut for cut in cuts) - 1]
+        return top_mask(view.carry[MAP], count, known) | ~known
+
+    def modulate_layers(self, depth: int) -> tuple[int, ...]:
+        """For ``compat="official"``: the layer in front of the first cut."""
+        return self.prefill_layers(depth)[:1] if self.compat == "official" else ()
+
+    def modulate(self, view: ModulateView) -> torch.Tensor | None:
+        """For ``compat="official"``: this layer's attention in prefill without its causal mask."""
+        if not view.prefill or MAP not in view.carry:
+            return None
+        mask = None if view.valid is None else view.valid[:, None, None]
+        # keys are repeated here rather than by enable_gqa, which not every supported torch has for every device
+        shared = view.query.shape[1] // view.key.shape[1]
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (view.key, view.value))
+        seen = torch.nn.functional.scaled_dot_product_attention(
+            view.query, key, value, mask, scale=view.scaling
+        )
+        return seen.transpose(1, 2)
+
+
+def _check(policy: VFlowOpt) -> None:
+    """Raise ValueError for a setting outside its range, or for settings that contradict each other."""
+    check_choice(
+        policy,
+        counts=("average", "entering"),
+        entropy=(None, "true_grey", "official_wrap"),
+        compat=(None, "official"),
+    )
+    check_number(policy, t=(0, inf), alpha=(-inf, inf), r_1=(LEAST, 1))
+    check_number(policy, optional=True, m=(1, inf), r_v=(LEAST, 1), r_2=(LEAST, 1))
+    cuts = list(policy.layers)
+    if len(cuts) != 2 or not 0 < cuts[0] <= cuts[1] < 1:
+        raise ValueError(
+            f"layers={policy.layers!r}: choose two rising fractions of the depth, such as (0.32, 0.64)"
+        )
+    for name in ("image_mean", "image_std"):
+        value = getattr(policy, name)
+        if value is not None and len(value) != 3:
+            raise ValueError(f"{name}={value!r}: give the processor's, one number for each of the 3 channels")
+    if policy.counts == "entering" and policy.r_v is not None:
+        raise ValueError(
+            f'r_v={policy.r_v} beside counts="entering", by which the budget is r_v: leave it out'
+        )
+    if policy.alpha and policy.entropy_of == "true_grey" and None in (policy.image_mean, policy.image_std):
+        raise ValueError(
+            f"alpha={policy.alpha} weighs the entropy of true pixels, which image_mean and image_std of the processor "
+            'give back: give both (processor.image_processor.image_mean, ...), alpha=0 or entropy="official_wrap"'
+        )

@@ -1,0 +1,124 @@
+"""VisionZip: dominant tokens by CLS attention, the rest merged into contextual ones (Yang et al., CVPR 2025,
+arXiv 2412.04467).
+
+Follows the released ``visionzip/clip_encoder.py`` (training-free mode). Both kinds are made from the feature layer:
+its CLS attention ranks the tokens, its keys say which of the others are alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from .base import Keep, Policy
+from .scores import global_attention
+from .settings import check_choice, check_number
+from .views import FeaturesView, TowerView
+
+
+def assign(attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextual: int) -> torch.Tensor:
+    """The token into which each token goes: int64 ``(batch, units)``.
+
+    Dominant tokens, those of highest attention, and contextual ones, spread evenly over the others, name themselves.
+    Every other token names the contextual one whose key has the highest cosine with its own, or -1 if there is none.
+    Of equals the earlier one is taken.
+
+    Args:
+        attention: ``(batch, units)``.
+        keys: ``(batch, units, channels)``, of any length.
+        dominant, contextual: how many there shall be, together ``units`` at most.
+    """
+    batch, units = attention.shape
+    order = attention.argsort(dim=-1, descending=True, stable=True)
+    into = torch.arange(units, device=order.device).repeat(batch, 1)
+    rest = order[:, dominant:].sort(dim=-1).values
+    if contextual == 0:
+        return into.scatter(1, rest, -1)
+    step = rest.shape[1] // contextual
+    spread = slice(0, step * contextual, step)
+    unit = keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[2]))
+    unit = torch.nn.functional.normalize(unit, dim=-1)
+    nearest = (unit @ unit[:, spread].mT).argmax(-1)
+    nearest[:, spread] = torch.arange(contextual, device=order.device)
+    return into.scatter(1, rest, rest[:, spread].gather(1, nearest))
+
+
+def merge(
+    features: torch.Tensor, into: torch.Tensor, index: torch.Tensor, combine: str = "add"
+) -> torch.Tensor:
+    """What the kept tokens become once the others went into them: ``(batch, kept, channels)``.
+
+    Args:
+        features: ``(batch, units, channels)``.
+        into: where each token goes, as `assign` gives it.
+        index: int64 ``(batch, kept)``, the tokens that stay. One that no other goes into does not change.
+        combine: ``"add"`` adds the mean of those that go into a token to it, ``"mean"`` averages them all.
+    """
+    exact = features.to(torch.promote_types(features.dtype, torch.float32))
+    own = exact.gather(1, index[..., None].expand(-1, -1, exact.shape[2]))
+    itself = torch.arange(into.shape[1], device=into.device) == index[..., None]
+    joins = ((into[:, None] == index[..., None]) & ~itself).to(exact.dtype)
+    count, total = joins.sum(-1, keepdim=True), joins @ exact
+    merged = (own + total) / (1 + count) if combine == "mean" else own + total / count.clamp(min=1)
+    return merged.to(features.dtype)
+
+
+@dataclass(frozen=True)
+class VisionZip(Policy):
+    """VisionZip, between tower and projector (encode stage). The budget holds for each tile by itself.
+
+    It differs from the released code in these points: a contextual token stands where its target stood, in raster
+    order, not behind the dominant ones; scores and similarities are fp32 or better; ties go to the earlier token. The
+    released code counts a CLS token among the dominant ones; it is counted here, too, where the model hands it on
+    (``vision_feature_select_strategy="full"``), and all tokens are patches where it does not.
+
+    Where a pixel shuffle merges patches, a unit's score is the sum, its key the mean over its patches.
+
+    Attributes:
+        contextual_share: share of the kept tokens that are contextual. The paper's 10 of 64, 20 of 128 and 30 of 192
+            are all 10/64.
+        combine: how a contextual token is made. ``"add"``, the published rule, adds the mean of all tokens that join it
+            to the target token, which about doubles its length; ``"mean"`` averages them all.
+    """
+
+    name: ClassVar[str] = "visionzip"
+    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    default_ratio: ClassVar[float] = 128 / 576
+
+    contextual_share: float = 10 / 64
+    combine: Literal["add", "mean"] = "add"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, contextual_share=(0, 1))
+        check_choice(self, combine=("add", "mean"))
+
+    def tower_layers(self, feature_layer: int) -> tuple[int]:
+        """The feature layer: its attention and keys decide."""
+        return (feature_layer,)
+
+    def encode(self, view: TowerView) -> None:
+        """Decide which tokens stay, and what goes into them; nothing is cut inside the tower."""
+        seen = view.attention
+        attention = view.per_unit(global_attention(seen))
+        keys = seen.key.to(attention.dtype).mean(1)
+        # the sum over a unit's patches points where their mean does, and only the direction matters
+        keys = view.per_unit(keys[:, 1:] if seen.has_cls else keys)
+        contextual = self._contextual(view.target)
+        view.carry["cls_attention"] = attention
+        view.carry["visionzip_into"] = assign(attention, keys, view.target - contextual, contextual)
+
+    def encode_final(self, view: FeaturesView) -> Keep:
+        """Dominant tokens as they are, contextual ones merged, all in raster order."""
+        into = view.carry["visionzip_into"]
+        stays = into == torch.arange(into.shape[1], device=into.device)
+        index = (~stays).to(torch.int8).argsort(dim=-1, stable=True)[:, : view.target]
+        if self._contextual(view.target) == 0:
+            return Keep(index)
+        return Keep(index, rows=merge(view.features, into, index, self.combine))
+
+    def _contextual(self, target: int) -> int:
+        """How many of ``target`` tokens are contextual."""
+        return round(target * self.contextual_share)

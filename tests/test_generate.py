@@ -1,0 +1,256 @@
+"""All of ``generate``: every decoding method gives what the stock model gives for the shortened prompt."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from tests.models import IMAGE, LAYOUTS, PAD, VOCAB, Prompt, make, prompt, shared
+from tests.reference import CASES, budget, expect
+from vlm_prune import pruned
+
+cases = pytest.mark.parametrize(("policy", "family", "positions"), CASES)
+
+METHODS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "several-samples": {"do_sample": True, "num_return_sequences": 3, "top_k": 9},
+    "beams": {"num_beams": 3},
+    "beams-returned": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.3},
+    "beam-sampling": {"num_beams": 2, "do_sample": True},
+    "early-stop": {"eos_token_id": list(range(0, VOCAB, 5)), "max_new_tokens": 12},
+    "no-cache": {"use_cache": False},
+}
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(7)
+    # a random model may say <image>, which stock code would take for a placeholder without features
+    fixed = {"max_new_tokens": 6, "pad_token_id": PAD, "suppress_tokens": [IMAGE]}
+    return model.generate(**inputs, **fixed | options)
+
+
+@cases
+@pytest.mark.parametrize("method", METHODS)
+def test_decoding_method(method, policy, family, positions):
+    model, batch, options = shared(family), prompt(family, LAYOUTS["ragged"]), METHODS[method]
+    with torch.no_grad():
+        _, short = expect(model, batch, policy, positions)
+    want = generate(model, short.inputs, **{**options, "use_cache": True})
+    with pruned(model, policy, positions=positions, **budget(policy)):
+        output = generate(model, batch.inputs, **options)
+    repeats = len(output) // len(batch.ids)
+    assert torch.equal(output[:, : batch.ids.shape[1]], batch.ids.repeat_interleave(repeats, 0))
+    assert torch.equal(output[:, batch.ids.shape[1] :], want)
+
+
+@cases
+def test_scores_and_hidden_states_of_every_step(policy, family, positions):
+    model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
+    options = {
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "output_scores": True,
+        "output_hidden_states": True,
+    }
+    with torch.no_grad():
+        _, short = expect(model, batch, policy, positions)
+    want = generate(model, short.inputs, **options)
+    with pruned(model, policy, positions=positions, **budget(policy)):
+        ours = generate(model, batch.inputs, **options)
+    assert torch.equal(ours.sequences[:, batch.ids.shape[1] :], want.sequences)
+    for a, b in zip(ours.logits, want.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+    for step, (a, b) in enumerate(zip(ours.hidden_states, want.hidden_states, strict=True)):
+        assert len(a) == len(b)
+        for ha, hb in zip(a, b, strict=True):
+            assert ha.shape[1] == (batch.ids.shape[1] if step == 0 else 1)
+            torch.testing.assert_close(ha[:, -1], hb[:, -1], atol=2e-4, rtol=1e-4)
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@cases
+def test_streamer_sees_prompt_and_tokens(policy, family, positions):
+    model, batch, streamer = shared(family), prompt(family, LAYOUTS["single"]), Collect()
+    with pruned(model, policy, positions=positions):
+        output = generate(model, batch.inputs, streamer=streamer)
+    assert streamer.tokens == output[0].tolist()
+    assert streamer.ended
+
+
+def follow_up(output, mask, rows, family, seed):
+    """The prompt of the next turn: everything so far, and what the user adds to each row."""
+    new = prompt(family, rows, seed=seed)
+    answered = torch.ones(len(mask), output.shape[1] - mask.shape[1], dtype=mask.dtype)
+    return new, torch.cat([output, new.ids], 1), torch.cat([mask, answered, new.mask], 1)
+
+
+def all_pixels(turns: list[Prompt]):
+    """Pixels of a conversation in the order of its placeholders."""
+    tiles = [turn.pixels[turn.tiles[b]] for b in range(len(turns[0].ids)) for turn in turns if turn.tiles[b]]
+    return torch.cat(tiles) if tiles else None
+
+
+CONVERSATIONS = {
+    "text-follows": [[(3, -1, 5)], [(4,)], [(1,)]],
+    "image-follows": [[(3, -1, 5)], [(2, -1, 3)], [(4,)]],
+    "image-comes-late": [[(6,)], [(2, -1, 3)], [(3,)]],
+    "ragged": [[(3, -1, 5), (2, -1, 1, -1, 4)], [(4,), (7,)], [(2, -1, 2), (1,)], [(3,), (3,)]],
+}
+
+
+@cases
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_a_cache_carried_over_turns_gives_what_a_fresh_prompt_gives(conversation, policy, family, positions):
+    model, (first, *later) = shared(family), CONVERSATIONS[conversation]
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4}
+    turns = [prompt(family, first)]
+    ids, mask = turns[0].ids, turns[0].mask
+    with pruned(model, policy, positions=positions, **budget(policy)):
+        output = generate(model, turns[0].inputs, **options)
+        for number, rows in enumerate(later):
+            turn, ids, mask = follow_up(output.sequences, mask, rows, family, seed=number + 5)
+            turns.append(turn)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            fresh = (
+                {**inputs, "pixel_values": pixels} if (pixels := all_pixels(turns)) is not None else inputs
+            )
+            want = generate(model, fresh, **options)
+            carried = {**inputs, "past_key_values": output.past_key_values}
+            if turn.pixels is not None:
+                carried["pixel_values"] = turn.pixels
+            output = generate(model, carried, **options)
+            assert torch.equal(output.sequences, want.sequences)
+            for a, b in zip(output.logits, want.logits, strict=True):
+                torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-3)
+            assert output.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
+
+
+@cases
+def test_own_decoding_loop(policy, family, positions):
+    """Prefill and single steps by hand, without position ids, a cache made by the caller, right padding."""
+    model, batch = shared(family), prompt(family, LAYOUTS["ragged"], pad="right")
+    with torch.no_grad():
+        _, short = expect(model, batch, policy, positions)
+        want = generate(model, short.inputs)
+        last = batch.mask.sum(-1) - 1
+        with pruned(model, policy, positions=positions, **budget(policy)):
+            cache, mask, tokens = DynamicCache(), batch.mask, []
+            logits = model(**batch.inputs, past_key_values=cache).logits[torch.arange(len(last)), last]
+            for step in range(6):
+                tokens.append(logits.argmax(-1))
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+                logits = model(
+                    input_ids=tokens[-1][:, None],
+                    attention_mask=mask,
+                    position_ids=(last + 1 + step)[:, None],
+                    past_key_values=cache,
+                ).logits[:, -1]
+    assert torch.stack(tokens, 1).tolist() == want.tolist()
+
+
+def repetitive(family: str) -> Prompt:
+    """A prompt whose end repeats, so that prompt lookup proposes candidates in the very first step."""
+    batch = prompt(family, [(3, -1, 9)])
+    batch.ids[0, -9:] = torch.tensor([11, 12, 13, 14, 11, 12, 13, 11, 12])
+    return batch
+
+
+@contextmanager
+def calls_of(module):
+    """A list that grows with every call of ``module``."""
+    calls: list[int] = []
+    handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()
+
+
+@cases
+def test_prompt_lookup(policy, family, positions):
+    model, batch = shared(family), repetitive(family)
+    with pruned(model, policy, positions=positions, **budget(policy)):
+        want = generate(model, batch.inputs, max_new_tokens=14)
+        output = generate(model, batch.inputs, max_new_tokens=14, prompt_lookup_num_tokens=3)
+    assert torch.equal(output, want)
+
+
+@pytest.fixture
+def _quiet():
+    """Assisted decoding of transformers warns of a deprecated call that it makes itself."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)
+
+
+@cases
+@pytest.mark.usefixtures("_quiet")
+def test_assistant_model(policy, family, positions):
+    """A twin with slightly other weights, pruned too, proposes tokens: some are taken, some rejected and cropped."""
+    model, batch, helper = shared(family), repetitive(family), make(family)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in helper.model.language_model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    helper.generation_config.num_assistant_tokens = 4
+    helper.generation_config.assistant_confidence_threshold = 0
+    options = {"positions": positions, **budget(policy)}
+    with pruned(model, policy, **options), pruned(helper, policy, **options):
+        want = generate(model, batch.inputs, max_new_tokens=14)
+        proposed = generate(helper, batch.inputs, max_new_tokens=14)
+        with calls_of(model.model.language_model) as steps:
+            output = generate(model, batch.inputs, max_new_tokens=14, assistant_model=helper)
+    assert torch.equal(output, want)
+    assert not torch.equal(proposed, want)
+    assert len(steps) < 14
+
+
+@cases
+@pytest.mark.parametrize("size", [1, 4, 7, 64])
+def test_chunked_prefill(size, policy, family, positions):
+    model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
+    with pruned(model, policy, positions=positions, **budget(policy)):
+        want = generate(model, batch.inputs)
+        assert torch.equal(generate(model, batch.inputs, prefill_chunk_size=size), want)
+
+
+@cases
+def test_batch_operations_on_the_cache(policy, family, positions):
+    """Rows of the cache are reordered, repeated and selected as those of a stock cache are."""
+    model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
+    step = {"input_ids": torch.full((3, 1), 7), "position_ids": batch.mask.sum(-1, keepdim=True)}
+    mask = torch.cat([batch.mask, batch.mask.new_ones(3, 1)], 1)
+    order = torch.tensor([2, 0, 0])
+    with torch.no_grad(), pruned(model, policy, positions=positions, **budget(policy)):
+        places = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+
+        def prefill():
+            return model(**batch.inputs, position_ids=places).past_key_values
+
+        want = model(**step, attention_mask=mask, past_key_values=prefill()).logits
+        moves = {
+            "reorder_cache": (order, order),
+            "batch_select_indices": (order, order),
+            "batch_repeat_interleave": (2, torch.tensor([0, 0, 1, 1, 2, 2])),
+        }
+        for name, (argument, rows) in moves.items():
+            cache = prefill()
+            getattr(cache, name)(argument)
+            moved = {key: value[rows] for key, value in step.items()}
+            got = model(**moved, attention_mask=mask[rows], past_key_values=cache).logits
+            torch.testing.assert_close(got, want[rows])

@@ -1,0 +1,176 @@
+"""The command ``vlm-prune``. What only one command needs is imported by that command."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from .errors import PruningError
+
+SCORES = ("pope", "pope-questions", "chair")
+"""Commands that live in ``vlm_prune.eval.scores_cli``."""
+
+
+class Commands(TyperGroup):
+    """The commands below and those of `SCORES`, which are imported when one of them is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names."""
+        return [*super().list_commands(ctx), *SCORES]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by its name; ``None`` if there is none."""
+        if cmd_name not in SCORES:
+            return super().get_command(ctx, cmd_name)
+        from .eval.scores_cli import app as scores
+
+        return typer.main.get_group(scores).get_command(ctx, cmd_name)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prune the visual tokens of stock Hugging Face vision-language models.",
+)
+console = Console()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What the user got wrong as one line on stderr and exit code 2."""
+    try:
+        yield
+    except (PruningError, ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer scenes: under a minute, more noise.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and kept.png.")] = Path("runs/demo"),
+    model: Annotated[list[str] | None, typer.Option(help="A shipped test model; may be repeated.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="A policy; may be repeated.")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of tokens to keep; may be repeated.")
+    ] = None,
+    scenes: Annotated[int | None, typer.Option(help="Scenes per model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the scenes.")] = None,
+) -> None:
+    """Prune two trained models at several budgets: POPE, CHAIR, times, KV cache, and a picture of what was kept."""
+    with plain_errors():
+        from transformers.utils import logging
+
+        from .eval.demo import DemoSettings
+        from .eval.demo_report import demo as show
+
+        logging.disable_progress_bar()  # of loading: there is one of our own
+        asked: dict[str, Any] = {
+            "models": tuple(model or ()),
+            "policies": tuple(policy or ()),
+            "ratios": tuple(ratio or ()),
+            "scenes": scenes,
+            "seed": seed,
+        }
+        start = DemoSettings().quick() if quick else DemoSettings()
+        show(
+            start.replaced(**{name: value for name, value in asked.items() if value not in ((), None)}),
+            out,
+            console,
+        )
+
+
+class PolicyFacts(NamedTuple):
+    """A line of the table of policies."""
+
+    name: str
+    stages: str
+    default_ratio: str
+    summary: str
+    paper: str
+
+
+def policy_facts() -> list[PolicyFacts]:
+    """All registered policies, read off their classes and the first lines of their files."""
+    from .registry import POLICIES, policy_class
+
+    facts = []
+    for name in POLICIES:
+        cls = policy_class(name)
+        about = " ".join((sys.modules[cls.__module__].__doc__ or "").split())
+        paper = re.search(r"\(([^()]*arXiv \d{4}\.\d{5})\)", about)
+        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        ratio = f"{100 * cls.default_ratio:.3g} %" if cls.default_ratio < 1 else "all"
+        facts.append(
+            PolicyFacts(name, ", ".join(cls.stages), ratio, summary, paper[1] if paper else "baseline")
+        )
+    return facts
+
+
+@app.command()
+def policies(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+) -> None:
+    """List the policies: stages, default budget, paper."""
+    facts = policy_facts()
+    if markdown:
+        typer.echo(
+            "| policy | stages | keeps by default | what it does | paper |\n| --- | --- | ---: | --- | --- |"
+        )
+        for fact in facts:
+            paper = re.sub(r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)", fact.paper)
+            typer.echo(f"| `{fact.name}` | {fact.stages} | {fact.default_ratio} | {fact.summary} | {paper} |")
+        return
+    table = Table("policy", "stages", "keeps", "paper", box=SIMPLE_HEAD)
+    for fact in facts:
+        table.add_row(fact.name, fact.stages, fact.default_ratio, fact.paper)
+    console.print(table)
+    console.print('prune(model, "name", tokens=64) or ratio=0.25; without either, the share under "keeps".')
+
+
+@app.command()
+def families() -> None:
+    """List the model families: config.model_type and what is supported."""
+    from .registry import ADAPTERS
+
+    table = Table("model_type", "models", box=SIMPLE_HEAD)
+    for name, entry in ADAPTERS.items():
+        module = entry.split(":")[0] if isinstance(entry, str) else entry.__module__
+        table.add_row(name, (importlib.import_module(module).__doc__ or "").split("\n")[0].replace("``", ""))
+    console.print(table)
+
+
+@app.command()
+def oracle(
+    tokens: Annotated[int, typer.Option(help="Visual tokens kept, of 576.")] = 64,
+    hidden: Annotated[int, typer.Option(help="Width of the language model.")] = 1024,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, each one prefill of either kind.")] = 15,
+    bound: Annotated[float, typer.Option(help="Exit with 1 if the ratio of the medians is above.")] = 1.03,
+) -> None:
+    """Time the prefill of a pruned prompt against one that never had the dropped tokens."""
+    with plain_errors():
+        from .eval.oracle import compare
+
+        result = compare(tokens=tokens, hidden=hidden, layers=layers, rounds=rounds)
+    console.print(str(result), highlight=False, soft_wrap=True)
+    if result.ratio > bound:
+        typer.echo(f"above the bound of {bound}", err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()
