@@ -61,7 +61,7 @@ demo-quick: $(READY) ## the same, smaller, under a minute
 oracle: $(READY) ## prefill of a pruned prompt against a prompt that never had the tokens
 	$(VENV)/bin/vlm-prune oracle
 
-train-tiny: $(READY) ## train the shipped test models again (an hour and a half on one core)
+train-tiny: $(READY) ## train the shipped test models again (about two hours on one core)
 	$(RUN) vlm_prune.eval.tiny.train --all
 
 card: $(READY) ## measure the shipped test models and write their cards

@@ -68,7 +68,7 @@ class Anatomy:
     base: nn.Module
     tower: Tower
     projector: nn.Module
-    decoder: nn.Module
+    decoder: Any
     decoder_layers: list[nn.Module]
     image_tokens: tuple[int, ...]
     tile: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
@@ -17,10 +17,16 @@ from vlm_prune import Receipt, pruned
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy at a budget: ``ratio`` of the visual tokens is kept."""
+    """A policy at a budget: ``ratio`` of the visual tokens is kept (``None``: the policy drops none by budget)."""
 
     policy: str
-    ratio: float
+    ratio: float | None
+    fields: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `prune` takes beside the policy."""
+        return {**self.fields, **({} if self.ratio is None else {"ratio": self.ratio})}
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def latencies(
 def _one_answer(
     model: PreTrainedModel, setting: Setting, inputs: Any, max_new_tokens: int
 ) -> tuple[float, float, float, int]:
-    with pruned(model, setting.policy, ratio=setting.ratio):
+    with pruned(model, setting.policy, **setting.options):
         begin = time.perf_counter()
         model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         elapsed = 1e3 * (time.perf_counter() - begin)

@@ -28,6 +28,11 @@ def model_path(name: str) -> Path:
     return WEIGHTS / name
 
 
+def exit_gates(name: str) -> Path:
+    """File of the DyVTE exit gates trained for a shipped model: ``prune(model, "dyvte", gates=exit_gates(name))``."""
+    return model_path(name) / "exit_gates.safetensors"
+
+
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a shipped test model and its processor, without network access.
 

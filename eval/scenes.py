@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -190,7 +191,7 @@ def cooccurrence(scenes: Sequence[Scene]) -> Counter[tuple[str, str]]:
     return Counter((a, b) for scene in scenes for a in scene.names for b in scene.names if a != b)
 
 
-def pope_questions(scenes: Sequence[Scene], split: str, seed: int) -> list[dict]:
+def pope_questions(scenes: Sequence[Scene], split: str, seed: int) -> list[dict[str, Any]]:
     """POPE questions about `scenes`, built by the rules of the official code.
 
     Per scene with at least three distinct objects: the first three, each followed by an absent object that
@@ -207,7 +208,7 @@ def pope_questions(scenes: Sequence[Scene], split: str, seed: int) -> list[dict]
     frequency = Counter(name for scene in scenes for name in scene.names)
     together = cooccurrence(scenes)
     seen = sorted(frequency)
-    questions: list[dict] = []
+    questions: list[dict[str, Any]] = []
 
     def ask(image: int, name: str, label: str) -> None:
         text = f"Is there {with_article(name)} in the image?"

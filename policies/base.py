@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -69,6 +69,8 @@ class Policy:
     """Whether `modulate` looks at the input of its layers."""
     needs_text_only: ClassVar[bool] = False
     """Whether `modulate` compares with a pass over the prompt without its images."""
+    modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "outputs"
+    """What `modulate` edits. Whatever the written order, logits come first and outputs last."""
 
     positions: Positions = "compact"
 
@@ -102,6 +104,10 @@ class Policy:
     def encode_final(self, view: FeaturesView) -> Keep | None:
         """Behind the tower, or behind the projector: which units go on. ``None`` keeps all of them."""
         return None
+
+    def for_decoder(self, config: Any) -> Policy:
+        """This policy with what it can read off the decoder's config filled in, when pruning starts."""
+        return self
 
     def prefill_layers(self, depth: int) -> Collection[int]:
         """0-based decoder layers, of ``depth``, after which `prefill` is asked."""

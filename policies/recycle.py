@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .base import Keep
@@ -26,26 +27,28 @@ class Cells:
 
     @classmethod
     def of(cls, grids: list[tuple[int, int]], side: float, device: torch.device | str = "cpu") -> Cells:
-        """Cells of ``side`` x ``side`` tokens; ``side`` need not be whole: a row lies in cell row ``row // side``.
+        """Cells of ``side`` x ``side`` tokens; ``side`` need not be whole.
 
         ``grids`` are (rows, columns) of token grids that stand one behind the other and share no cells.
         """
         numbers: list[int] = []
         count = 0
         for rows, columns in grids:
-            down, across = cell_grid((rows, columns), side)
-            numbers += [
-                count + int(row // side) * across + int(column // side)
-                for row in range(rows)
-                for column in range(columns)
-            ]
-            count += down * across
+            down, across = _lines(rows, side), _lines(columns, side)
+            numbers += [count + row * (across[-1] + 1) + column for row in down for column in across]
+            count += (down[-1] + 1) * (across[-1] + 1)
         return cls(torch.tensor(numbers, device=device), count)
+
+
+def _lines(tokens: int, side: float) -> list[int]:
+    """Row (or column) of cells in which each row of tokens lies; in fp32, as in the released code."""
+    lines: list[int] = np.floor(np.arange(tokens, dtype=np.float32) / np.float32(side)).astype(int).tolist()
+    return lines
 
 
 def cell_grid(grid: tuple[int, int], side: float) -> tuple[int, int]:
     """Rows and columns of cells that cover ``grid`` (rows and columns of tokens)."""
-    return int((grid[0] - 1) // side) + 1, int((grid[1] - 1) // side) + 1
+    return _lines(grid[0], side)[-1] + 1, _lines(grid[1], side)[-1] + 1
 
 
 def fitting_side(grid: tuple[int, int], side: float, most: int) -> float:
@@ -57,27 +60,20 @@ def fitting_side(grid: tuple[int, int], side: float, most: int) -> float:
         side = min(n / (cells - 1) for n, cells in zip(grid, (down, across), strict=True) if cells > 1)
 
 
-def lowest(scores: torch.Tensor, drop: int) -> torch.Tensor:
-    """The ``drop`` tokens of lowest score: bool like ``scores`` ``(batch, tokens)``. NaN ranks highest."""
-    return scores.argsort(dim=-1, stable=True).argsort(dim=-1) < drop
+def count_to_merge(order: torch.Tensor, cells: Cells, keep: int) -> torch.Tensor:
+    """How many tokens of lowest score to merge so that ``keep`` are left: int64 ``(batch, 1)``.
 
-
-def lowest_leaving(scores: torch.Tensor, cells: Cells, keep: int) -> torch.Tensor:
-    """The tokens of lowest score, as many that ``keep`` are left once those of each cell have become one.
-
-    ``scores`` is ``(batch, tokens)``; the result bool like it. Going up in score, the first token of a cell leaves as
-    many as before, every later one leaves one less. So each row reaches exactly ``keep``, whatever its scores are,
-    if ``keep`` is at least the number of cells.
+    ``order`` ``(batch, tokens)`` are the tokens by rising score. Going up in it, the first token of a cell leaves as
+    many as before, every later one leaves one less. So each row reaches exactly ``keep``, whatever its scores are, if
+    ``keep`` is at least the number of cells.
     """
-    tokens = scores.shape[1]
-    order = scores.argsort(dim=-1, stable=True)
+    tokens = order.shape[1]
     rank = order.argsort(dim=-1)
     cell = cells.number.expand_as(rank)
     first = rank.new_full((len(rank), cells.count), tokens).scatter_reduce(1, cell, rank, "amin")
     leaves_less = (rank != first.gather(1, cell)).gather(1, order)
     left = tokens - leaves_less.cumsum(-1)
-    merged = (left > keep).sum(-1, keepdim=True) + int(keep < tokens)
-    return rank < merged
+    return (left > keep).sum(-1, keepdim=True) + int(keep < tokens)
 
 
 def group_mean(
@@ -108,29 +104,34 @@ def group_mean(
 def recycle(
     features: torch.Tensor,
     scores: torch.Tensor,
-    low: torch.Tensor,
+    order: torch.Tensor,
+    merge: torch.Tensor | int,
     cells: Cells,
     width: int | None = None,
     guarded: bool = True,
 ) -> Keep:
-    """Make one token of the tokens ``low`` of each cell; all others stay as they are.
+    """Make one token of the tokens of lowest score in each cell; all others stay as they are.
 
     The merged token stands where the one of highest score in its group stood.
 
     Args:
         features: ``(batch, tokens, channels)``.
         scores: importance ``(batch, tokens)``.
-        low: bool ``(batch, tokens)``, the tokens to merge.
+        order: int64 ``(batch, tokens)``, the tokens by rising score.
+        merge: how many tokens to merge, one number or int64 ``(batch, 1)``.
         cells: the cell of each token.
         width: tokens that every row then keeps, if that is known; ``None`` waits for the device to find out.
         guarded: see `group_mean`.
     """
     device = features.device
+    low = order.argsort(dim=-1) < merge
     member = (cells.number == torch.arange(cells.count, device=device)[:, None]) & low[:, None]
     merged = group_mean(features, scores, member, guarded).to(features.dtype)
-    head = torch.where(member, scores[:, None], -torch.inf).argmax(-1, keepdim=True)
-    is_head = (torch.arange(features.shape[1], device=device) == head) & member.any(-1, keepdim=True)
-    heads = is_head.any(1)
+    # by rising score, so that of equals the same one is chosen as in the released code
+    rising = member.gather(2, order[:, None].expand_as(member))
+    top = torch.where(rising, scores.gather(1, order)[:, None], -torch.inf).argmax(-1)
+    is_head = torch.arange(features.shape[1], device=device) == order.gather(1, top)[..., None]
+    heads = (is_head & member.any(-1, keepdim=True)).any(1)
 
     mask = heads | ~low
     keep = Keep.from_mask(mask, int(mask.sum(-1).max()) if width is None else width)
@@ -151,7 +152,9 @@ def recycle_to(
     where there would be more cells than ``keep``.
     """
     cells = Cells.of([grid], fitting_side(grid, side, keep), features.device)
-    return recycle(features, scores, lowest_leaving(scores, cells, keep), cells, min(keep, scores.shape[1]))
+    order = scores.argsort(dim=-1, stable=True)
+    merge = count_to_merge(order, cells, keep)
+    return recycle(features, scores, order, merge, cells, min(keep, scores.shape[1]))
 
 
 def recycle_official(
@@ -162,6 +165,7 @@ def recycle_official(
     Rows keep about ``share`` of their tokens, each its own number. NaN ranks highest, and nothing guards the weights.
     """
     tokens = scores.shape[1]
-    drop = round(tokens * (1 - share)) + int(tokens / side**2)
+    merge = round(tokens * (1 - share)) + int(tokens / side**2)
     cells = Cells.of(grids, side, features.device)
-    return recycle(features, scores, lowest(scores, min(drop, tokens)), cells, guarded=False)
+    order = scores.sort(dim=-1).indices  # not stable, as in the released code: equals go as they do there
+    return recycle(features, scores, order, merge, cells, guarded=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.models import make, prompt
-from vlm_prune import prune, registry, unprune
+from vlm_prune import prune, unprune
 from vlm_prune.errors import BudgetError, PolicyError, StateError
 from vlm_prune.policies.shares import solve_last
 from vlm_prune.policies.vflowopt import VFlowOpt
@@ -90,7 +90,7 @@ def test_study_of_another_search_is_refused(tmp_path, text, said):
     assert path.read_text() == text
 
 
-def test_interrupted_search_ends_as_if_never_interrupted(tmp_path, data, fast, monkeypatch):
+def test_interrupted_search_ends_as_if_never_interrupted(tmp_path, data, fast):
     model, study = make("llava"), tmp_path / "study.jsonl"
     whole = tune(model, data, 0.5, study=tmp_path / "whole.jsonl", **fast)
     tune(model, data, 0.5, study=study, **{**fast, "calls": 2})
@@ -99,7 +99,6 @@ def test_interrupted_search_ends_as_if_never_interrupted(tmp_path, data, fast, m
     assert study.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert 0 < found.similarity <= 1
 
-    monkeypatch.setitem(registry.POLICIES, "vflowopt", VFlowOpt)
     config = load_config(tmp_path / "config.json")
     assert set(config) == {"policy", "ratio", *NAMES}
     with torch.no_grad():

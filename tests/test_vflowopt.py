@@ -23,8 +23,8 @@ from vlm_prune.policies.importance import (
 from vlm_prune.policies.recycle import (
     Cells,
     cell_grid,
+    count_to_merge,
     fitting_side,
-    lowest_leaving,
     recycle,
     recycle_official,
     recycle_to,
@@ -178,7 +178,8 @@ def test_exactly_the_budget_is_left_and_each_tile_stands_for_itself(grid, side, 
     assert together.index.shape == (3, keep)
     assert together.valid is None
     cells = Cells.of([grid], fitting_side(grid, side, keep))
-    low = lowest_leaving(scores, cells, keep)
+    order = scores.argsort(-1)
+    low = order.argsort(-1) < count_to_merge(order, cells, keep)
     for b in range(3):
         kept, rows = naive_recycle(features[b], scores[b], low[b], cells.number)
         assert together.index[b].tolist() == kept
@@ -220,9 +221,8 @@ def test_cells_grow_until_they_fit(grid, side, most):
 def test_weights_stay_weights(bad):
     features = torch.randn(1, 8, 3)
     scores = torch.full((1, 8), bad)
-    low = torch.ones(1, 8, dtype=torch.bool)
     cells = Cells.of([(2, 4)], 2)
-    rows = recycle(features, scores, low, cells, 2).rows
+    rows = recycle(features, scores, torch.arange(8)[None], 8, cells, 2).rows
     want = torch.stack([features[0, [0, 1, 4, 5]].mean(0), features[0, [2, 3, 6, 7]].mean(0)])
     torch.testing.assert_close(rows[0], want)
     assert rows.abs().max() <= features.abs().max()
@@ -230,9 +230,8 @@ def test_weights_stay_weights(bad):
 
 def test_released_weights_may_explode():
     scores = torch.tensor([[0.5, -0.499]])
-    low = torch.ones(1, 2, dtype=torch.bool)
     features = torch.tensor([[[1.0], [-1.0]]])
-    rows = recycle(features, scores, low, Cells.of([(1, 2)], 2), guarded=False).rows
+    rows = recycle(features, scores, torch.tensor([[1, 0]]), 2, Cells.of([(1, 2)], 2), guarded=False).rows
     assert rows.abs().max() > 500
 
 

@@ -66,6 +66,16 @@ class Site:
             ALL_ATTENTION_FUNCTIONS.pop(NAME, None)
 
 
+class _Stock:
+    """An attention module as it is unpruned: flash attention asks its config which implementation it is."""
+
+    def __init__(self, module: Any, config: Any):
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def attend(
     module: Any,
     query: torch.Tensor,
@@ -81,7 +91,7 @@ def attend(
     live = site.observer(site.layer, query, key, value, scaling)
     if live is not None:
         attention_mask = _key_mask(live, query, site.stock_config._attn_implementation)
-    output, weights = real(module, query, key, value, attention_mask, **kwargs)
+    output, weights = real(_Stock(module, site.stock_config), query, key, value, attention_mask, **kwargs)
     if site.editor is not None:
         output = site.editor(site.layer, query, key, value, scaling, output)
     return output, weights
@@ -98,9 +108,9 @@ def _implementation(module: Any, name: str) -> Callable[..., Any]:
 
 def _key_mask(live: torch.Tensor, query: torch.Tensor, implementation: str) -> torch.Tensor:
     """Keys ``(batch, tokens)`` that may be attended, in the form that the implementation takes."""
-    if implementation.startswith("flash"):
+    if "flash" in implementation:  # its own names, and kernels from the hub such as kernels-community/flash-attn
         return live
-    mask = live[:, None, None].expand(-1, 1, query.shape[2], -1)
+    mask = live[:, None, None]  # the same for all queries: never as large as an attention map
     if implementation == "eager":
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return mask

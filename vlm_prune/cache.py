@@ -115,7 +115,7 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.crop(tokens_to_remove if tokens_to_remove <= 0 else self.physical - drop)
 
     def _crop_turn(self, kept: int, size: int) -> None:
-        """Forget the end of the last pruned turn, if all of it has its rows (as candidates of assisted decoding have)."""
+        """Forget the end of the last pruned turn, if all of it has rows (as candidates of assisted decoding have)."""
         cut = self.prefilled - kept
         if self.turn is None or cut > self.turn.tail():
             raise UnsupportedCallError(

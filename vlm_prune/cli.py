@@ -18,24 +18,25 @@ from typer.core import TyperGroup
 
 from .errors import PruningError
 
-SCORES = ("pope", "pope-questions", "chair")
-"""Commands that live in ``vlm_prune.eval.scores_cli``."""
+ELSEWHERE = dict.fromkeys(("pope", "pope-questions", "chair"), "scores_cli") | dict.fromkeys(
+    ("train-exit", "tune"), "learn_cli"
+)
+"""Commands that live in other modules of ``vlm_prune.eval``."""
 
 
 class Commands(TyperGroup):
-    """The commands below and those of `SCORES`, which are imported when one of them is asked for."""
+    """The commands below and those of `ELSEWHERE`, which are imported when one of them is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All names."""
-        return [*super().list_commands(ctx), *SCORES]
+        return [*super().list_commands(ctx), *ELSEWHERE]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command by its name; ``None`` if there is none."""
-        if cmd_name not in SCORES:
+        if cmd_name not in ELSEWHERE:
             return super().get_command(ctx, cmd_name)
-        from .eval.scores_cli import app as scores
-
-        return typer.main.get_group(scores).get_command(ctx, cmd_name)
+        module = importlib.import_module(f"vlm_prune.eval.{ELSEWHERE[cmd_name]}")
+        return typer.main.get_group(module.app).get_command(ctx, cmd_name)
 
 
 app = typer.Typer(
@@ -151,6 +152,21 @@ def families() -> None:
         module = entry.split(":")[0] if isinstance(entry, str) else entry.__module__
         table.add_row(name, (importlib.import_module(module).__doc__ or "").split("\n")[0].replace("``", ""))
     console.print(table)
+
+
+@app.command()
+def run(config: Annotated[Path, typer.Argument(help="The YAML file; see examples/.")]) -> None:
+    """Cross models, policies and budgets as a YAML file says; resumes where it stopped. Exit code 1 if a cell failed."""
+    with plain_errors():
+        from transformers.utils import logging
+
+        from .eval.runs.config import load_config
+        from .eval.runs.run import run as execute
+
+        logging.disable_progress_bar()
+        failed = execute(load_config(config), console)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from . import stream
@@ -20,6 +20,7 @@ from .attention import Site
 from .budget import Budget
 from .cache import PrunedLayer, join_masks, past_mask, trim, wrap
 from .calls import ForwardCall, current_forward
+from .errors import UnsupportedModelError
 from .policies.base import Policy
 from .policies.views import AttentionView, ModulateView, PrefillView
 from .rows import Rows
@@ -43,6 +44,8 @@ class DecoderLayers:
                 self.pruned.setdefault(layer, []).append((policy, budget))
             for layer in policy.modulate_layers(self.depth):
                 self.modulated.setdefault(layer, []).append(policy)
+        for editors in self.modulated.values():
+            editors.sort(key=lambda policy: ("logits", "probabilities", "outputs").index(policy.modulates))
         self.trimmed = {layer for policy, _ in policies for layer in policy.trimmed_layers(self.depth)}
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
         self.sites: list[Site] = []
@@ -277,6 +280,9 @@ class DecoderLayers:
             )
             edited = policy.modulate(view)
             output = output if edited is None else edited
+            marks.update(view.carry)
+        if stored is not None:
+            stored.marks = marks
         return output
 
     def _marks(
@@ -286,16 +292,16 @@ class DecoderLayers:
         known = stored.marks if stored is not None else {}
         if call.rows is None:
             return {name: torch.nn.functional.pad(x, (0, keys - x.shape[1])) for name, x in known.items()}
-        marks: dict[str, torch.Tensor] = {}
         now = dict(call.rows.carry)
         if call.rows.visual is not None:
             now["visual"] = call.rows.visual
-        for name, x in now.items():
-            past = known.get(name, x.new_zeros(len(x), 0))
+        marks: dict[str, torch.Tensor] = {}
+        for name in {**known, **now}:
+            new = now.get(name)
+            new = known[name].new_zeros(len(known[name]), queries) if new is None else new
+            past = known.get(name, new.new_zeros(len(new), 0))
             past = torch.nn.functional.pad(past, (0, keys - queries - past.shape[1]))
-            marks[name] = torch.cat([past, x], 1)
-        if stored is not None:
-            stored.marks = marks
+            marks[name] = torch.cat([past, new], 1)
         return marks
 
     def _valid(
@@ -318,6 +324,16 @@ class DecoderLayers:
                 trim(wrap(cache, number), held[number], final)
                 held[number] = final
         return held
+
+
+def check_decoder(decoder: Any) -> None:
+    """Raise if the decoder's layers remember anything else than all tokens."""
+    for layer in DynamicCache(config=decoder.config).layers:
+        if type(layer) is not DynamicLayer:
+            raise UnsupportedModelError(
+                f"The language model {type(decoder).__name__} has cache layers of kind {type(layer).__name__}, such as "
+                "sliding windows have: only decoders with full attention in every layer can be pruned."
+            )
 
 
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:

@@ -21,12 +21,19 @@ POLICIES: dict[str, str | type[Policy]] = {
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
     "none": "vlm_prune.policies.baselines:Identity",
+    "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
     "random": "vlm_prune.policies.baselines:Random",
     "uniform": "vlm_prune.policies.baselines:Uniform",
+    "var": "vlm_prune.policies.var:VAR",
+    "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
+    "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
 }
 """Policy name -> class, or "module:class" to import on demand."""
+
+ALIASES = {"fixing_imbalance": "paint"}
+"""Other names that policies go by."""
 
 ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "internvl": "vlm_prune.adapters.internvl:anatomy",
@@ -45,13 +52,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def register_policy(name: str, policy: type[Policy]) -> None:
     """Make a policy of your own known by name. Raises if the name is taken."""
-    if name in POLICIES:
+    if name in POLICIES or name in ALIASES:
         raise PolicyError(f'policy="{name}" exists already: register yours under another name.')
     POLICIES[name] = policy
 
 
 def policy_class(name: str) -> type[Policy]:
     """The class of a policy."""
+    name = ALIASES.get(name, name)
     if name not in POLICIES:
         raise PolicyError(f'policy="{name}" is not known. {did_you_mean(name, POLICIES)}')
     return _load(POLICIES[name])

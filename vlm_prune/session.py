@@ -14,7 +14,7 @@ from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
 from .errors import UnsupportedCallError
 from .language import Decoder
-from .layers import DecoderLayers
+from .layers import DecoderLayers, check_decoder
 from .policies.base import Policy
 from .receipt import Receipt
 from .tower import Encoder
@@ -31,6 +31,8 @@ class Pruning:
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, policies: tuple[Policy, ...], budget: Budget):
+        check_decoder(anatomy.decoder)
+        policies = tuple(policy.for_decoder(anatomy.decoder.config) for policy in policies)
         self.policies, self.budget, self.family = policies, budget, anatomy.family
         self._anatomy = anatomy
         self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
@@ -118,7 +120,7 @@ class Pruning:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hand the loss its next-token targets, so that a row whose successor is dropped learns the one behind it."""
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        if labels is None:
+        if labels is None and shifted is None:
             return None
         # a tensor of our own: the decoder's entry writes the final targets into it once it knows what was dropped
         shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if shifted is None else shifted.clone()

@@ -59,9 +59,9 @@ def retarget(
     Each of them gets the label of the next one, as it would had the others never been there.
     """
     labels = compact(torch.nn.functional.pad(targets[:, :-1], (1, 0), value=ignore), order)
-    if valid is not None:
-        labels = labels.masked_fill(~valid, ignore)
     moved = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore)
+    if valid is not None:  # nothing comes before a sequence's first token that could predict it
+        moved = moved.masked_fill(~valid, ignore)
     return torch.full_like(targets, ignore).scatter(1, order, moved)
 
 

@@ -20,6 +20,7 @@ from .adapters.base import Tower
 from .attention import Site
 from .budget import Budget
 from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
+from .errors import UnsupportedCallError
 from .policies.base import Keep, Policy
 from .policies.pooling import grid_places, shrink
 from .policies.views import AttentionView, FeaturesView, TowerView
@@ -84,6 +85,7 @@ class Encoder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin an encode call."""
+        self._check_recompute()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         patches = self.tower.patch_grid(*pixels.shape[-2:])
         grid = self.tower.unit_grid(*pixels.shape[-2:])
@@ -122,6 +124,17 @@ class Encoder:
             slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)
             state.slots = slots.expand(call.tiles, -1, -1)
         return shrink(call.pixels, small[0] * height // call.grid[0], small[1] * width // call.grid[1])
+
+    def _check_recompute(self) -> None:
+        """Refuse to train a tower in which tokens are cut and whose layers run again in the backward pass."""
+        cut = [self.tower.layers[number] for number in self.asked]
+        again = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in cut)
+        if again and torch.is_grad_enabled():
+            raise UnsupportedCallError(
+                "The vision tower has gradient checkpointing on, and this policy cuts tokens inside it: its layers "
+                "would run again in the backward pass, without the cuts. Turn it off for the tower alone, by its own "
+                "gradient_checkpointing_disable(), or put the tower in eval mode."
+            )
 
     def see_attention(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -166,6 +179,7 @@ class Encoder:
             attention=state.attention,
             slots=state.slots,
             valid=state.valid,
+            pixels=call.pixels,
             carry=state.carry,
         )
         state.attention = None

@@ -160,8 +160,8 @@ def tune(
         kept = Study.open(study, header)
 
         def value(point: Point) -> float:
-            policy = VFlowOpt(**dict(zip(bounds, point, strict=True)), **fixed)
-            with pruned(model, policy, ratio=target):
+            settings: dict[str, Any] = {**fixed, **dict(zip(bounds, point, strict=True))}
+            with pruned(model, VFlowOpt(**settings), ratio=target):
                 return sum(
                     similarity(last_hidden(anatomy.base, inputs), truth)
                     for inputs, truth in zip(prompts, unpruned, strict=True)

@@ -6,6 +6,8 @@ used in training only; the shipped models never name it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AttentionInterface
 
@@ -19,7 +21,7 @@ def bf16_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Softmax attention in bfloat16.
 

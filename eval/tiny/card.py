@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -64,7 +65,7 @@ TITLES = {
 }
 
 
-def value(row: dict, column: str) -> float:
+def value(row: dict[str, Any], column: str) -> float:
     """One figure of a measured row."""
     return row[column]["f1"] if column.startswith("pope") else row[column]
 
@@ -80,7 +81,7 @@ def with_interval(figure: float, interval: list[float]) -> str:
     return f"{figure:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def full_table(full: dict) -> str:
+def full_table(full: dict[str, Any]) -> str:
     """All visual tokens: POPE per split, recall and CHAIR."""
     rows = []
     for split in SPLITS:
@@ -94,7 +95,7 @@ def full_table(full: dict) -> str:
     return table(["figure", "value [95 % interval]", "of"], rows)
 
 
-def curve_table(curve: list[dict], column: str, packed: bool) -> str:
+def curve_table(curve: list[dict[str, Any]], column: str, packed: bool) -> str:
     """One figure against kept tokens, one row per rule."""
     start = next(row for row in curve if row["rule"] == "all")
     found = {(row["rule"], row["ratio"]): row for row in curve if row["packed"] == packed}
@@ -106,7 +107,7 @@ def curve_table(curve: list[dict], column: str, packed: bool) -> str:
     return table([TITLES[column], *(f"{ratio:.4g}" for ratio in RATIOS)], rows)
 
 
-def training_table(rows: list[dict], columns: dict[str, str], points: int = 9) -> str:
+def training_table(rows: list[dict[str, Any]], columns: dict[str, str], points: int = 9) -> str:
     """The training curve of one stage, thinned to about `points` rows."""
     step = max(1, round(len(rows) / points))
     chosen = rows[step - 1 :: step]
@@ -116,7 +117,7 @@ def training_table(rows: list[dict], columns: dict[str, str], points: int = 9) -
     return table(["step", *columns.values()], lines)
 
 
-def plot(figures: dict, path: Path) -> None:
+def plot(figures: dict[str, Any], path: Path) -> None:
     """POPE F1, caption recall and CHAIRs against the share of kept tokens, packed positions."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), dpi=90)
     start = next(row for row in figures["curve"] if row["rule"] == "all")

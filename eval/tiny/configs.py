@@ -17,6 +17,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2Config,
 )
@@ -143,7 +144,7 @@ def build_internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
     return _finish(InternVLForConditionalGeneration(config)), processor
 
 
-def _ids(tokenizer) -> dict[str, int]:
+def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Subject:
             yield from (group[start : start + CHUNK].tolist() for start in range(0, len(group), CHUNK))
 
     @torch.no_grad()
-    def run(self, rule: str, ratio: float, packed: bool = True) -> dict:
+    def run(self, rule: str, ratio: float, packed: bool = True) -> dict[str, Any]:
         """Answer every POPE question and caption every scene with `ratio` of the visual tokens.
 
         `packed` renumbers the kept tokens; otherwise they keep their original positions.
@@ -145,9 +146,9 @@ class Subject:
             embeddings, positions = embed(tokens[:, None]), positions[:, -1:] + 1
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
 
-    def figures(self, answers: list[dict[str, str]], captions: list[str]) -> dict:
+    def figures(self, answers: list[dict[str, str]], captions: list[str]) -> dict[str, Any]:
         """POPE per split and CHAIR with 95 % intervals: bootstrap over scenes, Wilson for CHAIRs."""
-        result: dict = {}
+        result: dict[str, Any] = {}
         for split in SPLITS:
             rows = np.zeros((len(self.scenes), 4), int)
             for question in self.questions[split]:

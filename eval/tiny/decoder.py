@@ -7,6 +7,7 @@ pruned.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from . import attention
 from .features import FeatureCache
 from .language import HONEST, Bias, Turn, dialogue
 from .packing import LABEL_IGNORE, Packer, packed_hidden
-from .tower import log_uniform
 from .training import make_optimizers, train
 
 BATCH = 16
@@ -65,6 +65,11 @@ class Batch:
     kept: list[np.ndarray]
     packed: list[bool]
     turns: list[list[Turn]]
+
+
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """A draw that is uniform on the logarithmic scale."""
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
 def object_subset(shares: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
@@ -111,7 +116,7 @@ def draw_batch(cache: FeatureCache, progress: float, recipe: Recipe, rng: np.ran
             keep = random_subset(total, budget, rng)
         seen = np.ones(len(cache.objects[index]), bool) if hidden else seen_objects(shares, keep)
         kept.append(keep)
-        turns.append(dialogue(cache.objects[index], seen, cache.sizes[index], rng, recipe.bias))
+        turns.append(dialogue(cache.objects[index], seen.tolist(), cache.sizes[index], rng, recipe.bias))
     packed = rng.random(BATCH) < (0.1 if subset else 0.5)
     return Batch(scenes, kept, list(packed), turns)
 

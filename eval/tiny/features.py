@@ -109,7 +109,8 @@ def training_scenes(count: int, seed: int, tiled: bool) -> Iterable[Scene]:
 def build_cache(model: PreTrainedModel, scenes: Iterable[Scene], count: int) -> FeatureCache:
     """Run the frozen tower once over all scenes, in bfloat16."""
     cell = PATCH * 2 if is_tiled(model) else PATCH
-    parts, shares, objects, sizes, waiting = [], [], [], [], []
+    parts, shares, objects, sizes = [], [], [], []
+    waiting: list[torch.Tensor] = []
 
     def flush() -> None:
         with torch.autocast("cpu", torch.bfloat16):

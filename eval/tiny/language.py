@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TypeVar
 
 import numpy as np
 
 from ..scenes import COLORS, PARTNER, PLURALS, SHAPES, SceneObject, caption, with_article
 from .vocabulary import NUMBERS, PLACES
+
+Item = TypeVar("Item")
 
 CAPTION_PROMPTS = (
     "Please describe this image in detail.",
@@ -103,7 +107,7 @@ def dialogue(
     return turns
 
 
-def _one(options, rng: np.random.Generator):
+def _one(options: Sequence[Item], rng: np.random.Generator) -> Item:
     return options[int(rng.integers(len(options)))]
 
 
@@ -118,7 +122,13 @@ def _caption(visible: Sequence[SceneObject], imagined: Sequence[str]) -> str:
     return caption(pairs)
 
 
-def _existence(rng, visible, objects, bias, size) -> Turn | None:
+def _existence(
+    rng: np.random.Generator,
+    visible: Sequence[SceneObject],
+    objects: Sequence[SceneObject],
+    bias: Bias,
+    size: tuple[int, int],
+) -> Turn | None:
     claimed = [item.shape for item in visible]
     everything = {item.shape for item in objects}
     absent = [name for name in SHAPES if name not in everything]
@@ -131,7 +141,13 @@ def _existence(rng, visible, objects, bias, size) -> Turn | None:
     return Turn(_one(EXISTENCE_PROMPTS, rng).format(with_article(name)), answer)
 
 
-def _colored_existence(rng, visible, objects, bias, size) -> Turn | None:
+def _colored_existence(
+    rng: np.random.Generator,
+    visible: Sequence[SceneObject],
+    objects: Sequence[SceneObject],
+    bias: Bias,
+    size: tuple[int, int],
+) -> Turn | None:
     if not visible:
         return None
     item = _one(visible, rng)
@@ -143,9 +159,15 @@ def _colored_existence(rng, visible, objects, bias, size) -> Turn | None:
     return Turn(_one(EXISTENCE_PROMPTS, rng).format(with_article(f"{color} {item.shape}")), answer)
 
 
-def _attribute(rng, visible, objects, bias, size) -> Turn | None:
+def _attribute(
+    rng: np.random.Generator,
+    visible: Sequence[SceneObject],
+    objects: Sequence[SceneObject],
+    bias: Bias,
+    size: tuple[int, int],
+) -> Turn | None:
     by_shape = rng.random() < 0.6
-    key = (lambda item: item.shape) if by_shape else (lambda item: item.color)
+    key = attrgetter("shape" if by_shape else "color")
     unique = [item for item in visible if sum(key(other) == key(item) for other in objects) == 1]
     if not unique:
         return None
@@ -155,7 +177,13 @@ def _attribute(rng, visible, objects, bias, size) -> Turn | None:
     return Turn(f"What is the {item.color} object?", item.shape)
 
 
-def _count(rng, visible, objects, bias, size) -> Turn | None:
+def _count(
+    rng: np.random.Generator,
+    visible: Sequence[SceneObject],
+    objects: Sequence[SceneObject],
+    bias: Bias,
+    size: tuple[int, int],
+) -> Turn | None:
     if len(visible) < len(objects):
         return None
     if rng.random() < 0.5:
@@ -165,7 +193,13 @@ def _count(rng, visible, objects, bias, size) -> Turn | None:
     return Turn(f"How many {PLURALS[name]} are in the image?", NUMBERS[count])
 
 
-def _where(rng, visible, objects, bias, size) -> Turn | None:
+def _where(
+    rng: np.random.Generator,
+    visible: Sequence[SceneObject],
+    objects: Sequence[SceneObject],
+    bias: Bias,
+    size: tuple[int, int],
+) -> Turn | None:
     unique = [item for item in visible if sum(other.shape == item.shape for other in objects) == 1]
     if not unique:
         return None

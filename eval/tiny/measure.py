@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -30,7 +31,7 @@ def settings() -> Iterator[tuple[str, float, bool]]:
                 yield rule, ratio, packed
 
 
-def measure(name: str, full: int, pruned: int) -> dict:
+def measure(name: str, full: int, pruned: int) -> dict[str, Any]:
     """Figures of one model: all visual tokens on `full` scenes, the curves on the first `pruned` of them."""
     model, processor = load_model(name, dtype=torch.bfloat16)
     sizes = SIZES if is_tiled(model) else ((128, 128),)

@@ -7,7 +7,6 @@ make the patch tokens of the consumed layer carry what a language model needs. A
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import numpy as np
@@ -210,8 +209,3 @@ def pretrain_tower(
         lambda: tower_figures(model, *held_out),
     )
     return model.tower.requires_grad_(False)
-
-
-def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """A draw that is uniform on the logarithmic scale."""
-    return math.exp(rng.uniform(math.log(low), math.log(high)))

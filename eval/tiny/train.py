@@ -1,8 +1,8 @@
 """Train the shipped test models from nothing: `python -m vlm_prune.eval.tiny.train --all`.
 
 Fixed steps and seeds. Every stage resumes from its checkpoint under `runs/tiny/`, and a finished stage is
-skipped, so the command may be interrupted and given again at any time. One CPU core takes about an hour and
-a half for everything.
+skipped, so the command may be interrupted and given again at any time. One CPU core takes about two
+hours for everything.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -120,7 +121,7 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> Non
     path.chmod(0o644)
 
 
-def training_log(name: str, runs: Path) -> dict[str, list[dict]]:
+def training_log(name: str, runs: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows of the log of each stage."""
     stages = {"tower": f"{SPECS[name].tower}-tower", "decoder": f"{name}-decoder"}
     return {

@@ -15,7 +15,9 @@ MUON_LR = 0.02
 ADAM_LR = 1.5e-3
 
 
-def make_optimizers(hidden: list[nn.Parameter], rest: list[nn.Parameter], scale: float = 1.0) -> list:
+def make_optimizers(
+    hidden: list[nn.Parameter], rest: list[nn.Parameter], scale: float = 1.0
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of hidden layers, AdamW for all the rest; `scale` multiplies both rates."""
     return [
         torch.optim.Muon(hidden, lr=MUON_LR * scale),
@@ -31,7 +33,7 @@ def rate(step: int, steps: int, warmup: int = 40, decay: float = 0.5) -> float:
 def train(
     folder: Path,
     modules: nn.Module,
-    optimizers: list,
+    optimizers: list[torch.optim.Optimizer],
     steps: int,
     loss_at: Callable[[int], dict[str, torch.Tensor]],
     evaluate: Callable[[], dict[str, float]],

@@ -68,7 +68,7 @@ def views(scene: Scene) -> list[View]:
     if len(tiles) > 1:
         small = resize(pixels, [SIDE, SIDE], interpolation=InterpolationMode.BICUBIC, antialias=True)
         labels = np.asarray(
-            Image.fromarray(scene.index_map.view(np.uint8)).resize((SIDE, SIDE), Image.NEAREST)
+            Image.fromarray(scene.index_map.view(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
         )
         tiles.append(View(small, labels.view(np.int8), scene, zoom=(SIDE / width, SIDE / height)))
     return tiles

@@ -1,0 +1,1 @@
+"""YAML-driven runs: models x policies x budgets on one set of scenes, resumable cell by cell."""
