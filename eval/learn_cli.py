@@ -50,7 +50,9 @@ def train_exit_command(
     out.parent.mkdir(parents=True, exist_ok=True)
     gates.save(out, model=model, steps=steps, seed=seed)
     tail = log[-max(1, len(log) // 5) :]
-    typer.echo(f"{len(log)} updates, mean loss of the last {len(tail)}: {sum(s.loss for s in tail) / len(tail):.3f}")
+    typer.echo(
+        f"{len(log)} updates, mean loss of the last {len(tail)}: {sum(s.loss for s in tail) / len(tail):.3f}"
+    )
     typer.echo(f"gates in {out}: prune(model, 'dyvte', gates={str(out)!r})")
 
 
@@ -59,7 +61,9 @@ def tune_command(
     out: Annotated[Path, typer.Option(help="The JSON config to write; prune(model, config=...) loads it.")],
     model: ModelName = "tiny-llava",
     data: DataFile = None,
-    target: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the decoder's layers.")] = 0.25,
+    target: Annotated[
+        float, typer.Option(help="Visual tokens kept, averaged over the decoder's layers.")
+    ] = 0.25,
     calls: Annotated[int, typer.Option(help="Settings to try.")] = 300,
     initial: Annotated[int, typer.Option(help="How many of them by lot.")] = 27,
     samples: Annotated[int, typer.Option(help="Prompts to compare on.")] = 30,

@@ -55,7 +55,9 @@ def examples(data: Path | None, model: str, count: int, seed: int) -> list[Examp
             image = Image.open(data.parent / record["image"]).convert("RGB")
             found.append(Example(image, record["question"], record["answer"]))
         except KeyError as error:
-            raise ValueError(f"{data}, record {number}: no {error}; image, question and answer are needed.") from error
+            raise ValueError(
+                f"{data}, record {number}: no {error}; image, question and answer are needed."
+            ) from error
     return found
 
 
@@ -81,7 +83,9 @@ def training_batches(
             prompts = [prompt_text(processor, turn.question) for turn in some]
             texts = [f"{prompt} {turn.answer}" for prompt, turn in zip(prompts, some, strict=True)]
             images = [turn.image for turn in some]
-            batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+            batch = processor(
+                images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
+            )
             labels = batch["input_ids"].clone()
             for row, (image, prompt, text) in enumerate(zip(images, prompts, texts, strict=True)):
                 whole = processor(images=image, text=text)["input_ids"]

@@ -17,7 +17,7 @@ def uniform_index(grid: tuple[int, int], keep: int) -> list[int]:
     As many grid rows as give square meshes are used, each holding its share of the cells at even distances.
     """
     height, width = grid
-    rows = min(height, max(round((keep * height / width) ** 0.5), -(-keep // width), 1))
+    rows = min(height, keep, max(round((keep * height / width) ** 0.5), -(-keep // width), 1))
     share = [keep * (r + 1) // rows - keep * r // rows for r in range(rows)]
     return [
         ((2 * r + 1) * height // (2 * rows)) * width + (2 * c + 1) * width // (2 * share[r])

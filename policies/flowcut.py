@@ -17,13 +17,16 @@ from .scores import global_attention, global_similarity
 from .views import TowerView
 
 
-def information_score(attention: torch.Tensor, semantic: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+def information_score(
+    attention: torch.Tensor, semantic: torch.Tensor, magnitude: torch.Tensor
+) -> torch.Tensor:
     """Score of each token from one layer: (attention share + similarity share) x value magnitude.
 
     All arguments and the result are ``(batch, tokens)``. Official: ``compute_score``.
     """
-    share = attention / attention.sum(-1, keepdim=True)
-    return (share + semantic / semantic.sum(-1, keepdim=True)) * magnitude
+    tiny = torch.finfo(attention.dtype).tiny  # CLS may spare nothing for the patches
+    share = attention / attention.sum(-1, keepdim=True).clamp(min=tiny)
+    return (share + semantic / semantic.sum(-1, keepdim=True).clamp(min=tiny)) * magnitude
 
 
 def value_magnitude(value: torch.Tensor) -> torch.Tensor:

@@ -150,12 +150,17 @@ class Paint(Policy):
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
         """Recompute the rows that predict new tokens: the last one of a prompt, every one behind it."""
-        if LOCAL not in view.carry or (view.prefill and not self.boost_prefill):
+        brings = view.brings if view.prefill and view.key.shape[2] > view.query.shape[2] else None
+        if LOCAL not in view.carry or (view.prefill and not self.boost_prefill and brings is None):
             return None
         gain = self.alpha * view.carry[LOCAL].float() + self.beta * view.carry[SUMMARY].float()
+        if brings is not None and not self.boost_prefill:
+            gain = gain.masked_fill(brings[:, None], 0)
         lifted = (gain != 0).any(-1)[:, None, None]
         # rows of a later call are tokens that were or may be generated: several when drafts are verified together
         chosen = final_row(view) if view.prefill else all_rows(view)
+        if brings is not None:  # behind an earlier turn, a sequence without a new image is in such a later call
+            chosen = torch.where(brings[:, None], chosen, all_rows(view))
 
         def edit(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             here = (rows[..., None] == chosen[:, None]).any(-1)

@@ -199,14 +199,28 @@ class VAR(Policy):
         real = None if view.valid is None else view.valid[:, -queries:]
         if self.sink_dims is not None:
             dims = torch.tensor(self.sink_dims, device=hidden.device).expand(len(hidden), -1)
-        elif (dims := view.state.get(DIMS)) is None:  # type: ignore[assignment]
-            dims = view.state[DIMS] = first_token_dims(hidden, tau, real)
+        else:
+            dims = view.state[DIMS] = self._first_dims(view, hidden, tau, real)
         score = sink_score(hidden, dims)
         sinks = score > tau if self.compat == "official" else score >= tau
         if real is not None:
             sinks = sinks & real
+        if view.brings is not None:  # a prompt without an image waits for its first, alone as in a batch
+            sinks = sinks & view.brings[:, None]
         sinks = torch.nn.functional.pad(sinks, (view.key.shape[2] - queries, 0))
         if SINKS in view.carry:
             sinks = sinks | view.carry[SINKS].bool()
         view.carry[SINKS] = sinks
         return sinks
+
+    def _first_dims(
+        self, view: ModulateView, hidden: torch.Tensor, tau: float, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Sink dimensions ``(batch, dims)`` by the first token of the call that brings a sequence's first image."""
+        known = view.state.get(DIMS)
+        if known is not None and view.brings is None:
+            return known
+        found = first_token_dims(hidden, tau, real)
+        if view.brings is not None:
+            found = found.masked_fill(~view.brings[:, None], UNSEEN)
+        return found if known is None else torch.where(known == UNSEEN, found, known)

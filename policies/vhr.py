@@ -131,6 +131,8 @@ class VHR(Policy):
             with_image = view.output.gather(1, last)[:, 0]
             chosen = vision_aware_heads(with_image, view.text_only, self.drop_surging, self.unbiased)
             chosen = chosen & view.visual.any(-1, keepdim=True)
+            if view.brings is not None:
+                chosen = chosen & view.brings[:, None]
             # a further image does not change heads that the cached tokens were computed with
             heads = chosen if heads is None else torch.where(heads.any(-1, keepdim=True), heads, chosen)
             view.state["vhr_heads"] = heads

@@ -66,7 +66,9 @@ class TowerView:
         if self.slots is None:
             return per_patch
         trailing = per_patch.shape[2:]
-        index = self.slots.flatten(1).view(len(self.slots), -1, *[1] * len(trailing)).expand(-1, -1, *trailing)
+        index = (
+            self.slots.flatten(1).view(len(self.slots), -1, *[1] * len(trailing)).expand(-1, -1, *trailing)
+        )
         return per_patch.gather(1, index).unflatten(1, self.slots.shape[1:]).sum(2)
 
 
@@ -142,6 +144,7 @@ class ModulateView:
         visual: bool ``(batch, keys)``, which keys are visual tokens.
         valid: bool ``(batch, keys)``, keys that may be attended; ``None`` if all may.
         prefill: whether this call brings visual tokens along.
+        brings: bool ``(batch,)``, which sequences of a prefill those are that bring them; ``None`` if all do.
         state: tensors, batch first, that stay with this layer's cache; the policy may put its own in.
         carry: values ``(batch, keys)`` that the encode stage left for each visual token, 0 elsewhere.
         text_only: ``(batch, heads, head_dim)``, the last row's head outputs of this layer without the image; ``None``
@@ -165,6 +168,7 @@ class ModulateView:
     carry: dict[str, torch.Tensor]
     text_only: torch.Tensor | None
     logit_edits: list[LogitEdit] = field(default_factory=list)
+    brings: torch.Tensor | None = None
 
     @property
     def text_after_image(self) -> torch.Tensor:

@@ -9,11 +9,12 @@ import torch
 
 from tests.models import make, prompt
 from vlm_prune import prune, unprune
+from vlm_prune.config import load_config
 from vlm_prune.errors import BudgetError, PolicyError, StateError
 from vlm_prune.policies.shares import solve_last
 from vlm_prune.policies.vflowopt import VFlowOpt
 from vlm_prune.search import Search, Study
-from vlm_prune.tune import NAMES, last_hidden, load_config, search_space, similarity, tune
+from vlm_prune.tune import NAMES, last_hidden, search_space, similarity, tune
 
 pytest.importorskip("skopt")
 
@@ -180,7 +181,7 @@ def test_nan_counts_nothing():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"policy": "vflowopt"}', '{"policy": "x", "ratio": 1, "settings": 3}']
+    "text", ["", "[]", '{"ratio": 0.5}', '{"policy": "x", "ratio": 1, "settings": 3}']
 )
 def test_bad_config_is_explained(tmp_path, text):
     path = tmp_path / "config.json"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .budget import Budget
+from .config import load_config
 from .errors import BudgetError, PolicyError, StateError, UnsupportedModelError
 from .policies.base import Policy
 from .registry import find_anatomy, make_policies
@@ -24,6 +26,7 @@ def prune(
     *,
     tokens: int | None = None,
     ratio: float | None = None,
+    config: str | Path | None = None,
     **settings: Any,
 ) -> Model:
     """Make a stock vision-language model drop visual tokens. In place, this instance only; returns the same model.
@@ -34,6 +37,7 @@ def prune(
             order: ``"flowcut+vhr"``, or a list of objects.
         tokens: visual tokens to keep per image (per tile where a model cuts images into tiles).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
+        config: a JSON file with policy, budget and settings, instead of all these.
         settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each
             policy that needs one: ``flowcut={"compat": "official"}``.
 
@@ -43,6 +47,12 @@ def prune(
         BudgetError: more tokens than there are, a ratio outside (0, 1], or both budgets at once.
         StateError: the model is pruned already.
     """
+    if config is not None:
+        if settings or tokens is not None or ratio is not None or policy != "flowcut":
+            raise PolicyError(
+                f"config={str(config)!r} holds policy, budget and settings: give nothing beside it."
+            )
+        return prune(model, **load_config(config))
     if getattr(model, "pruning", None) is not None:
         raise StateError(
             f"This model is pruned already ({model.pruning.name}). Call unprune(model) first."  # type: ignore[union-attr]
@@ -93,12 +103,18 @@ def pruned(
 def check_hookable(model: nn.Module) -> None:
     """Raise if hooks on the model's modules would not fire."""
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a torch module: give a transformers model.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a torch module: give a transformers model."
+        )
     compiled = "Prune the plain model first, then compile it: torch.compile(prune(model))."
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise UnsupportedModelError(f"{type(model).__name__} is compiled, so hooks would not fire. {compiled}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is compiled, so hooks would not fire. {compiled}"
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
-            raise UnsupportedModelError(f"{name} is a {type(module).__name__}, so hooks would not fire. {compiled}")
+            raise UnsupportedModelError(
+                f"{name} is a {type(module).__name__}, so hooks would not fire. {compiled}"
+            )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise UnsupportedModelError(f"{name} is compiled, so hooks would not fire. {compiled}")

@@ -46,7 +46,7 @@ class Site:
         self.stock_config = config
         module.config = copy.copy(config)
         module.config._attn_implementation_internal = NAME
-        module.config.vlm_prune_site = self
+        module.vlm_prune_site = self
         self._open()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,6 +61,7 @@ class Site:
     def close(self) -> None:
         """Give the module its own config back."""
         self.module.config = self.stock_config
+        del self.module.vlm_prune_site
         _open_sites.discard(self)
         if not _open_sites:
             ALL_ATTENTION_FUNCTIONS.pop(NAME, None)
@@ -85,7 +86,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of a module with a site: show the inputs, then compute as the stock model would."""
-    site: Site = module.config.vlm_prune_site
+    site: Site = module.vlm_prune_site
     real = _implementation(module, site.stock_config._attn_implementation)
     scaling = kwargs.get("scaling")
     live = site.observer(site.layer, query, key, value, scaling)
@@ -108,7 +109,9 @@ def _implementation(module: Any, name: str) -> Callable[..., Any]:
 
 def _key_mask(live: torch.Tensor, query: torch.Tensor, implementation: str) -> torch.Tensor:
     """Keys ``(batch, tokens)`` that may be attended, in the form that the implementation takes."""
-    if "flash" in implementation:  # its own names, and kernels from the hub such as kernels-community/flash-attn
+    if (
+        "flash" in implementation
+    ):  # its own names, and kernels from the hub such as kernels-community/flash-attn
         return live
     mask = live[:, None, None]  # the same for all queries: never as large as an attention map
     if implementation == "eager":

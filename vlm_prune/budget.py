@@ -22,7 +22,13 @@ class Budget:
 
     @classmethod
     def checked(
-        cls, tokens: int | None, ratio: float | None, default: float, available: int, tile: str, extra: int = 0
+        cls,
+        tokens: int | None,
+        ratio: float | None,
+        default: float,
+        available: int,
+        tile: str,
+        extra: int = 0,
     ) -> Budget:
         """Validate what the user asked for; ``available`` is the number of tokens a tile of the usual size has."""
         if tokens is not None and ratio is not None:

@@ -190,7 +190,9 @@ def past_mask(layer: PrunedLayer | None, mask: torch.Tensor | None, logical: int
     return torch.cat([seen, mask[:, seen.shape[1] : logical].bool()], 1)
 
 
-def join_masks(past: torch.Tensor | None, now: torch.Tensor | None, logical: int, new: int) -> torch.Tensor | None:
+def join_masks(
+    past: torch.Tensor | None, now: torch.Tensor | None, logical: int, new: int
+) -> torch.Tensor | None:
     """One mask of ``logical`` past and ``new`` present tokens, where ``None`` stands for all True."""
     if past is None and now is None:
         return None

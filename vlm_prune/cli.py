@@ -156,7 +156,7 @@ def families() -> None:
 
 @app.command()
 def run(config: Annotated[Path, typer.Argument(help="The YAML file; see examples/.")]) -> None:
-    """Cross models, policies and budgets as a YAML file says; resumes where it stopped. Exit code 1 if a cell failed."""
+    """Cross models, policies and budgets as a YAML file says; resumes where it stopped. Exits with 1 if a cell failed."""
     with plain_errors():
         from transformers.utils import logging
 

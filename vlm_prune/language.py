@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from . import stream
 from .cache import PrunedLayer, check_cache, join_masks, past_mask, pruned_layers, record_turn
 from .calls import ForwardCall, current_forward
-from .errors import UnsupportedCallError
+from .checks import check_mask
 from .layers import DecoderLayers
 from .rows import Rows
 from .timing import Stopwatch
@@ -32,12 +32,10 @@ class Decoder:
     def __init__(self, module: nn.Module, depth: int, positions: str, layers: DecoderLayers | None):
         self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
 
-    def install(self) -> list[Any]:
-        """Register the hooks; returns their handles."""
-        return [
-            self.module.register_forward_pre_hook(self.enter, with_kwargs=True),
-            self.module.register_forward_hook(self.leave),
-        ]
+    def install(self, handles: list[Any]) -> None:
+        """Register the hooks; their handles go to ``handles``."""
+        handles.append(self.module.register_forward_pre_hook(self.enter, with_kwargs=True))
+        handles.append(self.module.register_forward_hook(self.leave))
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -56,7 +54,7 @@ class Decoder:
             return None
         kwargs = dict(kwargs)
         mask = kwargs.get("attention_mask")
-        _check_mask(mask)
+        check_mask(mask)
         call.mask = mask
         if not (holes or inside):
             if continued[0].seen is not None or continued[0].shift is not None:
@@ -161,13 +159,3 @@ class Decoder:
 def _caches(kwargs: dict[str, Any], module: Any) -> bool:
     use = kwargs.get("use_cache")
     return bool(module.config.use_cache if use is None else use)
-
-
-def _check_mask(mask: Any) -> None:
-    """Refuse, before any layer runs, a mask that dropped tokens cannot be taken out of."""
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-        form = f"a {mask.dim()}-D tensor" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-        raise UnsupportedCallError(
-            f"attention_mask is {form}: a pruned model needs the 2-D padding mask (batch, length) that processors "
-            "return, because dropped tokens have to be taken out of it."
-        )

@@ -32,9 +32,7 @@ class DecoderLayers:
     ``policies`` are (policy, budget) pairs in the written order of the composition.
     """
 
-    def __init__(
-        self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], units: int
-    ):
+    def __init__(self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], units: int):
         self.decoder, self.layers, self.policies, self.units = decoder, layers, policies, units
         self.depth = len(layers)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
@@ -53,11 +51,12 @@ class DecoderLayers:
     def __bool__(self) -> bool:
         return bool(self.pruned or self.modulated)
 
-    def install(self) -> list[Any]:
-        """Register hooks and attention sites; returns the hooks' handles."""
-        handles: list[Any] = []
+    def install(self, handles: list[Any]) -> None:
+        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
         for number, layer in enumerate(self.layers):
-            handles.append(layer.register_forward_pre_hook(partial(self.enter_layer, number), with_kwargs=True))
+            handles.append(
+                layer.register_forward_pre_hook(partial(self.enter_layer, number), with_kwargs=True)
+            )
             reads = any(policy.reads_attention for policy, _ in self.pruned.get(number, []))
             if reads or number in self.modulated:
                 edit = self.edit_attention if number in self.modulated else None
@@ -65,7 +64,6 @@ class DecoderLayers:
             if number in self.pruned:
                 # in front of the hooks by which transformers collects hidden states
                 handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
-        return handles
 
     def begin(self, call: ForwardCall, kwargs: dict[str, Any]) -> None:
         """A prefill begins; ``kwargs`` are the decoder's. Runs the pass without the image if a policy needs it."""
@@ -260,6 +258,9 @@ class DecoderLayers:
             return output  # no image in this prompt
         marks = self._marks(call, stored, query.shape[2], key.shape[2])
         logit_edits: list[Any] = []
+        brings: torch.Tensor | None = None
+        if call.rows is not None and call.entered is not None and call.entered.visual is not None:
+            brings = call.entered.visual.any(-1) if len(output) > 1 else None
         for policy in self.modulated[layer]:
             view = ModulateView(
                 layer=layer,
@@ -277,6 +278,7 @@ class DecoderLayers:
                 carry={name: x for name, x in marks.items() if name != "visual"},
                 text_only=call.text_only.get(layer),
                 logit_edits=logit_edits,
+                brings=brings,
             )
             edited = policy.modulate(view)
             output = output if edited is None else edited

@@ -64,9 +64,7 @@ class Receipt:
         if self.keep.valid is None:
             return index
         valid = self.keep.valid.tolist()
-        return [
-            [i for i, ok in zip(*row, strict=True) if ok] for row in zip(index, valid, strict=True)
-        ]
+        return [[i for i, ok in zip(*row, strict=True) if ok] for row in zip(index, valid, strict=True)]
 
     @property
     def tower_ms(self) -> float | None:
@@ -107,10 +105,14 @@ class Receipt:
     def __str__(self) -> str:
         kept = [len(row) for row in self.kept]
         shown = ", ".join(map(str, kept[:8])) + (", ..." if len(kept) > 8 else "")
-        lines = [f"{self.policy} on {self.family}: kept {shown} of {self.units} visual tokens per {self.tile}"]
+        lines = [
+            f"{self.policy} on {self.family}: kept {shown} of {self.units} visual tokens per {self.tile}"
+        ]
         lines[0] += f" (planned {self.planned}), positions {self.positions}"
         if self.tower_tokens:
-            lines.append(f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers")
+            lines.append(
+                f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers"
+            )
         if self.decoder_tokens:
             lines.append(
                 f"  decoder  {_summary(self.decoder_tokens)} of {self.prompt_tokens} tokens through "

@@ -73,7 +73,11 @@ def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, A
     """
     if not isinstance(policy, str):
         objects = (policy,) if isinstance(policy, Policy) else policy
-        if not isinstance(objects, list | tuple) or not objects or not all(isinstance(p, Policy) for p in objects):
+        if (
+            not isinstance(objects, list | tuple)
+            or not objects
+            or not all(isinstance(p, Policy) for p in objects)
+        ):
             raise PolicyError(f'policy={policy!r}: give a name such as "flowcut", or policy objects.')
         if settings:
             raise PolicyError(f"{', '.join(settings)} given beside policy objects: set it on the object.")
@@ -129,7 +133,16 @@ def find_anatomy(model: Any) -> Anatomy:
             f'{type(model).__name__} is of model type "{model_type}", which has no adapter. '
             f"{did_you_mean(model_type, ADAPTERS)}"
         )
-    anatomy: Anatomy = _load(ADAPTERS[model_type])(model)
+    try:
+        anatomy: Anatomy = _load(ADAPTERS[model_type])(model)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} is of model type "{model_type}" but lacks a part that its adapter looks for '
+            f"({error}). Give the complete stock model, with its language-modelling head, for instance "
+            "AutoModelForImageTextToText.from_pretrained(...)."
+        ) from error
     return anatomy
 
 

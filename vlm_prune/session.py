@@ -12,7 +12,7 @@ from torch import nn
 from .adapters.base import Anatomy
 from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
-from .errors import UnsupportedCallError
+from .checks import check_forward
 from .language import Decoder
 from .layers import DecoderLayers, check_decoder
 from .policies.base import Policy
@@ -48,7 +48,10 @@ class Pruning:
             anatomy.tower, anatomy.projector, policies, encode[1] if encode else Budget(ratio=1.0), self
         )
         layers = DecoderLayers(
-            anatomy.decoder, anatomy.decoder_layers, budgets, anatomy.tower.units + int(anatomy.tower.keeps_cls)
+            anatomy.decoder,
+            anatomy.decoder_layers,
+            budgets,
+            anatomy.tower.units + int(anatomy.tower.keeps_cls),
         )
         self._layers = layers if layers else None
         self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
@@ -70,10 +73,10 @@ class Pruning:
             base.register_forward_pre_hook(self._enter, with_kwargs=True),
             base.register_forward_hook(self._leave, always_call=True),
         ]
-        self._handles += self._encoder.install()
-        self._handles += self._decoder.install()
+        self._encoder.install(self._handles)
+        self._decoder.install(self._handles)
         if self._layers is not None:
-            self._handles += self._layers.install()
+            self._layers.install(self._handles)
 
     def remove(self) -> None:
         """Undo everything; the model is as it was before."""
@@ -123,18 +126,18 @@ class Pruning:
         if labels is None and shifted is None:
             return None
         # a tensor of our own: the decoder's entry writes the final targets into it once it knows what was dropped
-        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if shifted is None else shifted.clone()
+        shifted = (
+            torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+            if shifted is None
+            else shifted.clone()
+        )
         return args, {**kwargs, "shift_labels": shifted}
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
         call = ForwardCall(shift_labels=kwargs.get("shift_labels"), owner=self)
         begin_forward(call)
-        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-            raise UnsupportedCallError(
-                "output_attentions=True: attention maps of a pruned sequence do not have the shape that the prompt "
-                "promises. Call the model without it, or unprune(model) first."
-            )
+        check_forward(self._anatomy, kwargs)
         given = kwargs.get("mm_encoder_outputs") or {}
         for output in given.values():
             if (ride := getattr(output, RIDE, None)) is not None:

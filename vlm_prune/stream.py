@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 
-def open_holes(rows: torch.Tensor, index: torch.Tensor, length: int, valid: torch.Tensor | None) -> torch.Tensor:
+def open_holes(
+    rows: torch.Tensor, index: torch.Tensor, length: int, valid: torch.Tensor | None
+) -> torch.Tensor:
     """Put ``rows`` ``(batch, kept, channels)`` back at ``index`` ``(batch, kept)`` among ``length`` rows of NaN.
 
     Where ``valid`` ``(batch, kept)`` is False the row stays a hole; such entries of ``index`` must name dropped rows.

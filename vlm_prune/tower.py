@@ -61,12 +61,14 @@ class Encoder:
                 if layer < len(tower.layers):
                     self.asked.setdefault(layer, []).append(policy)
         # policies of later stages may watch the tower without dropping anything in it
-        self.observes = any("encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies)
+        self.observes = any(
+            "encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies
+        )
         self.sites: list[Site] = []
 
-    def install(self) -> list[Any]:
-        """Register hooks and attention sites; returns everything that has to be undone."""
-        module, handles = self.tower.module, []
+    def install(self, handles: list[Any]) -> None:
+        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
         for number, layer in enumerate(self.tower.layers):
@@ -77,7 +79,6 @@ class Encoder:
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
         handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
         handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
-        return handles
 
     # --- inside the tower ---
 
@@ -103,7 +104,9 @@ class Encoder:
             units = torch.arange(call.units, device=pixels.device).expand(len(pixels), -1)
             slots = None
             if self.tower.merge > 1:
-                slots = stream.unit_patches(patches, self.tower.merge, pixels.device).expand(len(pixels), -1, -1)
+                slots = stream.unit_patches(patches, self.tower.merge, pixels.device).expand(
+                    len(pixels), -1, -1
+                )
             call.state = TowerState(patches, units, slots, None, None, {})
         set_encode(call)
         grids = (policy.tower_grid(grid, target) for policy in self.policies) if target < call.units else ()
@@ -263,7 +266,9 @@ class Encoder:
         if call.keep is None:
             return None
         index, valid = self._rows(call.keep)
-        live = features.gather(1, index[..., None].expand(-1, -1, features.shape[2])) if rows is None else rows
+        live = (
+            features.gather(1, index[..., None].expand(-1, -1, features.shape[2])) if rows is None else rows
+        )
         return (live if valid is None else live.masked_fill(~valid[..., None], 0), *args[1:])
 
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
@@ -311,7 +316,9 @@ class Encoder:
             return None
         index, valid = self._rows(call.keep)
         if not projected:
-            output = output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
+            output = (
+                output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
+            )
         return stream.open_holes(output, index, call.units + int(self.tower.keeps_cls), valid)
 
 

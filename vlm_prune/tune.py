@@ -60,25 +60,9 @@ class Tuned:
     about: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Write a config that `load_config` reads."""
+        """Write a config that ``prune(model, config=path)`` reads."""
         config = {"policy": "vflowopt", **asdict(self)}
         Path(path).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def load_config(path: str | Path) -> dict[str, Any]:
-    """Arguments for `prune` from a file that `Tuned.save` wrote: ``prune(model, **load_config(path))``.
-
-    Raises:
-        PolicyError: the file is no such config.
-    """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {"policy": config["policy"], "ratio": config["ratio"], **config["settings"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PolicyError(
-            f"{path} is not a pruning config ({error}): a JSON object with policy, ratio and settings is needed, such "
-            "as tune() saves."
-        ) from error
 
 
 def tune(

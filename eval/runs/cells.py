@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -20,8 +22,7 @@ from vlm_prune.eval.pope import score_pope
 from vlm_prune.eval.runs.config import PolicyEntry, RunConfig
 from vlm_prune.eval.scenes import PLURALS, Scene, make_scenes, pope_questions
 from vlm_prune.eval.tiny.metrics import bootstrap
-from vlm_prune.policies.base import Policy
-from vlm_prune.registry import make_policies
+from vlm_prune.registry import make_policies, policy_class
 
 CAPTION_PROMPT = "Please describe this image in detail."
 ANSWER_TOKENS, CAPTION_TOKENS = 2, 64
@@ -49,7 +50,7 @@ class Cell:
         """A name that changes with everything the cell's figures depend on."""
         what = [
             self.model, self.entry.policy, self.entry.settings, self.ratio, config.sizes.get(self.model),
-            config.scenes, config.splits, config.seed, config.rounds,
+            config.scenes, config.splits, config.seed, config.rounds, config.dtype,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -70,7 +71,10 @@ def cells(config: RunConfig) -> list[Cell]:
         for entry in config.policies:
             if entry.models is not None and model not in entry.models:
                 continue
-            prunes = any(p.prunes for p in make_policies(entry.policy, _resolved(entry.settings, model)))
+            prunes = any(policy_class(name).stages != ("modulate",) for name in entry.policy.split("+"))
+            # a wrong setting shall not come to light after an hour; a file may still be made until its turn comes
+            with suppress(FileNotFoundError):
+                make_policies(entry.policy, _resolved(entry.settings, model))
             ratios: Sequence[float | None] = config.ratios if entry.ratios is None else entry.ratios
             if entry.policy == "none":
                 ratios = [1.0]
@@ -95,7 +99,7 @@ class Exam:
         size = config.sizes.get(name, (128, 128))
         scenes = list(make_scenes(config.scenes, config.seed, [size], min_names=3))
         questions = {split: pope_questions(scenes, split, config.seed) for split in config.splits}
-        return cls(*load_model(name), scenes, questions)
+        return cls(*load_model(name, getattr(torch, config.dtype)), scenes, questions)
 
 
 def measure(exam: Exam, cell: Cell, config: RunConfig, advance: Callable[[int], None]) -> dict[str, Any]:
@@ -135,6 +139,6 @@ def measure(exam: Exam, cell: Cell, config: RunConfig, advance: Callable[[int], 
     return row
 
 
-def policy_stages(policies: tuple[Policy, ...]) -> str:
+def stages_of(policy: str) -> str:
     """Where the policies of a composition act."""
-    return ", ".join(dict.fromkeys(stage for policy in policies for stage in policy.stages))
+    return ", ".join(dict.fromkeys(stage for name in policy.split("+") for stage in policy_class(name).stages))

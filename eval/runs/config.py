@@ -54,6 +54,7 @@ class RunConfig(_Strict):
         bootstrap: draws behind each 95 % interval.
         seed: of scenes and questions.
         batch_size: prompts answered together.
+        dtype: of weights and computation; choices between tokens are made in fp32 all the same.
         output: folder for the cells, ``results.json`` and ``results.md``.
     """
 
@@ -66,6 +67,7 @@ class RunConfig(_Strict):
     rounds: int = Field(default=3, ge=1)
     seed: int = 2026
     batch_size: int = Field(default=16, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
     output: Path
 
     @field_validator("policies", mode="before")

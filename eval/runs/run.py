@@ -11,10 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlm_prune.errors import PruningError
 from vlm_prune.eval.measure import Setting, latencies
-from vlm_prune.eval.runs.cells import Cell, Exam, cells, measure, policy_stages
+from vlm_prune.eval.runs.cells import Cell, Exam, cells, measure, stages_of
 from vlm_prune.eval.runs.config import RunConfig
 from vlm_prune.eval.runs.table import markdown
-from vlm_prune.registry import make_policies
 
 TIMED_SCENES = 2
 
@@ -49,10 +48,10 @@ def run(config: RunConfig, console: Console) -> int:
                 row = measure(exam, cell, config, lambda n: progress.advance(task, n)) | times(
                     exam, cell, config
                 )
-            except (PruningError, RuntimeError, ValueError) as error:
+            except (PruningError, RuntimeError, ValueError, OSError) as error:
                 failed.append((cell, error))
                 continue
-            stages = policy_stages(make_policies(cell.entry.policy, cell.settings))
+            stages = stages_of(cell.entry.policy)
             named = {"model": cell.model, "policy": cell.entry.name, "stages": stages, "ratio": cell.ratio}
             done[cell.key(config)] = row = {**named, **row, "seed": config.seed, "key": cell.key(config)}
             file.write(json.dumps(row) + "\n")

@@ -181,7 +181,7 @@ def limits(name: str) -> str:
   words become `<unk>`.
 - One training seed and one test seed. Differences below about 0.02 are noise.
 """
-    if SPECS[name].start:
+    if SPECS[name].recipe.bias.caption:
         return (
             text
             + """\

@@ -1,0 +1,70 @@
+"""What a pruned model refuses to be called with. Asked before tower and decoder compute anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .adapters.base import Anatomy
+from .cache import check_cache
+from .calls import RIDE
+from .errors import UnsupportedCallError
+
+READ_AT_PRUNE = ("vision_feature_layer", "vision_feature_select_strategy")
+
+
+def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
+    """Raise if a forward of the base model with these arguments could not keep what a pruned model promises."""
+    config = anatomy.base.config
+    asked = kwargs.get("output_attentions")
+    if asked or any(getattr(c, "output_attentions", False) for c in (config, anatomy.decoder.config)):
+        raise UnsupportedCallError(
+            "output_attentions=True: attention maps of a pruned sequence do not have the shape that the prompt "
+            "promises. Call the model without it, or unprune(model) first."
+        )
+    for name in READ_AT_PRUNE:
+        given, known = kwargs.get(name), getattr(config, name, None)
+        if given is not None and given != known:
+            raise UnsupportedCallError(
+                f"{name}={given!r}: this model was pruned for {known!r}. unprune(model), set config.{name}, and prune "
+                "it again."
+            )
+    given = kwargs.get("mm_encoder_outputs") or {}
+    if kwargs.get("pixel_values") is not None or any(output is not None for output in given.values()):
+        check_cache(kwargs.get("past_key_values"))
+        check_mask(kwargs.get("attention_mask"))
+        _check_placeholders(anatomy, kwargs, given)
+
+
+def check_mask(mask: Any) -> None:
+    """Raise if dropped tokens cannot be taken out of an attention mask."""
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        form = f"a {mask.dim()}-D tensor" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise UnsupportedCallError(
+            f"attention_mask is {form}: a pruned model needs the 2-D padding mask (batch, length) that processors "
+            "return, because dropped tokens have to be taken out of it."
+        )
+
+
+def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise if the prompt has no place for each visual token; on a GPU, stock code's own check does, a little later."""
+    ids, pixels, tower = kwargs.get("input_ids"), kwargs.get("pixel_values"), anatomy.tower
+    if ids is None or ids.device.type != "cpu":  # else counting would wait for the device
+        return
+    rides = [ride for output in given.values() if (ride := getattr(output, RIDE, None)) is not None]
+    if pixels is not None and pixels.dim() == 4:
+        rows, columns = tower.unit_grid(*pixels.shape[-2:])
+        tiles, each = len(pixels), rows * columns + int(tower.keeps_cls)
+    elif rides:
+        tiles, each = sum(ride.tiles for ride in rides), rides[0].units + int(tower.keeps_cls)
+    else:
+        return
+    found = int(torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).sum())
+    # generate repeats prompts for beams, but encodes their images once
+    if found != tiles * each and (pixels is not None or not found or found % (tiles * each)):
+        raise UnsupportedCallError(
+            f"input_ids hold {found} image placeholders, but {tiles} {anatomy.tile}{'s' if tiles > 1 else ''} "
+            f"of {each} tokens need {tiles * each}. Let the processor write the prompt, with one <image> for every image; "
+            "pruning does not change how many placeholders there are."
+        )
