@@ -13,7 +13,7 @@ RUN := $(VENV)/bin/python -m
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all wheel typecheck demo demo-quick oracle train-tiny card clean
+.PHONY: help venv lint test test-all wheel typecheck demo demo-quick oracle results train-tiny card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,10 @@ demo-quick: $(READY) ## the same, smaller, under a minute
 
 oracle: $(READY) ## prefill of a pruned prompt against a prompt that never had the tokens
 	$(VENV)/bin/vlm-prune oracle
+
+results: $(READY) ## every policy on the shipped models (about half an hour): docs/results.md, docs/policies.md
+	$(VENV)/bin/vlm-prune run examples/results-tiny.yaml --page docs/results.md
+	$(RUN) vlm_prune.eval.policy_pages
 
 train-tiny: $(READY) ## train the shipped test models again (about two hours on one core)
 	$(RUN) vlm_prune.eval.tiny.train --all

@@ -21,7 +21,7 @@ from vlm_prune.eval.models import load_model, model_path
 from vlm_prune.eval.pope import score_pope
 from vlm_prune.eval.scenes import PLURALS, Scene, make_scenes, pope_questions
 from vlm_prune.eval.tiny.metrics import bootstrap
-from vlm_prune.registry import policy_class
+from vlm_prune.registry import make_policies
 
 CAPTION_PROMPT = "Please describe this image in detail."
 ANSWER_TOKENS, CAPTION_TOKENS = 2, 64
@@ -38,7 +38,7 @@ class DemoSettings:
     Attributes:
         models: names that `load_model` takes.
         sizes: width and height of a model's scenes, by name; default one 128 x 128 tile.
-        policies: names of policies; "none" is run once, at all tokens.
+        policies: names of policies, or compositions; "none" is run once, at all tokens.
         ratios: shares of visual tokens to keep.
         scenes: scenes per model, each with one caption and six questions.
         split: which absent objects POPE asks for.
@@ -51,7 +51,7 @@ class DemoSettings:
     sizes: dict[str, tuple[int, int]] = field(default_factory=lambda: {"tiny-internvl": (256, 128)})
     policies: tuple[str, ...] = ("none", "flowcut", "uniform", "random")
     ratios: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
-    scenes: int = 48
+    scenes: int = 24
     split: str = "adversarial"
     rounds: int = 7
     seed: int = 2026
@@ -61,7 +61,7 @@ class DemoSettings:
         for name in self.models:
             model_path(name)
         for policy in self.policies:
-            policy_class(policy)
+            make_policies(policy, {})
         if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
             raise ValueError(f"ratio {bad[0]}: choose shares above 0 and up to 1, such as 0.25")
         for name, least in (("scenes", 4), ("rounds", 1), ("batch_size", 1)):
@@ -73,15 +73,20 @@ class DemoSettings:
         return replace(self, **changes)
 
     def quick(self) -> DemoSettings:
-        """Fewer scenes and rounds: figures with more noise."""
-        return self.replaced(scenes=8, rounds=3)
+        """Fewer scenes, budgets and rounds: figures with more noise."""
+        return self.replaced(scenes=6, rounds=2, ratios=(1.0, 0.25, 0.0625))
 
     def cells(self) -> list[Setting]:
-        """Every policy at every budget."""
-        whole = [Setting(policy, 1.0) for policy in self.policies if policy == "none"]
-        return whole + [
-            Setting(policy, ratio) for policy in self.policies if policy != "none" for ratio in self.ratios
-        ]
+        """Every policy at every budget; once, at all tokens, one that drops none."""
+        found = []
+        for policy in self.policies:
+            if policy == "none":
+                found.append(Setting(policy, 1.0))
+            elif any(part.prunes for part in make_policies(policy, {})):
+                found += [Setting(policy, ratio) for ratio in self.ratios]
+            else:
+                found.append(Setting(policy, None))
+        return found
 
     @property
     def prompts(self) -> int:
@@ -175,10 +180,10 @@ def measure_cell(
             prompts,
             limit,
             settings.batch_size,
-            lambda done: advance(f"{stage.name}: {cell.policy} {cell.ratio:.4g}", done),
+            lambda done: advance(f"{stage.name}: {cell.policy} {cell.ratio or 1:.4g}", done),
         )
 
-    with pruned(stage.model, cell.policy, ratio=cell.ratio):
+    with pruned(stage.model, cell.policy, **cell.options):
         answers, captions = ask(stage.asked, ANSWER_TOKENS), ask(stage.described, CAPTION_TOKENS)
     given = [
         {"question_id": question["question_id"], "answer": text}
@@ -192,7 +197,7 @@ def measure_cell(
     return DemoRow(
         model=stage.name,
         policy=cell.policy,
-        ratio=cell.ratio,
+        ratio=1.0 if cell.ratio is None else cell.ratio,
         tokens=answers.tokens,
         pope_accuracy=pope.rates["accuracy"],
         pope_f1=pope.rates["f1"],

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vlm_prune import pruned, viz
 from vlm_prune.eval.demo import CAPTION_TOKENS, DemoRow, DemoSettings, Stage, run
-from vlm_prune.eval.measure import answer, prompt_text, receipt_of
+from vlm_prune.eval.measure import Setting, answer, prompt_text, receipt_of
 
 COLUMNS = {
     "policy": "{row.policy}",
@@ -103,7 +103,7 @@ def markdown(rows: Sequence[DemoRow]) -> str:
     heads = ["model", "kept", "tokens", *(f"{title} {name}" for title in figures for name in names)]
     lines = [[*heads, "tower ms", "prefill ms", "KV KiB"], ["---"] + ["---:"] * (len(heads) + 2)]
     for (model, policy, ratio), row in found.items():
-        if policy != names[0]:
+        if policy != names[0] or any((model, name, ratio) not in found for name in names):
             continue
         beside = [
             f"{getattr(found[model, name, ratio], field):.3f}" for field in figures.values() for name in names
@@ -119,17 +119,17 @@ def kept_rows(settings: DemoSettings) -> list[tuple[str, list[viz.Panel]]]:
     for name in settings.models:
         stage = Stage.build(name, settings)
         number = max(range(min(8, len(stage.scenes))), key=lambda i: len(stage.scenes[i].names))
-        for policy in (policy for policy in settings.policies if policy != "none"):
-            panels = [kept_panel(stage, number, policy, ratio) for ratio in settings.ratios]
-            rows.append((f"{name}\n{policy}", panels))
+        for policy in dict.fromkeys(cell.policy for cell in settings.cells() if cell.policy != "none"):
+            mine = [cell for cell in settings.cells() if cell.policy == policy]
+            rows.append((f"{name}\n{policy}", [kept_panel(stage, number, cell) for cell in mine]))
     return rows
 
 
-def kept_panel(stage: Stage, number: int, policy: str, ratio: float) -> viz.Panel:
+def kept_panel(stage: Stage, number: int, cell: Setting) -> viz.Panel:
     """Scene ``number`` under one policy and budget."""
     processor = stage.processor
     image, question = stage.described[number]
-    with pruned(stage.model, policy, ratio=ratio):
+    with pruned(stage.model, cell.policy, **cell.options):
         caption = answer(stage.model, processor, [(image, question)], CAPTION_TOKENS).texts[0]
         receipt = receipt_of(stage.model)
     inputs = processor(images=[image], text=[prompt_text(processor, question)], return_tensors="pt")

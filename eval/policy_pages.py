@@ -37,7 +37,7 @@ def contents(name: str, rows: Rows) -> str:
     """The table that opens the page."""
     lines = ["| policy | acts in | what it does |", "| --- | --- | --- |"]
     for fact in policy_facts():
-        lines.append(f"| [`{fact.name}`](#{fact.name}) | {fact.stages} | {fact.summary} |")
+        lines.append(f"| [`{fact.name}`](#{fact.name}) | {fact.stages} | {plain(fact.summary)} |")
     return "\n".join(lines)
 
 
@@ -107,6 +107,7 @@ def measured(name: str, rows: Rows) -> str:
         return "Not measured yet: the results hold no row of it."
     splits = [split for split in ("random", "popular", "adversarial") if f"pope_{split}_f1" in mine[0]]
     models = list(dict.fromkeys(row["model"] for row in mine))
+    mine.sort(key=lambda row: models.index(row["model"]))
     config = RunConfig.model_validate(
         {"models": models, "policies": [], "splits": splits, "seed": mine[0]["seed"], "output": "."}
     )

@@ -54,7 +54,7 @@ def watched(policy: Policy, seen: Seen) -> Policy:
     """The same policy, writing what it answers into ``seen``."""
     base: Any = type(policy)
 
-    class Watched(base):  # type: ignore[misc]
+    class Watched(base):
         def prefill(self, view: Any) -> Any:
             keep = super().prefill(view)
             if keep is not None:

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 RIVALS = ("uniform", "random")
-FIGURES = {"POPE F1": ("pope_f1", 1, "pope_f1_interval"), "CHAIRs": ("chair_s", -1, "chair_s_interval")}
+FIGURES = {
+    "POPE F1": ("pope_f1", 1, "pope_f1_interval"),
+    "CHAIRs": ("chair_s", -1, "chair_s_interval"),
+    "recall": ("caption_recall", 1, "recall_interval"),
+}
 """Figure -> its key, 1 if more of it is better, and the key of its 95 % interval."""
 
 CHANGES = {"POPE F1": "pope_f1", "CHAIRs": "chair_s", "CHAIRi": "chair_i", "recall": "caption_recall"}

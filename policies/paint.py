@@ -159,7 +159,8 @@ class Paint(Policy):
         lifted = (gain != 0).any(-1)[:, None, None]
         # rows of a later call are tokens that were or may be generated: several when drafts are verified together
         chosen = final_row(view) if view.prefill else all_rows(view)
-        if brings is not None:  # behind an earlier turn, a sequence without a new image is in such a later call
+        # behind an earlier turn, a sequence without a new image is in such a later call
+        if brings is not None:
             chosen = torch.where(brings[:, None], chosen, all_rows(view))
 
         def edit(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

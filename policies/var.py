@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SINKS, DIMS = "var_sinks", "var_dims"
 """Names of what is remembered with the cache: sink keys, and the dimensions they were found by."""
+UNSEEN = -2
+"""In the place of a dimension: the sequence has not had an image yet."""
 
 
 def group_mass(probabilities: torch.Tensor, *groups: torch.Tensor) -> tuple[torch.Tensor, ...]:

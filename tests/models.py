@@ -190,7 +190,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
                 for key, value in vars(module).items()
                 if not key.startswith("_")
             },
-            "hooks": {key: list(value) for key, value in vars(module).items() if isinstance(value, dict) and value},
+            "hooks": {
+                key: list(value) for key, value in vars(module).items() if isinstance(value, dict) and value
+            },
             "config": module.config.to_dict() if hasattr(module, "config") else None,
         }
     if hasattr(model, "generation_config"):

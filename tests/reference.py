@@ -144,7 +144,9 @@ def flowcut(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int
         drop = len(alive) - target
         if remaining:
             share = attention / attention.sum()
-            evenness = float(-(share * share.log()).sum()) / float(torch.tensor(float(len(alive))).log())
+            evenness = float(-(share * share.log()).sum().detach()) / float(
+                torch.tensor(float(len(alive))).log()
+            )
             drop = round(drop / remaining**0.5 * (1 - evenness**2))
         best = flow.topk(max(len(alive) - drop, target)).indices.sort().values
         patches = hidden[:, 1:].unflatten(1, (-1, group))[:, best].flatten(1, 2)

@@ -99,6 +99,8 @@ def test_progress_adds_up():
 def test_none_is_run_once():
     assert [cell for cell in DemoSettings().cells() if cell.policy == "none"] == [Setting("none", 1.0)]
     assert len(DemoSettings().cells()) == 16
+    mixed = DemoSettings(policies=("vhr", "flowcut+vhr"), ratios=(0.5,))
+    assert mixed.cells() == [Setting("vhr", None), Setting("flowcut+vhr", 0.5)]
     assert DemoSettings().quick().prompts < DemoSettings().prompts / 4
 
 

@@ -65,6 +65,6 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
     if found != tiles * each and (pixels is not None or not found or found % (tiles * each)):
         raise UnsupportedCallError(
             f"input_ids hold {found} image placeholders, but {tiles} {anatomy.tile}{'s' if tiles > 1 else ''} "
-            f"of {each} tokens need {tiles * each}. Let the processor write the prompt, with one <image> for every image; "
-            "pruning does not change how many placeholders there are."
+            f"of {each} tokens need {tiles * each}. Let the processor write the prompt, with one <image> for every "
+            "image; pruning does not change how many placeholders there are."
         )

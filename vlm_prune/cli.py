@@ -102,6 +102,7 @@ class PolicyFacts(NamedTuple):
     default_ratio: str
     summary: str
     paper: str
+    file: str
 
 
 def policy_facts() -> list[PolicyFacts]:
@@ -115,9 +116,9 @@ def policy_facts() -> list[PolicyFacts]:
         paper = re.search(r"\(([^()]*arXiv \d{4}\.\d{5})\)", about)
         summary = (cls.__doc__ or "").strip().split("\n")[0]
         ratio = f"{100 * cls.default_ratio:.3g} %" if cls.default_ratio < 1 else "all"
-        facts.append(
-            PolicyFacts(name, ", ".join(cls.stages), ratio, summary, paper[1] if paper else "baseline")
-        )
+        source = paper[1] if paper else "baseline"
+        file = f"policies/{cls.__module__.rpartition('.')[2]}.py"
+        facts.append(PolicyFacts(name, ", ".join(cls.stages), ratio, summary, source, file))
     return facts
 
 
@@ -133,7 +134,10 @@ def policies(
         )
         for fact in facts:
             paper = re.sub(r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)", fact.paper)
-            typer.echo(f"| `{fact.name}` | {fact.stages} | {fact.default_ratio} | {fact.summary} | {paper} |")
+            # what stands in the column of stages is not said again
+            summary = re.sub(r" \([a-z, ]+ stage\)", "", fact.summary).replace("``", "`")
+            name = f"[`{fact.name}`]({fact.file})"
+            typer.echo(f"| {name} | {fact.stages} | {fact.default_ratio} | {summary} | {paper} |")
         return
     table = Table("policy", "stages", "keeps", "paper", box=SIMPLE_HEAD)
     for fact in facts:
@@ -155,8 +159,15 @@ def families() -> None:
 
 
 @app.command()
-def run(config: Annotated[Path, typer.Argument(help="The YAML file; see examples/.")]) -> None:
-    """Cross models, policies and budgets as a YAML file says; resumes where it stopped. Exits with 1 if a cell failed."""
+def run(
+    config: Annotated[Path, typer.Argument(help="The YAML file; see examples/.")],
+    retime: Annotated[bool, typer.Option("--retime", help="Take the times of finished cells again.")] = False,
+    page: Annotated[Path | None, typer.Option(help="A Markdown page to put the tables in, too.")] = None,
+) -> None:
+    """Cross models, policies and budgets as a YAML file says; resumes where it stopped.
+
+    Exits with 1 if a cell failed.
+    """
     with plain_errors():
         from transformers.utils import logging
 
@@ -164,7 +175,7 @@ def run(config: Annotated[Path, typer.Argument(help="The YAML file; see examples
         from .eval.runs.run import run as execute
 
         logging.disable_progress_bar()
-        failed = execute(load_config(config), console)
+        failed = execute(load_config(config), console, retime, page)
     if failed:
         raise typer.Exit(1)
 

@@ -110,20 +110,24 @@ class DecoderLayers:
         if key == call.first:
             return None
         if key not in call.fitted:
-            call.fitted[key] = self._fit(call, hidden, layer, first, kwargs)
+            call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
         return args, {**kwargs, **call.fitted[key]}
 
     def _fit(
         self,
         call: ForwardCall,
+        number: int,
         hidden: torch.Tensor,
         layer: PrunedLayer | None,
         first: PrunedLayer | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Attention mask, position ids and rotary embeddings for this call's rows behind what ``layer`` holds."""
+        """Attention mask, position ids and rotary embeddings for this call's rows behind those of layer ``number``."""
         count, rows = hidden.shape[1], call.rows
-        logical = layer.get_seq_length() if layer is not None else 0
+        past: Cache | None = kwargs.get("past_key_values")
+        # a stock layer too may hold tokens, those of earlier turns without an image
+        stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
+        logical = stored.get_seq_length()
         if rows is not None:
             positions, now = rows.positions, rows.mask
         else:
@@ -135,10 +139,8 @@ class DecoderLayers:
         if layer is not None and layer.shift is not None:
             positions = positions - layer.shift[:, None]
         mask = join_masks(past_mask(layer, call.mask, logical), now, logical, count)
-        cache = None
-        if kwargs.get("past_key_values") is not None:
-            cache = Cache(layers=[layer if layer is not None else DynamicLayer()])
-        elif mask is None:
+        cache = None if past is None else Cache(layers=[stored])
+        if cache is None and mask is None:
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         return {
             "attention_mask": create_causal_mask(

@@ -13,6 +13,7 @@ from .adapters.base import Anatomy
 from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
 from .checks import check_forward
+from .errors import UnsupportedCallError
 from .language import Decoder
 from .layers import DecoderLayers, check_decoder
 from .policies.base import Policy
@@ -123,14 +124,13 @@ class Pruning:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hand the loss its next-token targets, so that a row whose successor is dropped learns the one behind it."""
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        if labels is None and shifted is None:
+        # a tensor of our own: the decoder's hooks write the final targets into it once it is known what was dropped
+        if shifted is not None:
+            shifted = shifted.clone()
+        elif labels is not None:
+            shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+        else:
             return None
-        # a tensor of our own: the decoder's entry writes the final targets into it once it knows what was dropped
-        shifted = (
-            torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-            if shifted is None
-            else shifted.clone()
-        )
         return args, {**kwargs, "shift_labels": shifted}
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,6 +143,12 @@ class Pruning:
             if (ride := getattr(output, RIDE, None)) is not None:
                 call.encoded.append(ride)
             elif output is not None:
+                if self._layers is not None:
+                    raise UnsupportedCallError(
+                        f"The image features of this call are a part of what the tower returned, as in chunked "
+                        f"prefill, but {self.name} decides inside the decoder, where it needs whole images and the "
+                        "text behind them. Leave prefill_chunk_size out, or choose a policy of the encode stage alone."
+                    )
                 call.unknown_features = True
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if embeds is not None:

@@ -22,7 +22,6 @@ from .budget import Budget
 from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
 from .errors import UnsupportedCallError
 from .policies.base import Keep, Policy
-from .policies.pooling import grid_places, shrink
 from .policies.views import AttentionView, FeaturesView, TowerView
 from .timing import Stopwatch
 
@@ -119,6 +118,8 @@ class Encoder:
 
     def _shrink(self, call: EncodeCall, small: tuple[int, int]) -> torch.Tensor:
         """The image at the size that makes a ``small`` grid of units, and the state of the call that goes with it."""
+        from .policies.pooling import grid_places, shrink  # importing the package imports no policy
+
         state: TowerState = call.state
         (height, width), merge, device = call.pixels.shape[-2:], self.tower.merge, call.pixels.device
         places = torch.tensor(grid_places(call.grid, small), device=device)
@@ -187,7 +188,11 @@ class Encoder:
         )
         state.attention = None
         # all see the layer as it was; of a composition, one policy at most drops units here
-        answers = [policy.encode(view) for policy in self.asked[number]]
+        asked = self.asked[number]
+        if call.target == call.units:  # nothing is to be dropped: here for those that only watch
+            asked = [policy for policy in asked if "encode" not in policy.stages]
+        with _exact(hidden):
+            answers = [policy.encode(view) for policy in asked]
         for keep in answers:
             if keep is not None:
                 hidden = self._cut(hidden, state, keep)
@@ -281,7 +286,11 @@ class Encoder:
             features[:, cls:], call.grid, call.target, content_key(call.pixels), call.pixels, state.carry
         )
         for policy in self.policies:
-            if policy.after_projector == after_projector and (keep := policy.encode_final(view)) is not None:
+            if policy.after_projector != after_projector:
+                continue
+            with _exact(features):
+                keep = policy.encode_final(view)
+            if keep is not None:
                 call.keep = keep
                 return None if keep.rows is None else torch.cat([features[:, :cls], keep.rows], 1)
         return None
@@ -320,6 +329,11 @@ class Encoder:
                 output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
             )
         return stream.open_holes(output, index, call.units + int(self.tower.keeps_cls), valid)
+
+
+def _exact(x: torch.Tensor) -> torch.autocast:
+    """Autocast would take the fp32 out of a policy's scores."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def content_key(pixels: torch.Tensor) -> torch.Tensor:

@@ -141,4 +141,6 @@ def measure(exam: Exam, cell: Cell, config: RunConfig, advance: Callable[[int], 
 
 def stages_of(policy: str) -> str:
     """Where the policies of a composition act."""
-    return ", ".join(dict.fromkeys(stage for name in policy.split("+") for stage in policy_class(name).stages))
+    return ", ".join(
+        dict.fromkeys(stage for name in policy.split("+") for stage in policy_class(name).stages)
+    )

@@ -13,7 +13,7 @@ from vlm_prune.errors import PruningError
 from vlm_prune.eval.measure import Setting, latencies
 from vlm_prune.eval.runs.cells import Cell, Exam, cells, measure, stages_of
 from vlm_prune.eval.runs.config import RunConfig
-from vlm_prune.eval.runs.table import markdown
+from vlm_prune.eval.runs.table import markdown, publish
 
 TIMED_SCENES = 2
 
@@ -27,8 +27,12 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows}
 
 
-def run(config: RunConfig, console: Console) -> int:
-    """Measure what is missing, write ``results.json`` and ``results.md``; returns how many cells failed."""
+def run(config: RunConfig, console: Console, retime: bool = False, page: Path | None = None) -> int:
+    """Measure what is missing, write ``results.json`` and ``results.md``; returns how many cells failed.
+
+    ``retime`` takes the times of all cells again, say because the machine was busy before. ``page`` is a Markdown file
+    that gets the tables too, see `table.publish`.
+    """
     folder = config.output
     folder.mkdir(parents=True, exist_ok=True)
     todo, done = cells(config), finished(folder)
@@ -56,9 +60,19 @@ def run(config: RunConfig, console: Console) -> int:
             done[cell.key(config)] = row = {**named, **row, "seed": config.seed, "key": cell.key(config)}
             file.write(json.dumps(row) + "\n")
             file.flush()
+    if retime:
+        for cell in todo:
+            if (row := done.get(cell.key(config))) is not None:
+                if exam is None or loaded != cell.model:
+                    exam, loaded = Exam.build(cell.model, config), cell.model
+                row.update(times(exam, cell, config))
+                with (folder / "cells.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     rows = [done[cell.key(config)] for cell in todo if cell.key(config) in done]
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(markdown(rows, config), encoding="utf-8")
+    if page is not None:
+        publish(rows, config, page)
     for cell, error in failed:
         console.print(f"[red]{cell.model} {cell.entry.name} {cell.ratio}: {type(error).__name__}: {error}")
     console.print(

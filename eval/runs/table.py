@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from vlm_prune.eval.runs.config import RunConfig
@@ -30,6 +32,25 @@ def markdown(rows: Sequence[dict[str, Any]], config: RunConfig) -> str:
         note = f"{asked} and {some[0]['n_captions']} captions a row, seed {config.seed}; intervals by bootstrap over"
         lines += ["", f"{note} scenes.", ""]
     return "\n".join(lines)
+
+
+def publish(rows: Sequence[dict[str, Any]], config: RunConfig, page: Path) -> None:
+    """Put the tables between ``<!-- results -->`` and ``<!-- end -->`` of a page, and the rows beside it as JSON.
+
+    Raises:
+        ValueError: the page has no such markers.
+    """
+    begin, end = "<!-- results -->\n", "<!-- end -->"
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text.split(begin, 1)[1]:
+        raise ValueError(
+            f"{page}: there is no place for the tables: write {begin.strip()} and {end} on lines of their own."
+        )
+    head, tail = text.split(begin, 1)
+    page.write_text(
+        head + begin + "\n" + markdown(rows, config) + "\n" + end + tail.split(end, 1)[1], encoding="utf-8"
+    )
+    page.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

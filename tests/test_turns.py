@@ -1,0 +1,80 @@
+"""Conversations: a cache carried over turns gives what the whole prompt gives at once."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.models import Prompt, prompt, shared
+from tests.reference import budget
+from tests.test_generate import cases, generate
+from vlm_prune import pruned
+
+
+def follow_up(output, mask, rows, family, seed):
+    """The prompt of the next turn: everything so far, and what the user adds to each row."""
+    new = prompt(family, rows, seed=seed)
+    answered = torch.ones(len(mask), output.shape[1] - mask.shape[1], dtype=mask.dtype)
+    return new, torch.cat([output, new.ids], 1), torch.cat([mask, answered, new.mask], 1)
+
+
+def all_pixels(turns: list[Prompt]):
+    """Pixels of a conversation in the order of its placeholders."""
+    tiles = [turn.pixels[turn.tiles[b]] for b in range(len(turns[0].ids)) for turn in turns if turn.tiles[b]]
+    return torch.cat(tiles) if tiles else None
+
+
+CONVERSATIONS = {
+    "text-follows": [[(3, -1, 5)], [(4,)], [(1,)]],
+    "image-follows": [[(3, -1, 5)], [(2, -1, 3)], [(4,)]],
+    "image-comes-late": [[(6,)], [(2, -1, 3)], [(3,)]],
+    "ragged": [[(3, -1, 5), (2, -1, 1, -1, 4)], [(4,), (7,)], [(2, -1, 2), (1,)], [(3,), (3,)]],
+}
+
+
+@cases
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_a_cache_carried_over_turns_gives_what_a_fresh_prompt_gives(conversation, policy, family, positions):
+    model, (first, *later) = shared(family), CONVERSATIONS[conversation]
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4}
+    turns = [prompt(family, first)]
+    ids, mask = turns[0].ids, turns[0].mask
+    with pruned(model, policy, positions=positions, **budget(policy)):
+        output = generate(model, turns[0].inputs, **options)
+        for number, rows in enumerate(later):
+            turn, ids, mask = follow_up(output.sequences, mask, rows, family, seed=number + 5)
+            turns.append(turn)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            fresh = (
+                {**inputs, "pixel_values": pixels} if (pixels := all_pixels(turns)) is not None else inputs
+            )
+            want = generate(model, fresh, **options)
+            carried = {**inputs, "past_key_values": output.past_key_values}
+            if turn.pixels is not None:
+                carried["pixel_values"] = turn.pixels
+            output = generate(model, carried, **options)
+            assert torch.equal(output.sequences, want.sequences)
+            for a, b in zip(output.logits, want.logits, strict=True):
+                torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-3)
+            assert output.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
+
+
+@cases
+def test_a_prefix_is_computed_once_and_continued_twice(policy, family, positions):
+    """The cache of a prompt with an image is copied, and each copy goes its own way."""
+    model, batch = shared(family), prompt(family, [(3, -1, 4)])
+    ends = [torch.tensor([[7, 8, 9]]), torch.tensor([[20, 21]])]
+    with torch.no_grad(), pruned(model, policy, positions=positions, **budget(policy)):
+        prefix = model(**batch.inputs).past_key_values
+        for end in ends:
+            ids = torch.cat([batch.ids, end], 1)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            want = model.generate(**inputs, pixel_values=batch.pixels, max_new_tokens=4)
+            ours = model.generate(**inputs, past_key_values=copy.deepcopy(prefix), max_new_tokens=4)
+            assert torch.equal(ours, want)
+        assert prefix.get_seq_length() == batch.ids.shape[1]
+        prefix.reset()
+        again = model(**batch.inputs, past_key_values=prefix)
+        torch.testing.assert_close(again.logits, model(**batch.inputs).logits)
