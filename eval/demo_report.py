@@ -114,11 +114,11 @@ def markdown(rows: Sequence[DemoRow]) -> str:
 
 
 def kept_rows(settings: DemoSettings) -> list[tuple[str, list[viz.Panel]]]:
-    """Panels of one scene of each model: every policy, budgets side by side, with the captions given."""
+    """Panels of each model's first scene with four different objects: budgets side by side, with captions."""
     rows = []
     for name in settings.models:
         stage = Stage.build(name, settings)
-        number = max(range(min(8, len(stage.scenes))), key=lambda i: len(stage.scenes[i].names))
+        number = next((i for i, s in enumerate(stage.scenes) if len(s.objects) == len(s.names) == 4), 0)
         for policy in dict.fromkeys(cell.policy for cell in settings.cells() if cell.policy != "none"):
             mine = [cell for cell in settings.cells() if cell.policy == policy]
             rows.append((f"{name}\n{policy}", [kept_panel(stage, number, cell) for cell in mine]))

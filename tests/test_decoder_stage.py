@@ -147,8 +147,12 @@ def test_second_turn_equals_fresh(positions):
     prune(model, DropAt(positions=positions))
     first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
-    reused = model.generate(input_ids=more, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
-    fresh = model.generate(input_ids=more, pixel_values=inputs["pixel_values"], max_new_tokens=4, do_sample=False)
+    reused = model.generate(
+        input_ids=more, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False
+    )
+    fresh = model.generate(
+        input_ids=more, pixel_values=inputs["pixel_values"], max_new_tokens=4, do_sample=False
+    )
     assert reused.tolist() == fresh.tolist()
 
 
@@ -158,7 +162,10 @@ def test_trimmed_layers_hold_the_survivors_only():
     out = model(**inputs)
     lengths = {layer.keys.shape[2] for layer in out.past_key_values.layers}
     assert len(lengths) == 1
-    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 3
+    assert (
+        model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1]
+        == inputs["input_ids"].shape[1] + 3
+    )
 
 
 def test_keeping_all_is_bit_identical():

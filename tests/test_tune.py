@@ -180,9 +180,7 @@ def test_nan_counts_nothing():
     assert similarity(torch.tensor([[2.0, 2, 2], [torch.nan, 0, 0]]), truth) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"ratio": 0.5}', '{"policy": "x", "ratio": 1, "settings": 3}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"ratio": 0.5}', '{"policy": "x", "ratio": 1, "settings": 3}'])
 def test_bad_config_is_explained(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)

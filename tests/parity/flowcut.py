@@ -115,7 +115,9 @@ def check_tower(golden: Golden) -> None:
 @torch.no_grad()
 def check_model(golden: Golden) -> None:
     meta, weights = golden.meta, golden.prefixed("w/")
-    image_token = meta["llm_config"]["vocab_size"]  # one id more, for the placeholder that official code writes as -200
+    image_token = meta["llm_config"][
+        "vocab_size"
+    ]  # one id more, for the placeholder that official code writes as -200
     model = llava(
         meta["vision_config"],
         {**meta["llm_config"], "vocab_size": image_token + 1, "eos_token_id": None},
@@ -151,7 +153,9 @@ def check_model(golden: Golden) -> None:
     output = model(input_ids=ids, pixel_values=golden["images"])
     live = output.logits[0].abs().sum(-1) > 0
     close(output.logits[:, live, :image_token], golden["logits"])
-    assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == golden["kv_len_per_layer"].tolist()
+    assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == golden[
+        "kv_len_per_layer"
+    ].tolist()
     assert model.pruning.receipt.kept == golden["vision_keep"].tolist()
 
     expected = golden["greedy_ids"][0, 1:].tolist()  # the first id stands for the prompt
