@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Budget:
                 )
             return cls(tokens=tokens, extra=extra)
         ratio = default if ratio is None else ratio
-        if not isinstance(ratio, int | float) or type(ratio) is bool or not 0 < ratio <= 1:
+        if not _is_share(ratio):
             raise BudgetError(f"ratio={ratio!r}: choose a share above 0 and up to 1, such as 0.25.")
         return cls(ratio=float(ratio), extra=extra)
 
@@ -62,3 +63,7 @@ class Budget:
         if self.ratio is not None:
             return (base * self.ratio).round().long().clamp(min=1).minimum(base)
         return ((self.tokens or 1) * (dense // per_tile)).minimum(base)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

@@ -98,7 +98,9 @@ class Exam:
         """Load a model and draw its scenes, each with three different objects at least."""
         size = config.sizes.get(name, (128, 128))
         scenes = list(make_scenes(config.scenes, config.seed, [size], min_names=3))
-        questions = {split: pope_questions(scenes, split, config.seed) for split in config.splits}
+        questions: dict[str, list[dict[str, Any]]] = {
+            split: pope_questions(scenes, split, config.seed) for split in config.splits
+        }
         return cls(*load_model(name, getattr(torch, config.dtype)), scenes, questions)
 
 

@@ -62,19 +62,21 @@ def run(config: RunConfig, console: Console, retime: bool = False, page: Path | 
             file.flush()
     if retime:
         for cell in todo:
-            if (row := done.get(cell.key(config))) is not None:
+            if (known := done.get(cell.key(config))) is not None:
                 if exam is None or loaded != cell.model:
                     exam, loaded = Exam.build(cell.model, config), cell.model
-                row.update(times(exam, cell, config))
+                known.update(times(exam, cell, config))
                 with (folder / "cells.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(known) + "\n")
     rows = [done[cell.key(config)] for cell in todo if cell.key(config) in done]
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(markdown(rows, config), encoding="utf-8")
     if page is not None:
         publish(rows, config, page)
-    for cell, error in failed:
-        console.print(f"[red]{cell.model} {cell.entry.name} {cell.ratio}: {type(error).__name__}: {error}")
+    for cell, problem in failed:
+        console.print(
+            f"[red]{cell.model} {cell.entry.name} {cell.ratio}: {type(problem).__name__}: {problem}"
+        )
     console.print(
         f"{len(rows)} rows in {folder / 'results.json'} and {folder / 'results.md'}, {len(failed)} failed"
     )
