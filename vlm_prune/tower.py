@@ -229,9 +229,8 @@ class Encoder:
         state: TowerState | None = call.state
         setattr(output, RIDE, call)
         if state is not None:
-            call.carry = self._carried(
-                call, state
-            )  # once more behind the projector, where policies may merge
+            # once more behind the projector, where policies may merge
+            call.carry = self._carried(call, state)
         if state is None or state.units.shape[1] == call.units:
             return
         call.keep = Keep(state.units, state.valid)
