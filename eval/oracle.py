@@ -70,7 +70,7 @@ def build(hidden: int, layers: int) -> LlavaForConditionalGeneration:
 
 
 @torch.no_grad()
-def compare(tokens: int = 64, hidden: int = 1024, layers: int = 8, rounds: int = 15) -> OracleResult:
+def compare(tokens: int = 64, hidden: int = 1024, layers: int = 8, rounds: int = 40) -> OracleResult:
     """Time ``rounds`` prefills of either kind, after two of each to warm up."""
     model = build(hidden, layers)
     ids = torch.randint(0, IMAGE_TOKEN, (1, VISUAL + TEXT))

@@ -185,7 +185,7 @@ def oracle(
     tokens: Annotated[int, typer.Option(help="Visual tokens kept, of 576.")] = 64,
     hidden: Annotated[int, typer.Option(help="Width of the language model.")] = 1024,
     layers: Annotated[int, typer.Option(help="Its layers.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed rounds, each one prefill of either kind.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, each one prefill of either kind.")] = 40,
     bound: Annotated[float, typer.Option(help="Exit with 1 if the ratio of the medians is above.")] = 1.03,
 ) -> None:
     """Time the prefill of a pruned prompt against one that never had the dropped tokens."""
