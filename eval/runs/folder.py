@@ -1,0 +1,69 @@
+"""The run folder on disk; docs/runs.md describes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlm_prune.eval.records import read_json, read_records
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run is kept."""
+
+    path: Path
+
+    def rows(self) -> list[Record]:
+        """The rows of ``results.json``: one a finished cell, in the order of the config."""
+        rows: list[Record] = read_json(self.path / "results.json")
+        return rows
+
+    def times(self) -> dict[str, Record]:
+        """The times of ``speed`` cells, by cell."""
+        times: dict[str, Record] = read_json(self.path / "times.json")
+        return times
+
+    def samples(self, cell: str) -> list[Record]:
+        """The records of a finished cell, in the order of its task."""
+        return read_records(self.cell(cell) / "samples.jsonl")
+
+    def image(self, record: Record) -> Image.Image:
+        """The image of a record, as RGB."""
+        with Image.open(self.path / record["image"]["path"]) as image:
+            return image.convert("RGB")
+
+    def cell(self, name: str) -> Path:
+        """The folder of a cell."""
+        return self.path / "cells" / name
+
+    def row(self, cell: str) -> Record | None:
+        """The row of a cell, if it is finished."""
+        path = self.cell(cell) / "row.json"
+        return read_json(path) if path.exists() else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a later start, finds the old text or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON value, indented, by `write_whole`."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Record]) -> None:
+    """JSON lines, by `write_whole`."""
+    write_whole(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
