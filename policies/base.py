@@ -47,6 +47,14 @@ class Keep:
         index = (~mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
         return cls(index, mask.gather(1, index))
 
+    def tolist(self) -> list[list[int]]:
+        """The kept units of each row. Waits for the device."""
+        index = self.index.tolist()
+        if self.valid is None:
+            return index
+        valid = self.valid.tolist()
+        return [[i for i, ok in zip(*row, strict=True) if ok] for row in zip(index, valid, strict=True)]
+
 
 @dataclass(frozen=True)
 class Policy:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import BudgetError
+
+if TYPE_CHECKING:
+    from .calls import ForwardCall
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,14 @@ class Budget:
             return max(1, min(available, round(available * self.ratio)))
         return min(available, (self.tokens or 1) - self.extra)
 
-    def of_visual(self, base: torch.Tensor, dense: torch.Tensor, per_tile: int) -> torch.Tensor:
-        """Visual tokens to keep in each prompt of a batch, int64 ``(batch,)``.
+    def of_visual(self, base: torch.Tensor, call: ForwardCall) -> torch.Tensor:
+        """Visual tokens to keep in each prompt of a batch, int64 ``(batch,)``, of the ``base`` ``(batch,)`` there are.
 
-        A ``ratio`` is a share of ``base`` ``(batch,)``. ``dense`` visual tokens there were before any pruning,
-        ``per_tile`` in each tile: ``tokens`` are kept for each of these tiles.
+        A ``ratio`` is a share of these; ``tokens`` are kept for each tile of the ``call``, or all that a tile has.
         """
         if self.ratio is not None:
             return (base * self.ratio).round().long().clamp(min=1).minimum(base)
-        return ((self.tokens or 1) * (dense // per_tile)).minimum(base)
+        return call.per_sequence(lambda rows: min(self.tokens or 1, rows)).minimum(base)
 
 
 def _is_share(value: Any) -> bool:

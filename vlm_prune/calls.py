@@ -7,6 +7,7 @@ output object, which stock code hands from the one to the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -30,42 +31,62 @@ RIDE = "vlm_prune"
 
 @dataclass
 class EncodeCall:
-    """One batch of tiles on its way through tower and projector.
+    """Some tiles on their way through tower and projector. What each tile has is written down tile by tile.
 
     Attributes:
-        tiles: rows of ``pixel_values``.
-        grid: rows and columns of units per tile.
-        target: units wanted per tile.
+        grids: rows and columns of units of each tile.
+        targets: units wanted of each tile.
         pixels: the tower's input.
-        keep: the units that survive so far, ``None`` while all do.
-        tower_tokens: tokens that each tower layer computed, per tile.
-        carry: ``(tiles, rows for the language model)``, what the policy left for the decoder's stages; 0 at holes.
+        extra: rows that each tile hands to the language model beside its units (1 where CLS is one of them).
+        kind: which of the model's placeholders the tiles stand for, an index into `Anatomy.image_tokens`.
+        keeps: the units that survive so far, ``None`` while all do: one `Keep` for each group of tiles, in order. A
+            tower that takes tiles of one size has one group, a tower of packed images one group per image.
+        tower_tokens: tokens that each tower layer computed of the tile with most.
+        tower_segments: for each tower layer, the lengths of the sequences that attention ran over.
+        carry: ``(rows of all tiles,)``, what the policy left for the decoder's stages; 0 at holes.
     """
 
-    tiles: int
-    grid: tuple[int, int]
-    target: int
+    grids: list[tuple[int, int]]
+    targets: list[int]
     pixels: torch.Tensor
     stopwatch: Stopwatch
     receipt: Receipt
+    extra: int = 0
+    kind: int = 0
     state: Any = None
-    keep: Keep | None = None
+    keeps: list[Keep] | None = None
     tower_tokens: list[int] = field(default_factory=list)
+    tower_segments: list[list[int]] = field(default_factory=list)
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def units(self) -> int:
-        """Units per tile before anything is dropped."""
-        return self.grid[0] * self.grid[1]
+    def tiles(self) -> int:
+        """How many tiles there are."""
+        return len(self.grids)
+
+    @property
+    def units(self) -> list[int]:
+        """Units of each tile before anything is dropped."""
+        return [rows * columns for rows, columns in self.grids]
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of the language model that stand for each tile before anything is dropped."""
+        return [units + self.extra for units in self.units]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all units of all tiles are wanted."""
+        return self.targets == self.units
 
     @property
     def dropped(self) -> int | None:
         """Units dropped in all tiles together, if that is known without asking the device."""
-        if self.keep is None:
+        if self.keeps is None:
             return 0
-        if self.keep.valid is not None:
+        if any(keep.valid is not None for keep in self.keeps):
             return None
-        return self.tiles * (self.units - self.keep.index.shape[1])
+        return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
 
 
 def current_encode() -> EncodeCall | None:
@@ -86,7 +107,9 @@ class ForwardCall:
         encoded: the tiles that this forward consumes.
         unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
         shift_labels: next-token targets ``(batch, length)`` that the loss will read, ours to write to.
-        image_mask: bool ``(batch, length)``, placeholders of visual tokens; known if a policy acts in the decoder.
+        kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
+        image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
+            the decoder.
         mask: the caller's attention mask.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
@@ -100,7 +123,8 @@ class ForwardCall:
     unknown_features: bool = False
     encoded: list[EncodeCall] = field(default_factory=list)
     shift_labels: torch.Tensor | None = None
-    image_mask: torch.Tensor | None = None
+    kinds: list[int] = field(default_factory=list)
+    image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
     rows: Rows | None = None
     entered: Rows | None = None
@@ -120,9 +144,19 @@ class ForwardCall:
             return any(call.dropped != 0 for call in self.encoded)
         return self.unknown_features and bool(embeds[..., 0].isnan().any())
 
+    @property
+    def image_mask(self) -> torch.Tensor | None:
+        """Placeholders of visual tokens of any kind: bool ``(batch, length)``; ``None`` if that is not known."""
+        return torch.stack(self.image_masks).any(0) if self.image_masks else None
+
     def has_visual_tokens(self) -> bool:
         """Whether this forward brings visual tokens along."""
-        return bool(self.encoded) or (self.unknown_features and self.image_mask is not None)
+        return bool(self.encoded) or (self.unknown_features and bool(self.image_masks))
+
+    def add_encoded(self, call: EncodeCall) -> None:
+        """Note tiles that were encoded inside this forward."""
+        call.kind = self.kinds.pop(0) if self.kinds else call.kind
+        self.encoded.append(call)
 
     def mark_visual(self, rows: Rows) -> Rows:
         """``rows`` with `Rows.visual` and the values that the encode stage left for each visual token."""
@@ -134,12 +168,33 @@ class ForwardCall:
             )
         carry = {}
         for name in {name for call in self.encoded for name in call.carry}:
-            values = torch.cat([call.carry[name].flatten() for call in self.encoded])
-            repeats = int(mask.sum()) // len(values) if len(mask) > 1 else 1
-            spread = torch.zeros(mask[::repeats].shape, dtype=values.dtype, device=mask.device)
-            # beams come as copies of a row next to it, so every repeats-th row stands for its copies
-            carry[name] = spread.masked_scatter(mask[::repeats], values).repeat_interleave(repeats, 0)
+            some = next(call.carry[name] for call in self.encoded if name in call.carry)
+            carry[name] = self._spread(
+                [call.carry.get(name, some.new_zeros(sum(call.rows))) for call in self.encoded]
+            )
         return replace(rows, visual=mask, carry=carry)
+
+    def _spread(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Lay out values ``(rows of all its tiles,)`` of each encode call over the prompts: ``(batch, length)``."""
+        full = values[0].new_zeros(self.image_masks[0].shape)
+        for kind, mask in enumerate(self.image_masks):
+            mine = [x for x, call in zip(values, self.encoded, strict=True) if call.kind == kind]
+            if not mine:
+                continue
+            flat = torch.cat(mine)
+            repeats = int(mask.sum()) // len(flat) if len(mask) > 1 else 1
+            # beams come as copies of a row next to it, so every repeats-th row stands for its copies
+            some = full[::repeats].masked_scatter(mask[::repeats], flat)
+            full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
+        return full
+
+    def per_sequence(self, wanted: Callable[[int], int]) -> torch.Tensor:
+        """``wanted(rows of a tile)`` summed over the tiles of each prompt: int64 ``(batch,)``."""
+        device, values = self.image_masks[0].device, []
+        for call in self.encoded:
+            first = [n for rows in call.rows for n in (wanted(rows), *[0] * (rows - 1))]
+            values.append(torch.tensor(first, device=device))
+        return self._spread(values).sum(-1)
 
     def live_rows(self, alive: torch.Tensor, live: torch.Tensor) -> tuple[int, bool]:
         """Length of the shortened sequence, and whether every row of the batch fills it.

@@ -55,16 +55,18 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
     rides = [ride for output in given.values() if (ride := getattr(output, RIDE, None)) is not None]
     if pixels is not None and pixels.dim() == 4:
         rows, columns = tower.unit_grid(*pixels.shape[-2:])
-        tiles, each = len(pixels), rows * columns + int(tower.keeps_cls)
+        need = [rows * columns + int(tower.keeps_cls)] * len(pixels)
     elif rides:
-        tiles, each = sum(ride.tiles for ride in rides), rides[0].units + int(tower.keeps_cls)
+        need = [rows for ride in rides for rows in ride.rows]
     else:
         return
-    found = int(torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).sum())
+    found, total = int(torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).sum()), sum(need)
     # generate repeats prompts for beams, but encodes their images once
-    if found != tiles * each and (pixels is not None or not found or found % (tiles * each)):
+    if found != total and (pixels is not None or not found or found % total):
+        tiles = f"{len(need)} {anatomy.tile}{'s' if len(need) > 1 else ''}"
+        each = ", ".join(map(str, sorted(set(need))))
         raise UnsupportedCallError(
-            f"input_ids hold {found} image placeholders, but {tiles} {anatomy.tile}{'s' if tiles > 1 else ''} "
-            f"of {each} tokens need {tiles * each}. Let the processor write the prompt, with one <image> for every "
-            "image; pruning does not change how many placeholders there are."
+            f"input_ids hold {found} image placeholders, but {tiles} of {each} tokens need {total}. "
+            "Let the processor write the prompt, with one <image> for every image; pruning does not change how many "
+            "placeholders there are."
         )

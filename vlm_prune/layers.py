@@ -32,8 +32,8 @@ class DecoderLayers:
     ``policies`` are (policy, budget) pairs in the written order of the composition.
     """
 
-    def __init__(self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], units: int):
-        self.decoder, self.layers, self.policies, self.units = decoder, layers, policies, units
+    def __init__(self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]]):
+        self.decoder, self.layers, self.policies = decoder, layers, policies
         self.depth = len(layers)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
         self.modulated: dict[int, list[Policy]] = {}
@@ -188,7 +188,8 @@ class DecoderLayers:
     ) -> PrefillView:
         entered = call.entered.visual if call.entered is not None else None
         initial = visual.sum(-1) if entered is None else entered.sum(-1)
-        dense = initial if call.image_mask is None else call.image_mask.sum(-1)
+        mask = call.image_mask
+        dense = initial if mask is None else mask.sum(-1)
         # the share that a policy of several stages keeps is one of all tokens, not of what its own encode stage left
         base = dense if "encode" in policy.stages else initial
         return PrefillView(
@@ -198,7 +199,7 @@ class DecoderLayers:
             visual=visual,
             valid=rows.mask,
             initial=initial,
-            target=budget.of_visual(base, dense, self.units),
+            target=budget.of_visual(base, call),
             attention=call.observed.get("attention"),
             carry=dict(rows.carry),
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache
 
 from . import flops
 from .cache import kv_bytes
 from .policies.base import Keep
+
+if TYPE_CHECKING:
+    from .calls import EncodeCall
 
 
 @dataclass
@@ -21,10 +24,12 @@ class Receipt:
         policy: the policy as it was asked for.
         family: model family.
         tile: what one entry of `kept` stands for, "image" or "tile".
-        grid: rows and columns of visual tokens per tile before pruning.
-        planned: visual tokens wanted per tile.
+        grids: rows and columns of visual tokens of each tile before pruning.
+        targets: visual tokens wanted of each tile.
         positions: the policy's rule for RoPE positions.
-        tower_tokens: tokens per tile that each tower layer computed, CLS counted.
+        tower_tokens: tokens that each tower layer computed of the tile with most, CLS counted.
+        tower_segments: for each tower layer, the lengths of the sequences that attention ran over.
+        tower_segments_dense: the same without pruning.
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
         kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
@@ -34,37 +39,49 @@ class Receipt:
     policy: str
     family: str
     tile: str
-    grid: tuple[int, int]
-    planned: int
+    grids: list[tuple[int, int]]
+    targets: list[int]
     positions: str
-    tiles: int
     tower_tokens: list[int] = field(default_factory=list)
+    tower_segments: list[list[int]] = field(default_factory=list)
+    tower_segments_dense: list[list[int]] = field(default_factory=list)
     prompt_tokens: int = 0
     batch: int = 0
     decoder_tokens: list[int] = field(default_factory=list)
     kv_bytes: int | None = None
     kv_bytes_dense: int | None = None
-    keep: Keep | None = field(default=None, repr=False)
+    keeps: list[Keep] | None = field(default=None, repr=False)
     vision_config: Any = field(default=None, repr=False)
     text_config: Any = field(default=None, repr=False)
     _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
     _prefill_ms: Callable[[], float] | None = field(default=None, repr=False)
 
     @property
+    def tiles(self) -> int:
+        """How many tiles there were."""
+        return len(self.grids)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The first of `grids`; all are the same unless images of different sizes came together."""
+        return self.grids[0]
+
+    @property
     def units(self) -> int:
-        """Visual tokens per tile before pruning."""
+        """Visual tokens of the first tile before pruning, see `grid`."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def planned(self) -> int:
+        """The first of `targets`, see `grid`."""
+        return self.targets[0]
 
     @property
     def kept(self) -> list[list[int]]:
         """Per tile, the raster numbers of the visual tokens that reached the language model."""
-        if self.keep is None:
-            return [list(range(self.units)) for _ in range(self.tiles)]
-        index = self.keep.index.tolist()
-        if self.keep.valid is None:
-            return index
-        valid = self.keep.valid.tolist()
-        return [[i for i, ok in zip(*row, strict=True) if ok] for row in zip(index, valid, strict=True)]
+        if self.keeps is None:
+            return [list(range(rows * columns)) for rows, columns in self.grids]
+        return [units for keep in self.keeps for units in keep.tolist()]
 
     @property
     def tower_ms(self) -> float | None:
@@ -79,17 +96,21 @@ class Receipt:
     @property
     def flops(self) -> int:
         """Operations of tower and prefill as they ran, by the shape formula of `vlm_prune.flops`."""
-        tower = self.tiles * flops.tower_flops(self.vision_config, self.tower_tokens)
+        tower = flops.tower_flops(self.vision_config, self.tower_segments)
         return tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)
 
     @property
     def flops_dense(self) -> int:
         """The same without pruning."""
-        tower = [self.tower_tokens[0]] * len(self.tower_tokens) if self.tower_tokens else []
+        tower = flops.tower_flops(self.vision_config, self.tower_segments_dense)
         prefill = [self.prompt_tokens] * len(self.decoder_tokens)
-        return self.tiles * flops.tower_flops(self.vision_config, tower) + self.batch * flops.decoder_flops(
-            self.text_config, prefill
-        )
+        return tower + self.batch * flops.decoder_flops(self.text_config, prefill)
+
+    def record_tower(self, call: EncodeCall, dense: list[list[int]]) -> None:
+        """Note what the tower did; ``dense`` are its `tower_segments_dense`."""
+        self.keeps, self.tower_tokens = call.keeps, call.tower_tokens
+        self.tower_segments, self.tower_segments_dense = call.tower_segments, dense
+        self._tower_ms = call.stopwatch.stop()
 
     def record_prefill(self, batch: int, length: int, rows: list[int], cache: Cache | None) -> None:
         """Note a prefill of ``length`` tokens per sequence that computed ``rows[i]`` of them in layer ``i``."""
@@ -104,11 +125,11 @@ class Receipt:
 
     def __str__(self) -> str:
         kept = [len(row) for row in self.kept]
-        shown = ", ".join(map(str, kept[:8])) + (", ..." if len(kept) > 8 else "")
+        units = [rows * columns for rows, columns in self.grids]
         lines = [
-            f"{self.policy} on {self.family}: kept {shown} of {self.units} visual tokens per {self.tile}"
+            f"{self.policy} on {self.family}: kept {_listed(kept)} of {_common(units)} visual tokens per {self.tile}"
         ]
-        lines[0] += f" (planned {self.planned}), positions {self.positions}"
+        lines[0] += f" (planned {_common(self.targets)}), positions {self.positions}"
         if self.tower_tokens:
             lines.append(
                 f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers"
@@ -129,6 +150,15 @@ class Receipt:
         if times:
             lines.append("  time     " + ", ".join(times))
         return "\n".join(lines)
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def _common(numbers: list[int]) -> str:
+    """The number itself where all are the same."""
+    return _listed(numbers[:1] if len(set(numbers)) == 1 else numbers)
 
 
 def _summary(tokens: list[int]) -> str:

@@ -48,12 +48,7 @@ class Pruning:
         self._encoder = Encoder(
             anatomy.tower, anatomy.projector, policies, encode[1] if encode else Budget(ratio=1.0), self
         )
-        layers = DecoderLayers(
-            anatomy.decoder,
-            anatomy.decoder_layers,
-            budgets,
-            anatomy.tower.units + int(anatomy.tower.keeps_cls),
-        )
+        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets)
         self._layers = layers if layers else None
         self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
         try:
@@ -99,16 +94,15 @@ class Pruning:
         """What the last call with images did in this thread; ``None`` before the first."""
         return self._receipts.get(threading.current_thread())
 
-    def new_receipt(self, grid: tuple[int, int], planned: int, tiles: int) -> Receipt:
+    def new_receipt(self, grids: list[tuple[int, int]], targets: list[int]) -> Receipt:
         """A receipt for a call that begins."""
         return Receipt(
             policy=self.name,
             family=self.family,
             tile=self._anatomy.tile,
-            grid=grid,
-            planned=planned,
+            grids=grids,
+            targets=targets,
             positions=self.positions,
-            tiles=tiles,
             vision_config=self._anatomy.tower.module.config,
             text_config=self._anatomy.decoder.config,
         )
@@ -139,8 +133,13 @@ class Pruning:
         begin_forward(call)
         check_forward(self._anatomy, kwargs)
         given = kwargs.get("mm_encoder_outputs") or {}
-        for output in given.values():
+        # videos have placeholders of their own, where there are two kinds; images are encoded first
+        videos = len(self._anatomy.image_tokens) - 1
+        call.kinds = [0] * (kwargs.get("pixel_values") is not None)
+        call.kinds += [videos] * (kwargs.get("pixel_values_videos") is not None)
+        for name, output in given.items():
             if (ride := getattr(output, RIDE, None)) is not None:
+                ride.kind = videos if name == "video" else 0
                 call.encoded.append(ride)
             elif output is not None:
                 if self._layers is not None:
@@ -154,16 +153,16 @@ class Pruning:
         if embeds is not None:
             call.unknown_features = True
         if self._layers is not None and ids is not None and ids.shape[1] > 1:
-            call.image_mask = torch.isin(ids, ids.new_tensor(self._anatomy.image_tokens))
+            call.image_masks = [ids == token for token in self._anatomy.image_tokens]
         elif self._layers is not None and embeds is not None and embeds.shape[1] > 1:
-            call.image_mask = self._placeholders(module, embeds)
+            call.image_masks = self._placeholders(module, embeds)
 
-    def _placeholders(self, base: Any, embeds: torch.Tensor) -> torch.Tensor | None:
-        """Where ``inputs_embeds`` ``(batch, length, channels)`` still hold placeholders; ``None`` if nowhere."""
+    def _placeholders(self, base: Any, embeds: torch.Tensor) -> list[torch.Tensor]:
+        """Where embeddings ``(batch, length, channels)`` are placeholders of each kind; empty if nowhere."""
         ids = torch.tensor(self._anatomy.image_tokens, device=embeds.device)
         known = base.get_input_embeddings()(ids).to(embeds.dtype)
-        mask = (embeds[:, :, None] == known).all(-1).any(-1)
-        return mask if mask.any() else None
+        mask = (embeds[:, :, None] == known).all(-1)
+        return list(mask.unbind(-1)) if mask.any() else []
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward, also after an exception."""

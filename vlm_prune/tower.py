@@ -89,18 +89,18 @@ class Encoder:
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         patches = self.tower.patch_grid(*pixels.shape[-2:])
         grid = self.tower.unit_grid(*pixels.shape[-2:])
-        target = self.budget.units(grid[0] * grid[1])
-        receipt = self.session.new_receipt(grid, target, len(pixels))
+        count, target = grid[0] * grid[1], self.budget.units(grid[0] * grid[1])
+        grids, targets = [grid] * len(pixels), [target] * len(pixels)
         call = EncodeCall(
-            tiles=len(pixels),
-            grid=grid,
-            target=target,
+            grids=grids,
+            targets=targets,
             pixels=pixels,
+            extra=int(self.tower.keeps_cls),
             stopwatch=Stopwatch(pixels.device),
-            receipt=receipt,
+            receipt=self.session.new_receipt(grids, targets),
         )
-        if target < call.units or self.observes:
-            units = torch.arange(call.units, device=pixels.device).expand(len(pixels), -1)
+        if target < count or self.observes:
+            units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
             slots = None
             if self.tower.merge > 1:
                 slots = stream.unit_patches(patches, self.tower.merge, pixels.device).expand(
@@ -108,8 +108,8 @@ class Encoder:
                 )
             call.state = TowerState(patches, units, slots, None, None, {})
         set_encode(call)
-        grids = (policy.tower_grid(grid, target) for policy in self.policies) if target < call.units else ()
-        small = next((shape for shape in grids if shape is not None), None)
+        shapes = (policy.tower_grid(grid, target) for policy in self.policies) if target < count else ()
+        small = next((shape for shape in shapes if shape is not None), None)
         if small is None:
             return None
         pixels = self._shrink(call, small)
@@ -122,12 +122,13 @@ class Encoder:
 
         state: TowerState = call.state
         (height, width), merge, device = call.pixels.shape[-2:], self.tower.merge, call.pixels.device
-        places = torch.tensor(grid_places(call.grid, small), device=device)
+        (rows, columns), *_ = call.grids
+        places = torch.tensor(grid_places((rows, columns), small), device=device)
         state.units = places.expand(call.tiles, -1)
         if state.slots is not None:
             slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)
             state.slots = slots.expand(call.tiles, -1, -1)
-        return shrink(call.pixels, small[0] * height // call.grid[0], small[1] * width // call.grid[1])
+        return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
 
     def _check_recompute(self) -> None:
         """Refuse to train a tower in which tokens are cut and whose layers run again in the backward pass."""
@@ -170,14 +171,15 @@ class Encoder:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         call.tower_tokens.append(hidden.shape[1])
+        call.tower_segments.append([hidden.shape[1]] * call.tiles)
         state: TowerState | None = call.state
         if state is None or state.attention is None:
             return None
         view = TowerView(
             layer=number,
             feature_layer=self.tower.feature_layer,
-            target=call.target,
-            grid=call.grid,
+            target=call.targets[0],
+            grid=call.grids[0],
             units=state.units,
             hidden=hidden[:, int(self.tower.has_cls) :],
             attention=state.attention,
@@ -189,7 +191,7 @@ class Encoder:
         state.attention = None
         # all see the layer as it was; of a composition, one policy at most drops units here
         asked = self.asked[number]
-        if call.target == call.units:  # nothing is to be dropped: here for those that only watch
+        if call.whole:  # nothing is to be dropped: here for those that only watch
             asked = [policy for policy in asked if "encode" not in policy.stages]
         with _exact(hidden):
             answers = [policy.encode(view) for policy in asked]
@@ -231,9 +233,9 @@ class Encoder:
         if state is not None:
             # once more behind the projector, where policies may merge
             call.carry = self._carried(call, state)
-        if state is None or state.units.shape[1] == call.units:
+        if state is None or state.units.numel() == sum(call.units):
             return
-        call.keep = Keep(state.units, state.valid)
+        call.keeps = [Keep(state.units, state.valid)]
         consumed = self.tower.feature_layer + 1
         hidden_states = getattr(output, "hidden_states", None)
         if hidden_states is not None and hidden_states[consumed] is not None:
@@ -243,12 +245,12 @@ class Encoder:
             output.last_hidden_state = self._reopen(output.last_hidden_state, state)
 
     def _carried(self, call: EncodeCall, state: TowerState) -> dict[str, torch.Tensor]:
-        """What policies left per unit, laid out as the rows that the language model gets: ``(tiles, rows)``."""
+        """What policies left per unit, laid out as the rows that the language model gets: ``(rows of all tiles,)``."""
         carried = {}
         for name, x in state.carry.items():
             x = x if state.valid is None else x.masked_fill(~state.valid, 0)
-            full = x.new_zeros(call.tiles, call.units).scatter(1, state.units, x)
-            carried[name] = torch.nn.functional.pad(full, (int(self.tower.keeps_cls), 0))
+            full = x.new_zeros(call.tiles, call.units[0]).scatter(1, state.units, x)
+            carried[name] = torch.nn.functional.pad(full, (call.extra, 0)).flatten()
         return carried
 
     def _reopen(self, hidden: torch.Tensor, state: TowerState) -> torch.Tensor:
@@ -271,9 +273,9 @@ class Encoder:
             return None
         features: torch.Tensor = args[0]
         rows = self._choose(call, features, after_projector=False)
-        if call.keep is None:
+        if call.keeps is None:
             return None
-        index, valid = self._rows(call.keep)
+        index, valid = self._rows(call.keeps[0])
         live = (
             features.gather(1, index[..., None].expand(-1, -1, features.shape[2])) if rows is None else rows
         )
@@ -282,11 +284,15 @@ class Encoder:
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
         """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
         state: TowerState | None = call.state
-        if call.keep is not None or state is None or call.target == call.units:
+        if call.keeps is not None or state is None or call.whole:
             return None
-        cls = int(self.tower.keeps_cls)
         view = FeaturesView(
-            features[:, cls:], call.grid, call.target, content_key(call.pixels), call.pixels, state.carry
+            features[:, call.extra :],
+            call.grids[0],
+            call.targets[0],
+            content_key(call.pixels),
+            call.pixels,
+            state.carry,
         )
         for policy in self.policies:
             if policy.after_projector != after_projector:
@@ -294,8 +300,8 @@ class Encoder:
             with _exact(features):
                 keep = policy.encode_final(view)
             if keep is not None:
-                call.keep = keep
-                return None if keep.rows is None else torch.cat([features[:, :cls], keep.rows], 1)
+                call.keeps = [keep]
+                return None if keep.rows is None else torch.cat([features[:, : call.extra], keep.rows], 1)
         return None
 
     def _rows(self, keep: Keep) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -315,23 +321,22 @@ class Encoder:
         set_encode(None)
         if output is None:
             return None
-        projected = call.keep is not None
+        projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
         if call.state is not None:
             call.carry, call.state = self._carried(call, call.state), None
-        call.receipt.keep, call.receipt.tower_tokens = call.keep, call.tower_tokens
-        call.receipt._tower_ms = call.stopwatch.stop()
+        call.receipt.record_tower(call, [call.tower_segments[0]] * len(call.tower_segments))
         self.session.publish(call.receipt)
         if (forward := current_forward()) is not None:
-            forward.encoded.append(call)
-        if call.keep is None:
+            forward.add_encoded(call)
+        if call.keeps is None:
             return None
-        index, valid = self._rows(call.keep)
+        index, valid = self._rows(call.keeps[0])
         if not projected:
             output = (
                 output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
             )
-        return stream.open_holes(output, index, call.units + int(self.tower.keeps_cls), valid)
+        return stream.open_holes(output, index, call.rows[0], valid)
 
 
 def _exact(x: torch.Tensor) -> torch.autocast:
