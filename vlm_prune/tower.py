@@ -325,7 +325,7 @@ class Encoder:
         rows = self._choose(call, output, after_projector=True)
         if call.state is not None:
             call.carry, call.state = self._carried(call, call.state), None
-        call.receipt.record_tower(call, [call.tower_segments[0]] * len(call.tower_segments))
+        call.receipt.record_tower(call, call.tower_segments[:1] * len(call.tower_segments))
         self.session.publish(call.receipt)
         if (forward := current_forward()) is not None:
             forward.add_encoded(call)
