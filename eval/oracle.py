@@ -18,6 +18,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_prune import pruned
+from vlm_prune.versions import CACHE
 
 VISUAL, TEXT = 576, 32
 IMAGE_TOKEN = 31_999
@@ -116,7 +117,7 @@ def shortened_inputs(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -
         handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
         model.model(**inputs, use_cache=True)
         handle.remove()
-    seen.pop("past_key_values", None)
+    seen.pop(CACHE, None)
     return seen
 
 

@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.models import IMAGE, prompt, shared
 from vlm_prune.calls import current_encode, current_forward
+from vlm_prune.versions import cache_of
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-3}
 RAGGED = [(2, -1, 4), (1, -1, 2, -2, 3), (-1, 9)]
@@ -65,7 +66,7 @@ def entered(batch, receipt):
 
 def assert_adds_up(model, batch, out, composition):
     """The receipt against what the call left behind: the cache, and the rows of the logits."""
-    receipt, layers = model.pruning.receipt, out.past_key_values.layers
+    receipt, layers = model.pruning.receipt, cache_of(out).layers
     stored = [layer.keys.shape[2] for layer in layers]
     text = (batch.mask.bool() & (batch.ids != IMAGE)).sum(-1).tolist()
     first = [n + t for n, t in zip(entered(batch, receipt), text, strict=True)]

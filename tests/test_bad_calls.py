@@ -11,6 +11,7 @@ from transformers import StaticCache
 from tests.models import IMAGE, LAYOUTS, make, prompt
 from tests.refusal import refuses
 from vlm_prune import UnsupportedCallError, prune, pruned, unprune
+from vlm_prune.versions import CACHE, cache_of
 
 
 def one_placeholder(batch, more):
@@ -93,7 +94,7 @@ def test_a_static_cache_is_refused():
         pruned(model),
         refuses(model, UnsupportedCallError, "StaticLayer", "DynamicCache", "cache_implementation"),
     ):
-        model(**batch.inputs, past_key_values=static_cache(model))
+        model(**batch.inputs, **{CACHE: static_cache(model)})
 
 
 GENERATE = {
@@ -129,7 +130,7 @@ def test_generate_with_wrong_placeholders(more):
 def test_cropping_into_a_pruned_prompt():
     model, batch = make("llava"), prompt("llava", LAYOUTS["single"])
     with pruned(model, "uniform", ratio=0.3), torch.no_grad():
-        cache = model(**batch.inputs).past_key_values
+        cache = cache_of(model(**batch.inputs))
         length = cache.get_seq_length()
         cache.crop(-3)
         assert cache.get_seq_length() == length - 3

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from vlm_prune import Policy, prune, unprune
+from vlm_prune.versions import CACHE, cache_of
 
 IMAGE, UNITS = 60, 16
 
@@ -109,7 +110,7 @@ def test_equals_walk(text, positions, implementation):
     prune(model, policy)
     out = model(**inputs)
     torch.testing.assert_close(out.logits[0, -1], logits, atol=2e-4, rtol=1e-4)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
     assert lengths[0] > lengths[1] == lengths[2] > lengths[3]
     generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert generated[0, inputs["input_ids"].shape[1] :].tolist() == ids
@@ -147,9 +148,7 @@ def test_second_turn_equals_fresh(positions):
     prune(model, DropAt(positions=positions))
     first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
-    reused = model.generate(
-        input_ids=more, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False
-    )
+    reused = model.generate(input_ids=more, **{CACHE: cache_of(first)}, max_new_tokens=4, do_sample=False)
     fresh = model.generate(
         input_ids=more, pixel_values=inputs["pixel_values"], max_new_tokens=4, do_sample=False
     )
@@ -160,7 +159,7 @@ def test_trimmed_layers_hold_the_survivors_only():
     model, inputs = make("llama"), prompt(3, 5, 1)
     prune(model, DropAt(trimmed=(0, 1, 2)))
     out = model(**inputs)
-    lengths = {layer.keys.shape[2] for layer in out.past_key_values.layers}
+    lengths = {layer.keys.shape[2] for layer in cache_of(out).layers}
     assert len(lengths) == 1
     assert (
         model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1]

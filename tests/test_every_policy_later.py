@@ -19,6 +19,7 @@ from tests.policy_table import TABLE, options
 from vlm_prune import UnsupportedCallError, pruned
 from vlm_prune.calls import current_forward
 from vlm_prune.registry import policy_class
+from vlm_prune.versions import CACHE, cache_of
 
 alone = pytest.mark.parametrize("policy", sorted(TABLE))
 families = pytest.mark.parametrize("family", ["llava", "internvl"])
@@ -52,11 +53,11 @@ def test_a_second_turn_equals_single_steps_and_a_fresh_prompt(policy, family):
     with pruned(model, **options(policy)):
         first = generate(model, batch.inputs)
         whole = joined(first.sequences)
-        tokens, logits = answer(model, {**whole, "past_key_values": first.past_key_values})
+        tokens, logits = answer(model, {**whole, CACHE: cache_of(first)})
 
         # the same, a token at a time: stock code's own loop, from a cache that holds the first turn
         again, length = generate(model, batch.inputs), batch.ids.shape[1]
-        held = again.past_key_values
+        held = cache_of(again)
         for end in range(held.get_seq_length() + 1, whole["input_ids"].shape[1] + 1):
             mask = whole["attention_mask"][:, :end]
             position = (mask.cumsum(-1) - 1)[:, -1:].clamp(min=0)
@@ -64,7 +65,7 @@ def test_a_second_turn_equals_single_steps_and_a_fresh_prompt(policy, family):
                 input_ids=whole["input_ids"][:, end - 1 : end],
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=held,
+                **{CACHE: held},
             )
         assert length < held.get_seq_length()
         torch.testing.assert_close(out.logits[:, -1], logits[:, 0], **CLOSE)
@@ -139,13 +140,13 @@ def test_an_image_in_one_row_of_a_second_turn(turns, policy, family):
     with pruned(model, **options(policy)):
         first = generate(model, batch.inputs)
         inputs = {**joined(first.sequences), "pixel_values": more.pixels}
-        together, logits = answer(model, {**inputs, "past_key_values": first.past_key_values})
+        together, logits = answer(model, {**inputs, CACHE: cache_of(first)})
         for b, (row, new) in enumerate(zip(batch.rows(), more.rows(), strict=True)):
             single = generate(model, row.inputs)
             ids = torch.cat([single.sequences, new.ids], 1)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if new.pixels is not None:
                 inputs["pixel_values"] = new.pixels
-            tokens, steps = answer(model, {**inputs, "past_key_values": single.past_key_values})
+            tokens, steps = answer(model, {**inputs, CACHE: cache_of(single)})
             torch.testing.assert_close(steps[0], logits[b], **CLOSE)
             assert tokens[0].tolist() == together[b].tolist()

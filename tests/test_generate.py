@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.models import IMAGE, LAYOUTS, PAD, VOCAB, Prompt, make, prompt, shared
 from tests.reference import CASES, budget, expect
 from vlm_prune import pruned
+from vlm_prune.versions import CACHE, cache_of
 
 cases = pytest.mark.parametrize(("policy", "family", "positions"), CASES)
 
@@ -101,7 +102,7 @@ def test_own_decoding_loop(policy, family, positions):
         last = batch.mask.sum(-1) - 1
         with pruned(model, policy, positions=positions, **budget(policy)):
             cache, mask, tokens = DynamicCache(), batch.mask, []
-            logits = model(**batch.inputs, past_key_values=cache).logits[torch.arange(len(last)), last]
+            logits = model(**batch.inputs, **{CACHE: cache}).logits[torch.arange(len(last)), last]
             for step in range(6):
                 logits[:, IMAGE] = -torch.inf
                 tokens.append(logits.argmax(-1))
@@ -110,7 +111,7 @@ def test_own_decoding_loop(policy, family, positions):
                     input_ids=tokens[-1][:, None],
                     attention_mask=mask,
                     position_ids=(last + 1 + step)[:, None],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 ).logits[:, -1]
     assert torch.stack(tokens, 1).tolist() == want.tolist()
 
@@ -174,9 +175,9 @@ def test_batch_operations_on_the_cache(policy, family, positions):
         places = (batch.mask.cumsum(-1) - 1).clamp(min=0)
 
         def prefill():
-            return model(**batch.inputs, position_ids=places).past_key_values
+            return cache_of(model(**batch.inputs, position_ids=places))
 
-        want = model(**step, attention_mask=mask, past_key_values=prefill()).logits
+        want = model(**step, attention_mask=mask, **{CACHE: prefill()}).logits
         moves = {
             "reorder_cache": (order, order),
             "batch_select_indices": (order, order),
@@ -186,5 +187,5 @@ def test_batch_operations_on_the_cache(policy, family, positions):
             cache = prefill()
             getattr(cache, name)(argument)
             moved = {key: value[rows] for key, value in step.items()}
-            got = model(**moved, attention_mask=mask[rows], past_key_values=cache).logits
+            got = model(**moved, attention_mask=mask[rows], **{CACHE: cache}).logits
             torch.testing.assert_close(got, want[rows])

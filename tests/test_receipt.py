@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models import FAMILIES, IMAGE, LAYOUTS, make, prompt, shared
 from tests.reference import CASES, POLICIES, budget, expect
 from vlm_prune import pruned
+from vlm_prune.versions import cache_of
 
 families = pytest.mark.parametrize("family", FAMILIES)
 policies = pytest.mark.parametrize("policy", POLICIES)
@@ -68,11 +69,11 @@ def test_numbers_are_what_ran(layout, policy, family):
     assert receipt.decoder_tokens[0] == short.embeds.shape[1]
     assert (receipt.batch, receipt.prompt_tokens) == tuple(batch.ids.shape)
 
-    tensors = [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
+    tensors = [t for layer in cache_of(output).layers for t in (layer.keys, layer.values)]
     assert receipt.kv_bytes == sum(t.numel() * t.element_size() for t in tensors)
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
     assert {t.shape[2] for t in tensors} == {short.embeds.shape[1]}
-    dense = model(**batch.inputs).past_key_values
+    dense = cache_of(model(**batch.inputs))
     dense_tensors = [t for layer in dense.layers for t in (layer.keys, layer.values)]
     assert receipt.kv_bytes_dense == sum(t.numel() * t.element_size() for t in dense_tensors)
 

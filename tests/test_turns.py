@@ -11,6 +11,7 @@ from tests.models import Prompt, prompt, shared
 from tests.reference import budget
 from tests.test_generate import cases, generate
 from vlm_prune import pruned
+from vlm_prune.versions import CACHE, cache_of
 
 
 def follow_up(output, mask, rows, family, seed):
@@ -51,14 +52,14 @@ def test_a_cache_carried_over_turns_gives_what_a_fresh_prompt_gives(conversation
                 {**inputs, "pixel_values": pixels} if (pixels := all_pixels(turns)) is not None else inputs
             )
             want = generate(model, fresh, **options)
-            carried = {**inputs, "past_key_values": output.past_key_values}
+            carried = {**inputs, CACHE: cache_of(output)}
             if turn.pixels is not None:
                 carried["pixel_values"] = turn.pixels
             output = generate(model, carried, **options)
             assert torch.equal(output.sequences, want.sequences)
             for a, b in zip(output.logits, want.logits, strict=True):
                 torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-3)
-            assert output.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
+            assert cache_of(output).get_seq_length() == cache_of(want).get_seq_length()
 
 
 @cases
@@ -67,14 +68,14 @@ def test_a_prefix_is_computed_once_and_continued_twice(policy, family, positions
     model, batch = shared(family), prompt(family, [(3, -1, 4)])
     ends = [torch.tensor([[7, 8, 9]]), torch.tensor([[20, 21]])]
     with torch.no_grad(), pruned(model, policy, positions=positions, **budget(policy)):
-        prefix = model(**batch.inputs).past_key_values
+        prefix = cache_of(model(**batch.inputs))
         for end in ends:
             ids = torch.cat([batch.ids, end], 1)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             want = model.generate(**inputs, pixel_values=batch.pixels, max_new_tokens=4)
-            ours = model.generate(**inputs, past_key_values=copy.deepcopy(prefix), max_new_tokens=4)
+            ours = model.generate(**inputs, **{CACHE: copy.deepcopy(prefix)}, max_new_tokens=4)
             assert torch.equal(ours, want)
         assert prefix.get_seq_length() == batch.ids.shape[1]
         prefix.reset()
-        again = model(**batch.inputs, past_key_values=prefix)
+        again = model(**batch.inputs, **{CACHE: prefix})
         torch.testing.assert_close(again.logits, model(**batch.inputs).logits)

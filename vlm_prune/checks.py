@@ -10,6 +10,7 @@ from .adapters.base import Anatomy
 from .cache import check_cache
 from .calls import RIDE
 from .errors import UnsupportedCallError
+from .versions import cache_of
 
 READ_AT_PRUNE = ("vision_feature_layer", "vision_feature_select_strategy")
 
@@ -32,7 +33,7 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
             )
     given = kwargs.get("mm_encoder_outputs") or {}
     if kwargs.get("pixel_values") is not None or any(output is not None for output in given.values()):
-        check_cache(kwargs.get("past_key_values"))
+        check_cache(cache_of(kwargs))
         check_mask(kwargs.get("attention_mask"))
         _check_placeholders(anatomy, kwargs, given)
 

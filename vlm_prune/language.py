@@ -20,6 +20,7 @@ from .checks import check_mask
 from .layers import DecoderLayers
 from .rows import Rows
 from .timing import Stopwatch
+from .versions import cache_of
 
 
 class Decoder:
@@ -42,7 +43,7 @@ class Decoder:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
         call = current_forward() or ForwardCall()  # a decoder called on its own brings no visual tokens
-        embeds, past = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        embeds, past = kwargs.get("inputs_embeds"), cache_of(kwargs)
         if embeds is None or call.probing:
             return None
         continued = pruned_layers(past)
@@ -85,7 +86,7 @@ class Decoder:
         self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
     ) -> None:
         """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
-        past: Cache | None = kwargs.get("past_key_values")
+        past: Cache | None = cache_of(kwargs)
         logical = past.get_seq_length() if past is not None else 0
         kwargs["position_ids"] = rows.positions
         if layer is not None and layer.shift is not None:
@@ -99,7 +100,7 @@ class Decoder:
     def _rows(self, call: ForwardCall, kwargs: dict[str, Any], holes: bool, inside: bool) -> Rows:
         """Shorten the call's inputs, in ``kwargs``; returns what is left."""
         embeds: torch.Tensor = kwargs["inputs_embeds"]
-        past: Cache | None = kwargs.get("past_key_values")
+        past: Cache | None = cache_of(kwargs)
         mask: torch.Tensor | None = kwargs.get("attention_mask")
         batch, length, _ = embeds.shape
         logical = past.get_seq_length() if past is not None else 0
@@ -134,7 +135,7 @@ class Decoder:
             return None
         length = output.last_hidden_state.shape[1]
         counts = [length] * self.depth
-        cache: Cache | None = output.past_key_values
+        cache: Cache | None = cache_of(output)
         if (rows := call.rows) is not None and call.entered is not None:
             length, call.rows = rows.length, None
             by_layer = call.layer_rows or [call.entered] * self.depth

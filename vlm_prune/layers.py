@@ -24,6 +24,7 @@ from .errors import UnsupportedModelError
 from .policies.base import Policy
 from .policies.views import AttentionView, ModulateView, PrefillView
 from .rows import Rows
+from .versions import CACHE, cache_of
 
 
 class DecoderLayers:
@@ -96,7 +97,7 @@ class DecoderLayers:
             return None
         hidden: torch.Tensor = args[0]
         call.observed = {"hidden": hidden}
-        cache: Cache | None = kwargs.get("past_key_values")
+        cache: Cache | None = cache_of(kwargs)
         if call.rows is not None:
             call.layer_rows.append(call.rows)
             if cache is not None and number in self.modulated:
@@ -124,7 +125,7 @@ class DecoderLayers:
     ) -> dict[str, Any]:
         """Attention mask, position ids and rotary embeddings for this call's rows behind those of layer ``number``."""
         count, rows = hidden.shape[1], call.rows
-        past: Cache | None = kwargs.get("past_key_values")
+        past: Cache | None = cache_of(kwargs)
         # a stock layer too may hold tokens, those of earlier turns without an image
         stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
         logical = stored.get_seq_length()
@@ -147,7 +148,7 @@ class DecoderLayers:
                 config=self.decoder.config,
                 inputs_embeds=hidden,
                 attention_mask=mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 position_ids=positions,
             ),
             "position_ids": positions,

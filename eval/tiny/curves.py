@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
+from vlm_prune.versions import CACHE
+
 from ..scenes import PATCH, Scene, pope_questions
 from .features import is_tiled, scene_pixels, select_features, token_shares
 from .language import CAPTION_PROMPTS
@@ -135,7 +137,7 @@ class Subject:
         written: list[list[int]] = [[] for _ in kept]
         for _ in range(limit):
             hidden = self.model.model.language_model(
-                inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True
+                inputs_embeds=embeddings, position_ids=positions, **{CACHE: cache}, use_cache=True
             ).last_hidden_state
             tokens = self.model.lm_head(hidden[:, -1]).argmax(-1)
             done |= tokens == self.packer.end

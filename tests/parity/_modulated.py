@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from vlm_prune.attention import Site
 from vlm_prune.policies.views import ModulateView
+from vlm_prune.versions import CACHE, cache_of
 
 
 def stock_model(cls, golden, prefix="sd."):
@@ -68,10 +69,10 @@ class Driver:
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 position_ids=self._positions(embeds, attention_mask),
-                past_key_values=self.past,
+                **{CACHE: self.past},
                 use_cache=True,
             )
-        self.past = output.past_key_values
+        self.past = cache_of(output)
         return output
 
     def _positions(self, embeds, mask):

@@ -11,6 +11,7 @@ from vlm_prune import prune
 from vlm_prune.observe_exit import observe
 from vlm_prune.policies.dyvte import DyVTE
 from vlm_prune.policies.exit_gates import ExitGates, exit_features, gate_logits, gate_loss, wants_exit
+from vlm_prune.versions import CACHE, cache_of
 
 cases = npz_cases
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -64,13 +65,13 @@ def check_exit(golden: Golden) -> None:
     torch.testing.assert_close(
         output.logits[:, -text:, :VISUAL], golden["prefill_logits_text"], atol=1e-4, rtol=1e-4
     )
-    held = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    held = [layer.keys.shape[2] for layer in cache_of(output).layers]
     assert held == golden["cache_len_after_prefill"].tolist() == golden["layer_input_len"].tolist()
     assert model.pruning.receipt.decoder_tokens == held
     if "decode_logits" not in golden:
         return  # no gate fired, and the released code stops at the first new token
     for tokens, official in zip(golden["decode_tokens"], golden["decode_logits"], strict=True):
-        output = model(input_ids=tokens[:, None], past_key_values=output.past_key_values)
+        output = model(input_ids=tokens[:, None], **{CACHE: cache_of(output)})
         torch.testing.assert_close(output.logits[:, -1, :VISUAL], official, atol=1e-4, rtol=1e-4)
 
 

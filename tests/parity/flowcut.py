@@ -11,6 +11,7 @@ from vlm_prune import prune
 from vlm_prune.policies.flowcut import drop_counts, information_score, value_magnitude
 from vlm_prune.policies.scores import global_attention, global_similarity
 from vlm_prune.policies.views import AttentionView
+from vlm_prune.versions import cache_of
 
 cases = npz_cases
 
@@ -153,9 +154,7 @@ def check_model(golden: Golden) -> None:
     output = model(input_ids=ids, pixel_values=golden["images"])
     live = output.logits[0].abs().sum(-1) > 0
     close(output.logits[:, live, :image_token], golden["logits"])
-    assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == golden[
-        "kv_len_per_layer"
-    ].tolist()
+    assert [layer.keys.shape[2] for layer in cache_of(output).layers] == golden["kv_len_per_layer"].tolist()
     assert model.pruning.receipt.kept == golden["vision_keep"].tolist()
 
     expected = golden["greedy_ids"][0, 1:].tolist()  # the first id stands for the prompt

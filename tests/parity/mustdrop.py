@@ -25,6 +25,7 @@ from vlm_prune.policies.window_merge import (
     window_cells,
     window_similarity,
 )
+from vlm_prune.versions import CACHE, cache_of
 
 cases = npz_cases
 
@@ -170,7 +171,7 @@ def check_prefill(golden: Golden) -> None:
         output.logits[:, rows, :VISUAL], golden["prefill_logits"], atol=1e-4, rtol=1e-4
     )
     assert model.pruning.receipt.decoder_tokens == golden["layer_input_len"].tolist()
-    layers = output.past_key_values.layers
+    layers = cache_of(output).layers
     assert [layer.keys.shape[2] for layer in layers] == golden["cache_len_after_prefill"].tolist()
     for number, layer in enumerate(layers):
         for ours, name in ((layer.keys, "k"), (layer.values, "v")):
@@ -178,7 +179,7 @@ def check_prefill(golden: Golden) -> None:
     if len(rows) < inputs["inputs_embeds"].shape[1]:
         return
     for token, official in zip(golden["decode_tokens"], golden["decode_logits"], strict=True):
-        output = model(input_ids=token.view(1, 1), past_key_values=output.past_key_values)
+        output = model(input_ids=token.view(1, 1), **{CACHE: cache_of(output)})
         torch.testing.assert_close(output.logits[0, -1, :VISUAL], official, atol=1e-4, rtol=1e-4)
 
 
@@ -214,7 +215,7 @@ def check_model(golden: Golden) -> None:
     text = len(ids) - units
     counts = [n - text for n in receipt.decoder_tokens]
     assert [*counts[1:], counts[-1]] == golden["num_token_per_layer"].tolist()
-    assert output.past_key_values.layers[0].keys.shape[2] == int(golden["cache_len_layer0"])
+    assert cache_of(output).layers[0].keys.shape[2] == int(golden["cache_len_layer0"])
     first = model.lm_head(hidden[:, -1])[0, :VISUAL].argmax()
     assert int(first) == int(golden["generated"][0, 1])  # the first id stands for the prompt
 

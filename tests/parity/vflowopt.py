@@ -21,6 +21,7 @@ from vlm_prune.policies.vflowopt import AVERAGE, MAP, VFlowOpt
 from vlm_prune.policies.views import AttentionView, ModulateView, PrefillView
 from vlm_prune.search import Search
 from vlm_prune.tune import search_space
+from vlm_prune.versions import cache_of
 
 CROP = 27  # rows and columns of tokens per crop in the released code
 PUBLISHED_CUTS, PUBLISHED_DEPTH = (9, 18), 28
@@ -219,7 +220,7 @@ def check_model(golden: Golden, folder: Path) -> None:
     states = model.model(**inputs)
     live = states.last_hidden_state[0].abs().sum(-1) > 0
     torch.testing.assert_close(states.last_hidden_state[0, live], golden["last_hidden"], atol=1e-5, rtol=1e-4)
-    held = [layer.keys.shape[2] for layer in states.past_key_values.layers]
+    held = [layer.keys.shape[2] for layer in cache_of(states).layers]
     assert held == golden["kv_len_per_layer"].tolist()
     logits = model(**inputs).logits[0, -1, :vocabulary]
     torch.testing.assert_close(logits, golden["last_logits"], atol=1e-5, rtol=1e-4)

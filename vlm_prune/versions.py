@@ -1,0 +1,22 @@
+"""Names that changed between the versions of transformers that we support (5.4 and later)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""Keyword by which models are handed their cache: ``past_key_values`` until 5.23, where callers may still use it."""
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache in a model output, or among the keyword arguments of a call, by its new name or its old one."""
+    found: Cache | None = arguments.get(CACHE)
+    if found is None and not isinstance(arguments, ModelOutput):  # which warns when asked by the old name
+        return arguments.get("past_key_values")
+    return found
