@@ -1,19 +1,22 @@
 # Everything works on a machine that has Python >= 3.10 and make: each target first makes the virtual environment.
 #   make PYTHON=python3.12    another interpreter for the environment
 #   make test WORKERS=8       more test processes
+#   make test-versions VERSIONS=5.10 TESTS=tests/test_generate.py
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' && echo $$p && break; done)
 WORKERS ?= 2
 VENV := .venv
 WHEEL_VENV := .venv-wheel
+VERSIONS ?= 5.4 5.19 5.23 5.24
+TESTS ?= tests
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python -m
 # one thread a process: worker processes that share cores are slower with more
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all wheel typecheck demo demo-quick oracle results train-tiny card clean
+.PHONY: help venv lint test test-all test-versions wheel typecheck demo demo-quick oracle results train-tiny card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,6 +39,19 @@ test: lint ## lint and all tests that take seconds; offline
 
 test-all: lint ## the tests that take minutes too
 	$(PYTEST)
+
+# An environment for each version, which borrows torch and all else that fits from the first one.
+.venv-transformers-%/.ready: $(READY)
+	$(RUN) venv --without-pip $(@D)
+	$(VENV)/bin/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(RUN) pip --quiet --python $(@D)/bin/python install 'transformers==$*.*'
+	$(RUN) pip --quiet --python $(@D)/bin/python install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-versions: $(VERSIONS:%=.venv-transformers-%/.ready) ## the same tests on transformers 5.4 (the floor), 5.19, 5.23, 5.24
+	@for version in $(VERSIONS); do echo "transformers $$version"; OMP_NUM_THREADS=1 \
+		.venv-transformers-$$version/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TESTS) || exit 1; done
 
 # The four folders at the top become one package only when installed, so the type checker reads the installed wheel.
 # It is installed into an environment of its own that borrows the dependencies of the first one.

@@ -1,6 +1,6 @@
 """vlm_prune: visual-token pruning for stock Hugging Face vision-language models, without retraining."""
 
-from .api import prune, pruned, unprune
+from .api import from_pretrained, prune, pruned, unprune
 from .errors import (
     BudgetError,
     PolicyError,
@@ -27,6 +27,7 @@ __all__ = [
     "StateError",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "from_pretrained",
     "prune",
     "pruned",
     "register_policy",

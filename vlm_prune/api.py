@@ -1,8 +1,8 @@
-"""The public functions: `prune`, `unprune`, `pruned`."""
+"""The public functions: `prune`, `unprune`, `pruned`, `from_pretrained`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from .config import load_config
 from .errors import BudgetError, PolicyError, StateError, UnsupportedModelError
 from .policies.base import Policy
 from .registry import find_anatomy, make_policies
+from .saving import find_config
 from .session import Pruning
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,18 +27,20 @@ def prune(
     *,
     tokens: int | None = None,
     ratio: float | None = None,
-    config: str | Path | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
     **settings: Any,
 ) -> Model:
     """Make a stock vision-language model drop visual tokens. In place, this instance only; returns the same model.
 
     Args:
-        model: a transformers model of a supported family, untouched.
+        model: a transformers model of a supported family, untouched; or a PEFT model around one, whose base model is
+            pruned then.
         policy: a policy's name, see the table in the README, or a policy object. Several are composed in written
             order: ``"flowcut+vhr"``, or a list of objects.
         tokens: visual tokens to keep per image (per tile where a model cuts images into tiles).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
-        config: a JSON file with policy, budget and settings, instead of all these.
+        config: policy, budget and settings, instead of all these: what ``model.pruning.config`` of another model
+            is, a JSON file with it, or a folder to which a pruned model was saved.
         settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each
             policy that needs one: ``flowcut={"compat": "official"}``.
 
@@ -50,7 +53,7 @@ def prune(
     if config is not None:
         if settings or tokens is not None or ratio is not None or policy != "flowcut":
             raise PolicyError(
-                f"config={str(config)!r} holds policy, budget and settings: give nothing beside it."
+                f"config={config!r} holds policy, budget and settings: give nothing beside it."
             )
         return prune(model, **load_config(config))
     if getattr(model, "pruning", None) is not None:
@@ -59,7 +62,8 @@ def prune(
         )
     policies = make_policies(policy, settings)
     check_hookable(model)
-    anatomy = find_anatomy(model)
+    stock = stock_model(model)
+    anatomy = find_anatomy(stock)
     owner = next((p for p in policies if p.prunes), None)
     if owner is None and (tokens is not None or ratio is not None):
         raise BudgetError(
@@ -70,11 +74,11 @@ def prune(
     default = owner.default_ratio if owner is not None else 1.0
     budget = Budget.checked(tokens, ratio, default, anatomy.tower.units, anatomy.tile, extra)
     try:
-        pruning = Pruning(model, anatomy, policies, budget)
+        pruning = Pruning(stock, anatomy, policies, budget, None if model is stock else model)
     except ValueError as error:  # a policy that does not fit this model, say by a layer that it has not
         raise PolicyError(f"{'+'.join(p.name for p in policies)} on {anatomy.family}: {error}") from error
     # a plain attribute: nn.Module would list a module here, and nothing of ours may enter the state dict
-    object.__setattr__(model, "pruning", pruning)
+    object.__setattr__(stock, "pruning", pruning)
     return model
 
 
@@ -84,7 +88,7 @@ def unprune(model: Model) -> Model:
     if pruning is None:
         raise StateError(f"This {type(model).__name__} is not pruned, so there is nothing to undo.")
     pruning.remove()
-    object.__delattr__(model, "pruning")
+    object.__delattr__(stock_model(model), "pruning")
     return model
 
 
@@ -98,6 +102,56 @@ def pruned(
         yield model
     finally:
         unprune(model)
+
+
+def from_pretrained(
+    path: str | Path,
+    policy: str | Policy | Sequence[Policy] | None = None,
+    *,
+    tokens: int | None = None,
+    ratio: float | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a vision-language model and prune it, by default as it was when it was saved.
+
+    Args:
+        path: a folder, or a model's name on the hub.
+        policy: a policy's name or object, instead of what the model's ``vlm_prune.json`` says.
+        tokens: its budget, see `prune`.
+        ratio: its budget, see `prune`.
+        config: another config, instead; see `prune`.
+        kwargs: for ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
+
+    Raises:
+        PolicyError: the model has no ``vlm_prune.json``, and neither ``policy`` nor ``config`` is given; or what they
+            say is no good. Nothing has been loaded by then.
+    """
+    from transformers import AutoModelForImageTextToText  # names all families of transformers
+
+    if policy is None:
+        if tokens is not None or ratio is not None:
+            raise PolicyError("tokens= and ratio= are the budget of a policy: give policy= too.")
+        chosen = load_config(find_config(path, kwargs) if config is None else config)
+    elif config is not None:
+        raise PolicyError(f"config={config!r} holds policy, budget and settings: give nothing beside it.")
+    else:
+        chosen = {"policy": policy, "tokens": tokens, "ratio": ratio}
+    # a mistake in them shall not cost the loading of a large model
+    make_policies(chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio")})
+    return prune(AutoModelForImageTextToText.from_pretrained(path, **kwargs), **chosen)
+
+
+def stock_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} puts learned tokens into the prompt, so image tokens are not where they were: use "
+            "an adapter that changes weights, such as LoRA."
+        )
+    return model.get_base_model()
 
 
 def check_hookable(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _forward: ContextVar[ForwardCall | None] = ContextVar("vlm_prune_forward", default=None)
 _encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
+_live_rows: ContextVar[Rows | None] = ContextVar("vlm_prune_live_rows", default=None)
 
 RIDE = "vlm_prune"
 """Attribute of a tower's output object under which its `EncodeCall` travels."""
@@ -106,7 +107,6 @@ class ForwardCall:
     Attributes:
         encoded: the tiles that this forward consumes.
         unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
-        shift_labels: next-token targets ``(batch, length)`` that the loss will read, ours to write to.
         kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
         image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
             the decoder.
@@ -122,7 +122,6 @@ class ForwardCall:
 
     unknown_features: bool = False
     encoded: list[EncodeCall] = field(default_factory=list)
-    shift_labels: torch.Tensor | None = None
     kinds: list[int] = field(default_factory=list)
     image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
@@ -221,8 +220,21 @@ def current_forward() -> ForwardCall | None:
     return _forward.get()
 
 
+def leave_live_rows(rows: Rows) -> None:
+    """Tell the loss of this forward which rows are left."""
+    _live_rows.set(rows)
+
+
+def take_live_rows() -> Rows | None:
+    """The rows left by the forward that just ended in this thread; ``None`` if it dropped none."""
+    rows = _live_rows.get()
+    _live_rows.set(None)
+    return rows
+
+
 def begin_forward(call: ForwardCall) -> None:
     """Make ``call`` the current one."""
+    _live_rows.set(None)
     outer = _forward.get()
     # a forward is never inside another of the same model: that one was interrupted, and Ctrl-C runs no hooks
     call.outer = outer if outer is None or outer.owner is not call.owner else outer.outer
@@ -241,3 +253,4 @@ def forget_calls() -> None:
     """End everything that an interrupt may have left under way in this thread."""
     _forward.set(None)
     _encode.set(None)
+    _live_rows.set(None)

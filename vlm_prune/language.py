@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from . import stream
 from .cache import PrunedLayer, check_cache, join_masks, past_mask, pruned_layers, record_turn
-from .calls import ForwardCall, current_forward
+from .calls import ForwardCall, current_forward, leave_live_rows
 from .checks import check_mask
 from .layers import DecoderLayers
 from .rows import Rows
@@ -142,8 +142,7 @@ class Decoder:
             counts = [r.count for r in by_layer]
             if not rows.whole:
                 output.last_hidden_state = rows.restore(output.last_hidden_state)
-                if call.shift_labels is not None:
-                    call.shift_labels.copy_(stream.retarget(call.shift_labels, rows.order, rows.valid))
+                leave_live_rows(rows)
                 if output.hidden_states is not None:
                     states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
                     output.hidden_states = tuple(h if h is None else r.restore(h) for h, r in states)

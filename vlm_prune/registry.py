@@ -65,6 +65,17 @@ def policy_class(name: str) -> type[Policy]:
     return _load(POLICIES[name])
 
 
+def registered_name(policy: Policy) -> str:
+    """The name by which `policy_class` finds the class of a policy."""
+    for name in (policy.name, *POLICIES):
+        if name in POLICIES and policy_class(name) is type(policy):
+            return name
+    raise PolicyError(
+        f"{type(policy).__name__} is not registered, so no config can name it: call "
+        f'register_policy("{policy.name}", {type(policy).__name__}) first, here and where the config is read.'
+    )
+
+
 def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, Any]) -> tuple[Policy, ...]:
     """The policies of a composition, in written order.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from typing import Any
@@ -13,11 +14,14 @@ from .adapters.base import Anatomy
 from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
 from .checks import check_forward
-from .errors import UnsupportedCallError
+from .config import to_config
+from .errors import StateError, UnsupportedCallError
 from .language import Decoder
 from .layers import DecoderLayers, check_decoder
+from .loss import Loss
 from .policies.base import Policy
 from .receipt import Receipt
+from .saving import Saver
 from .tower import Encoder
 
 
@@ -31,8 +35,16 @@ class Pruning:
         family: the model family.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, policies: tuple[Policy, ...], budget: Budget):
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        policies: tuple[Policy, ...],
+        budget: Budget,
+        wrapper: nn.Module | None = None,
+    ):
         check_decoder(anatomy.decoder)
+        self._model, self._wrapper, self._written = model, wrapper, policies
         policies = tuple(policy.for_decoder(anatomy.decoder.config) for policy in policies)
         self.policies, self.budget, self.family = policies, budget, anatomy.family
         self._anatomy = anatomy
@@ -52,20 +64,46 @@ class Pruning:
         self._layers = layers if layers else None
         self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
         try:
-            self._install(model)
+            self._install()
         except BaseException:
             self.remove()
             raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruning:
+        """A copy of a pruned model is pruned by itself; a part of it cannot be.
+
+        Raises:
+            StateError: only a part is copied, as PEFT does with ``modules_to_save``.
+        """
+        if not any(id(x) in memo for x in (self._model, self._wrapper, self._anatomy.base)):
+            raise StateError(
+                f"A part of a model is being copied that {self.name} prunes (by PEFT's modules_to_save?): copy the "
+                "whole model, or unprune(model) first and prune it afterwards."
+            )
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     @property
     def name(self) -> str:
         """The policies' names, joined by "+"."""
         return "+".join(policy.name for policy in self.policies)
 
-    def _install(self, model: nn.Module) -> None:
+    @property
+    def config(self) -> dict[str, Any]:
+        """Policies, budget and settings as JSON can hold them: ``prune(other, config=...)`` prunes alike.
+
+        Raises:
+            PolicyError: a policy object is of a class that is not registered, or has a setting that is no plain value.
+        """
+        return to_config(self._written, self.budget)
+
+    def _install(self) -> None:
         base = self._anatomy.base
+        # what the user saves is the model, or the PEFT model around it
+        self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
+        self._handles.append(Loss(self._model))
         self._handles += [
-            model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             base.register_forward_pre_hook(self._enter, with_kwargs=True),
             base.register_forward_hook(self._leave, always_call=True),
         ]
@@ -113,23 +151,9 @@ class Pruning:
 
     # --- hooks around a forward ---
 
-    def _take_labels(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand the loss its next-token targets, so that a row whose successor is dropped learns the one behind it."""
-        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        # a tensor of our own: the decoder's hooks write the final targets into it once it is known what was dropped
-        if shifted is not None:
-            shifted = shifted.clone()
-        elif labels is not None:
-            shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-        else:
-            return None
-        return args, {**kwargs, "shift_labels": shifted}
-
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
-        call = ForwardCall(shift_labels=kwargs.get("shift_labels"), owner=self)
+        call = ForwardCall(owner=self)
         begin_forward(call)
         check_forward(self._anatomy, kwargs)
         given = kwargs.get("mm_encoder_outputs") or {}
