@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..versions import flat_tower
 from .base import Anatomy, Tower, feature_layer, square
 
 
@@ -16,14 +17,14 @@ def anatomy(model: Any) -> Anatomy:
         raise ValueError(
             f"llava with a {vision.model_type!r} tower: this adapter knows the CLIP tower (clip_vision_model) only."
         )
-    patch = vision.patch_size
+    patch, layers = vision.patch_size, list(flat_tower(tower).encoder.layers)
     return Anatomy(
         family="llava",
         base=base,
         tower=Tower(
             module=tower,
-            layers=list(tower.encoder.layers),
-            attentions=[layer.self_attn for layer in tower.encoder.layers],
+            layers=layers,
+            attentions=[layer.self_attn for layer in layers],
             patch_grid=lambda height, width: (height // patch, width // patch),
             image_size=square(vision.image_size),
             feature_layer=feature_layer(config.vision_feature_layer, vision.num_hidden_layers, "llava"),

@@ -52,9 +52,7 @@ def prune(
     """
     if config is not None:
         if settings or tokens is not None or ratio is not None or policy != "flowcut":
-            raise PolicyError(
-                f"config={config!r} holds policy, budget and settings: give nothing beside it."
-            )
+            raise PolicyError(f"config={config!r} holds policy, budget and settings: give nothing beside it.")
         return prune(model, **load_config(config))
     if getattr(model, "pruning", None) is not None:
         raise StateError(
@@ -138,7 +136,9 @@ def from_pretrained(
     else:
         chosen = {"policy": policy, "tokens": tokens, "ratio": ratio}
     # a mistake in them shall not cost the loading of a large model
-    make_policies(chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio")})
+    make_policies(
+        chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio")}
+    )
     return prune(AutoModelForImageTextToText.from_pretrained(path, **kwargs), **chosen)
 
 

@@ -38,7 +38,9 @@ def to_config(policies: Sequence[Policy], budget: Budget) -> dict[str, Any]:
     """
     names = [registered_name(policy) for policy in policies]
     fields = {
-        name: {f.name: _plain(getattr(policy, f.name), f"{name}: {f.name}") for f in dataclasses.fields(policy)}
+        name: {
+            f.name: _plain(getattr(policy, f.name), f"{name}: {f.name}") for f in dataclasses.fields(policy)
+        }
         for name, policy in zip(names, policies, strict=True)
     }
     kept: dict[str, Any] = {}
@@ -69,7 +71,9 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         )
     for key in config:
         if key not in KEYS:
-            raise PolicyError(f"{where} has the key {key!r}, which is not known. {did_you_mean(str(key), KEYS)}")
+            raise PolicyError(
+                f"{where} has the key {key!r}, which is not known. {did_you_mean(str(key), KEYS)}"
+            )
     settings = config.get("settings", {})
     if not isinstance(settings, Mapping):
         raise PolicyError(
@@ -79,7 +83,11 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         if name in ("model", "policy", "tokens", "ratio", "config"):
             raise PolicyError(f"{where}: {name} stands beside settings, not in them.")
     budget = {name: config[name] for name in ("tokens", "ratio") if config.get(name) is not None}
-    return {"policy": config["policy"], **budget, **{name: _frozen(value) for name, value in settings.items()}}
+    return {
+        "policy": config["policy"],
+        **budget,
+        **{name: _frozen(value) for name, value in settings.items()},
+    }
 
 
 def write_config(config: Mapping[str, Any], folder: str | Path) -> None:

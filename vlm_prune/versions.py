@@ -20,3 +20,8 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
     if found is None and not isinstance(arguments, ModelOutput):  # which warns when asked by the old name
         return arguments.get("past_key_values")
     return found
+
+
+def flat_tower(tower: Any) -> Any:
+    """The module in a CLIP vision model that has its layers: in older versions, one further in."""
+    return getattr(tower, "vision_model", tower)
