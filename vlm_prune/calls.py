@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import stream
 from .errors import UnsupportedCallError
+from .survivors import DecoderTrace
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class EncodeCall:
         keeps: the units that survive so far, ``None`` while all do: one `Keep` for each group of tiles, in order. A
             tower that takes tiles of one size has one group, a tower of packed images one group per image.
         tower_tokens: tokens that each tower layer computed of the tile with most.
+        tower_keeps: the units among them, as `keeps`.
         tower_segments: for each tower layer, the lengths of the sequences that attention ran over.
         carry: ``(rows of all tiles,)``, what the policy left for the decoder's stages; 0 at holes.
     """
@@ -57,6 +60,7 @@ class EncodeCall:
     state: Any = None
     keeps: list[Keep] | None = None
     tower_tokens: list[int] = field(default_factory=list)
+    tower_keeps: list[list[Keep] | None] = field(default_factory=list)
     tower_segments: list[list[int]] = field(default_factory=list)
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -175,17 +179,20 @@ class ForwardCall:
 
     def _spread(self, values: list[torch.Tensor]) -> torch.Tensor:
         """Lay out values ``(rows of all its tiles,)`` of each encode call over the prompts: ``(batch, length)``."""
-        full = values[0].new_zeros(self.image_masks[0].shape)
-        for kind, mask in enumerate(self.image_masks):
-            mine = [x for x, call in zip(values, self.encoded, strict=True) if call.kind == kind]
-            if not mine:
-                continue
-            flat = torch.cat(mine)
-            repeats = int(mask.sum()) // len(flat) if len(mask) > 1 else 1
-            # beams come as copies of a row next to it, so every repeats-th row stands for its copies
-            some = full[::repeats].masked_scatter(mask[::repeats], flat)
-            full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
-        return full
+        return stream.lay_out(values, [call.kind for call in self.encoded], self.image_masks)
+
+    def trace(self, number: int) -> DecoderTrace | None:
+        """Where the tiles of ``encoded[number]`` are in each layer; ``None`` if no policy acts between layers."""
+        if not self.image_masks or not self.layer_rows:
+            return None
+        return DecoderTrace(
+            masks=self.image_masks,
+            kinds=[call.kind for call in self.encoded],
+            rows=[sum(call.rows) for call in self.encoded],
+            number=number,
+            extra=self.encoded[number].extra,
+            layers=[(rows.order, rows.valid) for rows in self.layer_rows],
+        )
 
     def per_sequence(self, wanted: Callable[[int], int]) -> torch.Tensor:
         """``wanted(rows of a tile)`` summed over the tiles of each prompt: int64 ``(batch,)``."""

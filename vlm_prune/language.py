@@ -150,8 +150,9 @@ class Decoder:
                 if self.layers is not None:
                     by_layer = self.layers.trim_cache(cache, by_layer, rows)
                 record_turn(cache, by_layer, call.mask)
-        for encoded in call.encoded:
+        for number, encoded in enumerate(call.encoded):
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, cache)
+            encoded.receipt.trace = call.trace(number)
             encoded.receipt._prefill_ms = call.stopwatch.stop() if call.stopwatch else None
         return output
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from . import flops
 from .cache import kv_bytes
 from .policies.base import Keep
+from .survivors import DecoderTrace, Units, tile_units
 
 if TYPE_CHECKING:
     from .calls import EncodeCall
@@ -51,6 +52,8 @@ class Receipt:
     kv_bytes: int | None = None
     kv_bytes_dense: int | None = None
     keeps: list[Keep] | None = field(default=None, repr=False)
+    tower_keeps: list[list[Keep] | None] = field(default_factory=list, repr=False)
+    trace: DecoderTrace | None = field(default=None, repr=False)
     vision_config: Any = field(default=None, repr=False)
     text_config: Any = field(default=None, repr=False)
     _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
@@ -77,11 +80,21 @@ class Receipt:
         return self.targets[0]
 
     @property
-    def kept(self) -> list[list[int]]:
+    def kept(self) -> Units:
         """Per tile, the raster numbers of the visual tokens that reached the language model."""
-        if self.keeps is None:
-            return [list(range(rows * columns)) for rows, columns in self.grids]
-        return [units for keep in self.keeps for units in keep.tolist()]
+        return tile_units(self.keeps, self.grids)
+
+    @property
+    def tower_units(self) -> list[Units]:
+        """For each tower layer, per tile, the raster numbers of the visual tokens whose patches it computed."""
+        return [tile_units(keeps, self.grids) for keeps in self.tower_keeps]
+
+    @property
+    def decoder_units(self) -> list[Units]:
+        """For each decoder layer, per tile, the raster numbers of the visual tokens that it computed in prefill."""
+        if self.trace is None:
+            return [self.kept] * len(self.decoder_tokens)
+        return self.trace.units(self.grids)
 
     @property
     def tower_ms(self) -> float | None:
@@ -109,6 +122,7 @@ class Receipt:
     def record_tower(self, call: EncodeCall, dense: list[list[int]]) -> None:
         """Note what the tower did; ``dense`` are its `tower_segments_dense`."""
         self.keeps, self.tower_tokens = call.keeps, call.tower_tokens
+        self.tower_keeps = call.tower_keeps
         self.tower_segments, self.tower_segments_dense = call.tower_segments, dense
         self._tower_ms = call.stopwatch.stop()
 

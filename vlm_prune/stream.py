@@ -7,6 +7,8 @@ features; the language model's entry closes them (`live_order`, `compact`) and i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -50,6 +52,26 @@ def restore(x: torch.Tensor, order: torch.Tensor, length: int, valid: torch.Tens
         x = x.masked_fill(~valid[..., None], 0)
     full = x.new_zeros((x.shape[0], length, x.shape[2]))
     return full.scatter(1, order[..., None].expand_as(x), x)
+
+
+def lay_out(
+    values: Sequence[torch.Tensor], kinds: Sequence[int], masks: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Values of visual tokens, in order, at their placeholders: ``(batch, length)``, 0 elsewhere.
+
+    ``values[i]`` ``(tokens,)`` belong to placeholders of kind ``kinds[i]``, those that are True in ``masks[kinds[i]]``
+    ``(batch, length)``. Beams come as copies of a row next to it, so every so many rows share their values.
+    """
+    full = values[0].new_zeros(masks[0].shape)
+    for number, mask in enumerate(masks):
+        mine = [x for x, kind in zip(values, kinds, strict=True) if kind == number]
+        if not mine:
+            continue
+        flat = torch.cat(mine)
+        repeats = int(mask.sum()) // len(flat) if len(mask) > 1 else 1
+        some = full[::repeats].masked_scatter(mask[::repeats], flat)
+        full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
+    return full
 
 
 def retarget(

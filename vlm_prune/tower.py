@@ -173,6 +173,7 @@ class Encoder:
         call.tower_tokens.append(hidden.shape[1])
         call.tower_segments.append([hidden.shape[1]] * call.tiles)
         state: TowerState | None = call.state
+        call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
         if state is None or state.attention is None:
             return None
         view = TowerView(
