@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -48,6 +49,76 @@ class Tower:
         rows, columns = self.unit_grid(*self.image_size)
         return rows * columns
 
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states."""
+        return int(self.module.config.hidden_size)
+
+    @property
+    def weights(self) -> int:
+        """Elements of one layer's matrices."""
+        return 4 * self.width**2 + 2 * self.width * int(self.module.config.intermediate_size)
+
+    def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
+        """How many placeholders each tile of a forward's arguments needs; ``None`` if it brings no pixels."""
+        pixels = call.get("pixel_values")
+        if pixels is None or pixels.dim() != 4:
+            return None
+        rows, columns = self.unit_grid(*pixels.shape[-2:])
+        return [rows * columns + int(self.keeps_cls)] * len(pixels)
+
+
+@dataclass(frozen=True)
+class PackedTower:
+    """A vision encoder that takes images of any size, all patches of a call in one sequence.
+
+    It is called with ``hidden_states`` ``(patches, values)`` and ``grid_thw`` ``(images, 3)``: frames, rows and columns
+    of patches. The ``merge`` x ``merge`` patches of a unit stand together. Every frame is a tile of its own, because
+    attention never goes from one to the other.
+
+    Attributes:
+        module: the encoder, its merger included.
+        layers: its transformer blocks, each called with ``hidden_states``, ``cu_seqlens`` and ``position_embeddings``.
+        attentions: the attention module of each block.
+        merge: side of the square of patches that the merger turns into one token.
+        window: side in units of the windows by which units are sorted, ``None`` where they stand in raster order.
+        deepstack: mergers whose output the decoder's first layers add to visual tokens, in order.
+        single_patches: whether patches may be cut one by one, as FlowCut's released code does.
+        width: channels of the hidden states.
+        weights: elements of one block's matrices.
+    """
+
+    module: nn.Module
+    layers: list[nn.Module]
+    attentions: list[nn.Module]
+    merge: int
+    window: int | None
+    deepstack: list[nn.Module]
+    single_patches: bool
+    width: int
+    weights: int
+
+    units = None  # images have the size they have
+    keeps_cls = False
+
+    @property
+    def feature_layer(self) -> int:
+        """0-based number of the block whose output the merger consumes."""
+        return len(self.layers) - 1
+
+    def grids(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
+        """Rows and columns of units of each tile."""
+        merge = self.merge
+        return [(h // merge, w // merge) for t, h, w in grid_thw.tolist() for _ in range(t)]
+
+    def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
+        """How many placeholders each tile of a forward's arguments needs; ``None`` if it brings no pixels."""
+        given = [("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")]
+        grids = [call.get(grid) for pixels, grid in given if call.get(pixels) is not None]
+        if not grids or any(grid is None for grid in grids):
+            return None
+        return [rows * columns for grid in grids for rows, columns in self.grids(grid)]
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -56,22 +127,25 @@ class Anatomy:
     Attributes:
         family: name of the model family.
         base: the module that joins tower and decoder; its forward takes ``pixel_values`` and ``input_ids``.
-        tower: the vision encoder.
+        tower: the vision encoder. Where it is packed, its merger is the projector.
         projector: takes the tower's features ``(tiles, units, channels)``.
         decoder: the language model, called with ``inputs_embeds``.
         decoder_layers: its layers, in order.
-        image_tokens: ids of the placeholders that visual features replace in ``input_ids``.
+        image_tokens: ids of the placeholders that visual features replace in ``input_ids``; where videos have another
+            one than images, it comes last.
         tile: what one row of ``pixel_values`` is to the user ("image", "tile").
+        mrope: whether a visual token's position is its place in the image, not in the sequence.
     """
 
     family: str
     base: nn.Module
-    tower: Tower
+    tower: Tower | PackedTower
     projector: nn.Module
     decoder: Any
     decoder_layers: list[nn.Module]
     image_tokens: tuple[int, ...]
     tile: str
+    mrope: bool = False
 
 
 def square(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -30,17 +30,22 @@ class Budget:
         tokens: int | None,
         ratio: float | None,
         default: float,
-        available: int,
+        available: int | None,
         tile: str,
         extra: int = 0,
     ) -> Budget:
-        """Validate what the user asked for; ``available`` is the number of tokens a tile of the usual size has."""
+        """Validate what the user asked for.
+
+        ``available`` is the number of tokens a tile of the usual size has, ``None`` if tiles have any size.
+        """
         if tokens is not None and ratio is not None:
             raise BudgetError(f"Both tokens={tokens} and ratio={ratio} were given: give one of them.")
         if tokens is not None:
             if type(tokens) is not int:
                 raise BudgetError(f"tokens={tokens!r}: a whole number of tokens per {tile} is needed.")
-            if not 1 + extra <= tokens <= available + extra:
+            if available is None and tokens < 1:
+                raise BudgetError(f"tokens={tokens}: at least one token per {tile} has to be kept.")
+            if available is not None and not 1 + extra <= tokens <= available + extra:
                 raise BudgetError(
                     f"tokens={tokens}: this model has {available + extra} visual tokens per {tile}, and the budget is "
                     f"per {tile} too. Choose {1 + extra} to {available + extra}, or give ratio= instead."

@@ -46,7 +46,6 @@ class EncodeCall:
             tower that takes tiles of one size has one group, a tower of packed images one group per image.
         tower_tokens: tokens that each tower layer computed of the tile with most.
         tower_keeps: the units among them, as `keeps`.
-        tower_segments: for each tower layer, the lengths of the sequences that attention ran over.
         carry: ``(rows of all tiles,)``, what the policy left for the decoder's stages; 0 at holes.
     """
 
@@ -61,7 +60,6 @@ class EncodeCall:
     keeps: list[Keep] | None = None
     tower_tokens: list[int] = field(default_factory=list)
     tower_keeps: list[list[Keep] | None] = field(default_factory=list)
-    tower_segments: list[list[int]] = field(default_factory=list)
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property

@@ -32,7 +32,8 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
                 "it again."
             )
     given = kwargs.get("mm_encoder_outputs") or {}
-    if kwargs.get("pixel_values") is not None or any(output is not None for output in given.values()):
+    pixels = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
+    if any(x is not None for x in pixels) or any(output is not None for output in given.values()):
         check_cache(cache_of(kwargs))
         check_mask(kwargs.get("attention_mask"))
         _check_placeholders(anatomy, kwargs, given)
@@ -50,20 +51,18 @@ def check_mask(mask: Any) -> None:
 
 def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
     """Raise if the prompt has no place for each visual token; on a GPU, stock code's own check does, a little later."""
-    ids, pixels, tower = kwargs.get("input_ids"), kwargs.get("pixel_values"), anatomy.tower
+    ids = kwargs.get("input_ids")
     if ids is None or ids.device.type != "cpu":  # else counting would wait for the device
         return
     rides = [ride for output in given.values() if (ride := getattr(output, RIDE, None)) is not None]
-    if pixels is not None and pixels.dim() == 4:
-        rows, columns = tower.unit_grid(*pixels.shape[-2:])
-        need = [rows * columns + int(tower.keeps_cls)] * len(pixels)
-    elif rides:
+    need = fresh = anatomy.tower.placeholders(kwargs)
+    if need is None and rides:
         need = [rows for ride in rides for rows in ride.rows]
-    else:
+    if need is None:
         return
     found, total = int(torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).sum()), sum(need)
     # generate repeats prompts for beams, but encodes their images once
-    if found != total and (pixels is not None or not found or found % total):
+    if found != total and (fresh is not None or not found or found % total):
         tiles = f"{len(need)} {anatomy.tile}{'s' if len(need) > 1 else ''}"
         each = ", ".join(map(str, sorted(set(need))))
         raise UnsupportedCallError(

@@ -14,11 +14,9 @@ def decoder_flops(config: Any, tokens: list[int]) -> int:
     return sum(2 * n * weights + 4 * n * n * heads * head_dim for n in tokens)
 
 
-def tower_flops(config: Any, segments: list[list[int]]) -> int:
+def tower_flops(width: int, weights: int, segments: list[list[int]]) -> int:
     """A ViT encoder whose layer ``i`` attends over sequences of ``segments[i]`` rows each, CLS counted.
 
-    Patch embedding and mergers are left out.
+    ``width`` channels, ``weights`` elements in the matrices of a layer; patch embedding and mergers are left out.
     """
-    hidden = config.hidden_size
-    weights = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
-    return sum(2 * n * weights + 4 * n * n * hidden for layer in segments for n in layer)
+    return sum(2 * n * weights + 4 * n * n * width for layer in segments for n in layer)

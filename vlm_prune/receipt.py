@@ -33,6 +33,7 @@ class Receipt:
         tower_segments_dense: the same without pruning.
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
+        tower_size: channels of the tower, and elements of one of its layers' matrices.
         kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
     """
@@ -54,7 +55,7 @@ class Receipt:
     keeps: list[Keep] | None = field(default=None, repr=False)
     tower_keeps: list[list[Keep] | None] = field(default_factory=list, repr=False)
     trace: DecoderTrace | None = field(default=None, repr=False)
-    vision_config: Any = field(default=None, repr=False)
+    tower_size: tuple[int, int] = (0, 0)
     text_config: Any = field(default=None, repr=False)
     _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
     _prefill_ms: Callable[[], float] | None = field(default=None, repr=False)
@@ -109,21 +110,21 @@ class Receipt:
     @property
     def flops(self) -> int:
         """Operations of tower and prefill as they ran, by the shape formula of `vlm_prune.flops`."""
-        tower = flops.tower_flops(self.vision_config, self.tower_segments)
+        tower = flops.tower_flops(*self.tower_size, self.tower_segments)
         return tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)
 
     @property
     def flops_dense(self) -> int:
         """The same without pruning."""
-        tower = flops.tower_flops(self.vision_config, self.tower_segments_dense)
+        tower = flops.tower_flops(*self.tower_size, self.tower_segments_dense)
         prefill = [self.prompt_tokens] * len(self.decoder_tokens)
         return tower + self.batch * flops.decoder_flops(self.text_config, prefill)
 
-    def record_tower(self, call: EncodeCall, dense: list[list[int]]) -> None:
-        """Note what the tower did; ``dense`` are its `tower_segments_dense`."""
+    def record_tower(self, call: EncodeCall, segments: list[list[int]], dense: list[list[int]]) -> None:
+        """Note what the tower did; see `tower_segments` and `tower_segments_dense`."""
         self.keeps, self.tower_tokens = call.keeps, call.tower_tokens
         self.tower_keeps = call.tower_keeps
-        self.tower_segments, self.tower_segments_dense = call.tower_segments, dense
+        self.tower_segments, self.tower_segments_dense = segments, dense
         self._tower_ms = call.stopwatch.stop()
 
     def record_prefill(self, batch: int, length: int, rows: list[int], cache: Cache | None) -> None:

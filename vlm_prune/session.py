@@ -141,7 +141,7 @@ class Pruning:
             grids=grids,
             targets=targets,
             positions=self.positions,
-            vision_config=self._anatomy.tower.module.config,
+            tower_size=(self._anatomy.tower.width, self._anatomy.tower.weights),
             text_config=self._anatomy.decoder.config,
         )
 

@@ -20,7 +20,7 @@ from .adapters.base import Tower
 from .attention import Site
 from .budget import Budget
 from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
-from .errors import UnsupportedCallError
+from .encode import EncodeStage
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
 from .timing import Stopwatch
@@ -43,27 +43,14 @@ class TowerState:
     carry: dict[str, torch.Tensor]
 
 
-class Encoder:
-    """All hooks of the encode stage for one model and one policy.
-
-    ``prototype`` is a receipt with everything filled in that does not depend on the call.
-    """
+class Encoder(EncodeStage):
+    """All hooks of the encode stage for one model and one policy."""
 
     def __init__(
         self, tower: Tower, projector: nn.Module, policies: Sequence[Policy], budget: Budget, session: Any
     ):
-        self.tower, self.projector, self.policies = tower, projector, policies
-        self.budget, self.session = budget, session
-        self.asked: dict[int, list[Policy]] = {}
-        for policy in policies:
-            for layer in policy.tower_layers(tower.feature_layer):
-                if layer < len(tower.layers):
-                    self.asked.setdefault(layer, []).append(policy)
-        # policies of later stages may watch the tower without dropping anything in it
-        self.observes = any(
-            "encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies
-        )
-        self.sites: list[Site] = []
+        super().__init__(tower, projector, policies, budget, session)
+        self.tower = tower
 
     def install(self, handles: list[Any]) -> None:
         """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
@@ -85,7 +72,7 @@ class Encoder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin an encode call."""
-        self._check_recompute()
+        self.check_recompute()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         patches = self.tower.patch_grid(*pixels.shape[-2:])
         grid = self.tower.unit_grid(*pixels.shape[-2:])
@@ -130,17 +117,6 @@ class Encoder:
             state.slots = slots.expand(call.tiles, -1, -1)
         return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
 
-    def _check_recompute(self) -> None:
-        """Refuse to train a tower in which tokens are cut and whose layers run again in the backward pass."""
-        cut = [self.tower.layers[number] for number in self.asked]
-        again = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in cut)
-        if again and torch.is_grad_enabled():
-            raise UnsupportedCallError(
-                "The vision tower has gradient checkpointing on, and this policy cuts tokens inside it: its layers "
-                "would run again in the backward pass, without the cuts. Turn it off for the tower alone, by its own "
-                "gradient_checkpointing_disable(), or put the tower in eval mode."
-            )
-
     def see_attention(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
@@ -171,7 +147,6 @@ class Encoder:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         call.tower_tokens.append(hidden.shape[1])
-        call.tower_segments.append([hidden.shape[1]] * call.tiles)
         state: TowerState | None = call.state
         call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
         if state is None or state.attention is None:
@@ -190,15 +165,8 @@ class Encoder:
             carry=state.carry,
         )
         state.attention = None
-        # all see the layer as it was; of a composition, one policy at most drops units here
-        asked = self.asked[number]
-        if call.whole:  # nothing is to be dropped: here for those that only watch
-            asked = [policy for policy in asked if "encode" not in policy.stages]
-        with _exact(hidden):
-            answers = [policy.encode(view) for policy in asked]
-        for keep in answers:
-            if keep is not None:
-                hidden = self._cut(hidden, state, keep)
+        for keep in self.ask_layer(number, view, call.whole):
+            hidden = self._cut(hidden, state, keep)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _cut(self, hidden: torch.Tensor, state: TowerState, keep: Keep) -> torch.Tensor:
@@ -295,15 +263,11 @@ class Encoder:
             call.pixels,
             state.carry,
         )
-        for policy in self.policies:
-            if policy.after_projector != after_projector:
-                continue
-            with _exact(features):
-                keep = policy.encode_final(view)
-            if keep is not None:
-                call.keeps = [keep]
-                return None if keep.rows is None else torch.cat([features[:, : call.extra], keep.rows], 1)
-        return None
+        keep = self.ask_final(view, after_projector)
+        if keep is None:
+            return None
+        call.keeps = [keep]
+        return None if keep.rows is None else torch.cat([features[:, : call.extra], keep.rows], 1)
 
     def _rows(self, keep: Keep) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
@@ -326,7 +290,8 @@ class Encoder:
         rows = self._choose(call, output, after_projector=True)
         if call.state is not None:
             call.carry, call.state = self._carried(call, call.state), None
-        call.receipt.record_tower(call, call.tower_segments[:1] * len(call.tower_segments))
+        segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
+        call.receipt.record_tower(call, segments, segments[:1] * len(segments))
         self.session.publish(call.receipt)
         if (forward := current_forward()) is not None:
             forward.add_encoded(call)
@@ -338,11 +303,6 @@ class Encoder:
                 output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
             )
         return stream.open_holes(output, index, call.rows[0], valid)
-
-
-def _exact(x: torch.Tensor) -> torch.autocast:
-    """Autocast would take the fp32 out of a policy's scores."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def content_key(pixels: torch.Tensor) -> torch.Tensor:

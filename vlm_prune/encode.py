@@ -1,0 +1,84 @@
+"""What the encode stage has in common for all towers: which policies want to be asked where, and asking them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters.base import PackedTower, Tower
+from .attention import Site
+from .budget import Budget
+from .errors import UnsupportedCallError
+from .policies.base import Keep, Policy
+from .policies.views import FeaturesView, TowerView
+
+
+class EncodeStage:
+    """The policies of a composition that look at a tower, and the layers behind which they do.
+
+    Attributes:
+        asked: the policies to ask behind each tower layer.
+        observes: whether policies of later stages watch the tower without dropping anything in it.
+        sites: attention sites to close when the model is unpruned.
+    """
+
+    def __init__(
+        self,
+        tower: Tower | PackedTower,
+        projector: nn.Module,
+        policies: Sequence[Policy],
+        budget: Budget,
+        session: Any,
+    ):
+        self.projector, self.policies, self.budget, self.session = projector, policies, budget, session
+        self.layers = tower.layers
+        self.asked: dict[int, list[Policy]] = {}
+        for policy in policies:
+            for layer in policy.tower_layers(tower.feature_layer):
+                if layer < len(tower.layers):
+                    self.asked.setdefault(layer, []).append(policy)
+        self.observes = any(
+            "encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies
+        )
+        self.sites: list[Site] = []
+
+    def check_recompute(self) -> None:
+        """Refuse to train a tower in which tokens are cut and whose layers run again in the backward pass."""
+        cut = [self.layers[number] for number in self.asked]
+        again = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in cut)
+        if again and torch.is_grad_enabled():
+            raise UnsupportedCallError(
+                "The vision tower has gradient checkpointing on, and this policy cuts tokens inside it: its layers "
+                "would run again in the backward pass, without the cuts. Turn it off for the tower alone, by its own "
+                "gradient_checkpointing_disable(), or put the tower in eval mode."
+            )
+
+    def ask_layer(self, number: int, view: TowerView, whole: bool) -> list[Keep]:
+        """What the policies answer behind layer ``number``. All see the layer as it was.
+
+        Of a composition, one policy at most drops units here. Of a ``whole`` tile nothing is to be dropped: only those
+        that watch are asked.
+        """
+        asked = [policy for policy in self.asked[number] if not (whole and "encode" in policy.stages)]
+        with _exact(view.hidden):
+            answers = [policy.encode(view) for policy in asked]
+        return [keep for keep in answers if keep is not None]
+
+    def ask_final(self, view: FeaturesView, after_projector: bool) -> Keep | None:
+        """What the first policy answers that chooses at this side of the projector."""
+        for policy in self.policies:
+            if policy.after_projector != after_projector:
+                continue
+            with _exact(view.features):
+                keep = policy.encode_final(view)
+            if keep is not None:
+                return keep
+        return None
+
+
+def _exact(x: torch.Tensor) -> torch.autocast:
+    """Autocast would take the fp32 out of a policy's scores."""
+    return torch.autocast(x.device.type, enabled=False)
