@@ -77,7 +77,8 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     settings = config.get("settings", {})
     if not isinstance(settings, Mapping):
         raise PolicyError(
-            f"{where} is not a pruning config: settings={settings!r}, where an object with fields of the policy is needed."
+            f"{where} is not a pruning config: settings={settings!r}, where an object with the policy's fields is "
+            "needed."
         )
     for name in settings:
         if name in ("model", "policy", "tokens", "ratio", "config"):
