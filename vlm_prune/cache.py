@@ -96,6 +96,10 @@ class PrunedLayer(CacheLayerMixin):
         """As the stock layer."""
         return int(self.inner.get_max_length())
 
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in older versions of transformers."""
+        return int(self.inner.get_max_cache_shape())
+
     def reset(self) -> None:
         """Empty the layer; it is an unpruned one again."""
         self.inner.reset()
