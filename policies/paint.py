@@ -168,9 +168,9 @@ class Paint(Policy):
             return lift(logits, gain[:, None, None] * here[:, None, :, None])
 
         edits = [*view.logit_edits, edit]
-        output = view.output.clone()
+        output = view.output
         for rows in chosen.split(BLOCK, dim=1):
             new = weighted_values(row_probabilities(view, rows, edits), view.value)
-            overwrite(output, rows, new, lifted)
+            output = overwrite(output, rows, new, lifted)
         view.logit_edits.append(edit)
         return output

@@ -166,7 +166,7 @@ class VAR(Policy):
         if sinks is None:
             return None
         text = view.text_after_image
-        output = view.output.clone()
+        output = view.output
         for rows in rows_where(text).split(BLOCK, dim=1):
             probabilities = row_probabilities(view, rows, view.logit_edits)
             selected = select_heads(
@@ -179,7 +179,7 @@ class VAR(Policy):
             )
             selected = selected & text.gather(1, rows)[:, None]
             new = redistribute(probabilities, sinks, view.visual, selected, self.move)
-            overwrite(output, rows, weighted_values(new, view.value), selected)
+            output = overwrite(output, rows, weighted_values(new, view.value), selected)
         return output
 
     def _find_sinks(self, view: ModulateView) -> torch.Tensor | None:

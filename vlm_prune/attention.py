@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .calls import RESUME, resumed
 from .errors import UnsupportedModelError
 
 NAME = "vlm_prune"
@@ -89,12 +90,13 @@ def attend(
     site: Site = module.vlm_prune_site
     real = _implementation(module, site.stock_config._attn_implementation)
     scaling = kwargs.get("scaling")
-    live = site.observer(site.layer, query, key, value, scaling)
-    if live is not None:
-        attention_mask = _key_mask(live, query, site.stock_config._attn_implementation)
-    output, weights = real(_Stock(module, site.stock_config), query, key, value, attention_mask, **kwargs)
-    if site.editor is not None:
-        output = site.editor(site.layer, query, key, value, scaling, output)
+    with resumed(kwargs.pop(RESUME, None)):
+        live = site.observer(site.layer, query, key, value, scaling)
+        if live is not None:
+            attention_mask = _key_mask(live, query, site.stock_config._attn_implementation)
+        output, weights = real(_Stock(module, site.stock_config), query, key, value, attention_mask, **kwargs)
+        if site.editor is not None:
+            output = site.editor(site.layer, query, key, value, scaling, output)
     return output, weights
 
 

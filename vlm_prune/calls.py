@@ -7,7 +7,8 @@ output object, which stock code hands from the one to the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ _live_rows: ContextVar[Rows | None] = ContextVar("vlm_prune_live_rows", default=
 
 RIDE = "vlm_prune"
 """Attribute of a tower's output object under which its `EncodeCall` travels."""
+
+RESUME = "vlm_prune_call"
+"""Keyword by which a layer's attention finds the call it belongs to when it runs again, in the backward pass."""
 
 
 @dataclass
@@ -223,6 +227,19 @@ class ForwardCall:
 def current_forward() -> ForwardCall | None:
     """The forward under way in this thread, if any."""
     return _forward.get()
+
+
+@contextmanager
+def resumed(call: ForwardCall | None) -> Iterator[None]:
+    """The forward ``call`` is under way again; ``None`` leaves things as they are."""
+    if call is None:
+        yield
+        return
+    token = _forward.set(call)
+    try:
+        yield
+    finally:
+        _forward.reset(token)
 
 
 def leave_live_rows(rows: Rows) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from .adapters.base import Anatomy
 from .cache import check_cache
@@ -37,6 +38,12 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
         check_cache(cache_of(kwargs))
         check_mask(kwargs.get("attention_mask"))
         _check_placeholders(anatomy, kwargs, given)
+
+
+def runs_again(layer: nn.Module) -> bool:
+    """Whether a layer that is called now will be called once more in the backward pass, by gradient checkpointing."""
+    on = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return bool(on) and torch.is_grad_enabled()
 
 
 def check_mask(mask: Any) -> None:

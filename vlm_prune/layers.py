@@ -7,10 +7,12 @@ that agree.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
@@ -19,12 +21,13 @@ from . import stream
 from .attention import Site
 from .budget import Budget
 from .cache import PrunedLayer, join_masks, past_mask, trim, wrap
-from .calls import ForwardCall, current_forward
-from .errors import UnsupportedModelError
+from .calls import RESUME, ForwardCall, current_forward
+from .checks import runs_again
+from .errors import UnsupportedCallError, UnsupportedModelError
 from .policies.base import Policy
 from .policies.views import AttentionView, ModulateView, PrefillView
 from .rows import Rows
-from .versions import CACHE, cache_of
+from .versions import CACHE, HOOKS_RUN_AGAIN, cache_of
 
 
 class DecoderLayers:
@@ -86,6 +89,18 @@ class DecoderLayers:
         finally:
             call.probing = False
 
+    def check_recompute(self) -> None:
+        """Refuse to train layers that would run again in the backward pass and ask the policies again there."""
+        if HOOKS_RUN_AGAIN and any(
+            runs_again(self.layers[number]) for number in {*self.pruned, *self.modulated}
+        ):
+            raise UnsupportedCallError(
+                "The decoder has gradient checkpointing on, and this policy acts between its layers: in transformers "
+                f"{transformers.__version__} these would run again in the backward pass without what was dropped. "
+                "Upgrade transformers (5.23 is known to work), turn gradient checkpointing off, or choose a policy of "
+                "the encode stage alone."
+            )
+
     # --- layer boundaries ---
 
     def enter_layer(
@@ -104,15 +119,17 @@ class DecoderLayers:
                 wrap(cache, number)
         layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
         call.observed["layer"] = layer
+        changed: dict[str, Any] = {}
+        key = _key(call.rows, layer)
         if number == 0:
             call.first = _key(call.entered, first)
-            return None
-        key = _key(call.rows, layer)
-        if key == call.first:
-            return None
-        if key not in call.fitted:
-            call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
-        return args, {**kwargs, **call.fitted[key]}
+        elif key != call.first:
+            if key not in call.fitted:
+                call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
+            changed |= call.fitted[key]
+        if number in self.modulated and runs_again(module):
+            changed[RESUME] = replace(call)
+        return (args, {**kwargs, **changed}) if changed else None
 
     def _fit(
         self,
@@ -260,6 +277,10 @@ class DecoderLayers:
         stored: PrunedLayer | None = call.observed.get("layer")
         if call.rows is None and (stored is None or "visual" not in stored.marks):
             return output  # no image in this prompt
+        if (
+            output.requires_grad
+        ):  # policies write into it, and the backward pass of the stock function reads it
+            output = output.clone()
         marks = self._marks(call, stored, query.shape[2], key.shape[2])
         logit_edits: list[Any] = []
         brings: torch.Tensor | None = None

@@ -156,6 +156,8 @@ class Pruning:
         call = ForwardCall(owner=self)
         begin_forward(call)
         check_forward(self._anatomy, kwargs)
+        if self._layers is not None:
+            self._layers.check_recompute()
         given = kwargs.get("mm_encoder_outputs") or {}
         # videos have placeholders of their own, where there are two kinds; images are encoded first
         videos = len(self._anatomy.image_tokens) - 1

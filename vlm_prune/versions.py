@@ -8,10 +8,14 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """Keyword by which models are handed their cache: ``past_key_values`` until 5.23, where callers may still use it."""
+
+HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)
+"""Whether gradient checkpointing runs a layer's hooks in the backward pass too (in 5.19, not in 5.23)."""
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
