@@ -99,7 +99,7 @@ class PackedTower:
     weights: int
 
     units = None  # images have the size they have
-    keeps_cls = False
+    has_cls = keeps_cls = False
 
     @property
     def feature_layer(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -62,7 +62,8 @@ class Policy:
 
     Attributes:
         positions: ``"original"`` keeps the RoPE positions the tokens had before pruning, ``"compact"`` renumbers the
-            shortened sequence. Each policy defaults to what its released code does.
+            shortened sequence. Each policy defaults to what its released code does; ``None`` stands for "compact", and
+            for "original" where a token's position is its place in the image (M-RoPE) and cannot be renumbered.
     """
 
     name: ClassVar[str]
@@ -72,6 +73,8 @@ class Policy:
     """Share of visual tokens kept when the caller names no budget: the middle one of the paper."""
     after_projector: ClassVar[bool] = False
     """Whether `encode_final` is asked behind the projector, about projected features, instead of before it."""
+    single_patches: ClassVar[bool] = False
+    """Whether `encode` chooses among single patches where the model merges several into one token."""
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
     reads_hidden: ClassVar[bool] = False
@@ -81,10 +84,10 @@ class Policy:
     modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "outputs"
     """What `modulate` edits. Whatever the written order, logits come first and outputs last."""
 
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
-        if self.positions not in ("original", "compact"):
+        if self.positions not in ("original", "compact", None):
             raise ValueError(f'positions={self.positions!r}: choose "original" or "compact"')
 
     @property
@@ -116,6 +119,20 @@ class Policy:
 
     def for_decoder(self, config: Any) -> Policy:
         """This policy with what it can read off the decoder's config filled in, when pruning starts."""
+        return self
+
+    def for_family(self, family: str, mrope: bool) -> Policy:
+        """This policy as it is at work on a model ``family``, when pruning starts.
+
+        ``mrope`` says that positions of visual tokens are places in the image.
+        """
+        if self.positions is None:
+            return replace(self, positions="original" if mrope else "compact")
+        if mrope and self.positions == "compact":
+            raise ValueError(
+                'positions="compact": with multimodal RoPE a visual token\'s position is its place in the image, which '
+                'renumbering would destroy. Leave positions out, or give "original".'
+            )
         return self
 
     def prefill_layers(self, depth: int) -> Collection[int]:

@@ -7,6 +7,7 @@ so that exactly the wanted number enters the layer whose output is consumed.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,6 +48,14 @@ def relative_entropy(attention: torch.Tensor, count: torch.Tensor | int) -> torc
     return torch.special.entr(p).sum(-1) / limit
 
 
+def wanted_drops(
+    width: torch.Tensor | int, target: int, remaining: int, flatness: torch.Tensor
+) -> torch.Tensor:
+    """How many of ``width`` tokens a layer drops whose attention has the relative entropy ``flatness``, not rounded."""
+    wanted: torch.Tensor = (width - target) / remaining**0.5 * (1 - flatness**2)
+    return wanted
+
+
 def drop_counts(
     attention: torch.Tensor, alive: list[int], target: int, remaining: int, batch_max: bool
 ) -> list[int]:
@@ -57,8 +66,7 @@ def drop_counts(
     """
     width = torch.tensor(alive, dtype=attention.dtype, device=attention.device)
     flatness = relative_entropy(attention, width.clamp(min=2))
-    wanted = (width - target) / remaining**0.5 * (1 - flatness**2)
-    wanted = wanted.nan_to_num(0.0)
+    wanted = wanted_drops(width, target, remaining, flatness).nan_to_num(0.0)
     if batch_max:
         wanted = wanted.max().expand(len(alive))
     return [int(n) for n in wanted.round().tolist()]
@@ -77,7 +85,8 @@ class FlowCut(Policy):
     the authors' Qwen2-VL code.
 
     Attributes:
-        compat: ``"official"`` reproduces the released code, batch-maximum rule and model-dtype scores included.
+        compat: ``"official"`` reproduces the released code, batch-maximum rule and model-dtype scores included. On
+            Qwen2-VL it works as `flowcut_decoder.FlowCutQwen` says.
     """
 
     name: ClassVar[str] = "flowcut"
@@ -91,33 +100,65 @@ class FlowCut(Policy):
         if self.compat not in (None, "official"):
             raise ValueError(f'compat={self.compat!r}: choose "official" or None')
 
+    def for_family(self, family: str, mrope: bool) -> Policy:
+        """The released code has a variant of its own for Qwen2-VL."""
+        from .flowcut_decoder import RELEASED
+
+        policy = super().for_family(family, mrope)
+        if self.compat is None:
+            return policy
+        if mrope and family not in RELEASED:
+            raise ValueError(
+                'compat="official": of models with multimodal RoPE, the released code knows '
+                f"{', '.join(RELEASED)} only. Leave compat out."
+            )
+        fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+        return RELEASED[family](**fields) if family in RELEASED else policy
+
     def tower_layers(self, feature_layer: int) -> range:
         """Every layer before the consumed one is scored; the cuts fall on every second of them."""
-        return range(feature_layer)
+        return range(self._consumed(feature_layer))
 
     def encode(self, view: TowerView) -> Keep | None:
         """Score the layer, and cut if an even number of layers remains before the consumed one."""
-        width = view.units.shape[1]
+        width, target, consumed = (
+            view.units.shape[1],
+            self._leaving(view.target),
+            self._consumed(view.feature_layer),
+        )
         alive = [width] * len(view.units) if view.valid is None else view.valid.sum(-1).tolist()
-        if max(alive) <= view.target:
+        if max(alive) <= target:
             return None
         attention, score = self._layer_scores(view)
         flow = 0.5 * view.carry["flow"] + 0.5 * score if "flow" in view.carry else score
         view.carry["flow"] = flow
 
-        remaining = view.feature_layer - 1 - view.layer
+        remaining = consumed - 1 - view.layer
         if remaining % 2:
             return None
         if remaining == 0:
-            kept = [min(n, view.target) for n in alive]
+            kept = [min(n, target) for n in alive]
         else:
-            drop = drop_counts(attention, alive, view.target, remaining, self.compat == "official")
-            kept = [min(n, max(n - p, view.target)) for n, p in zip(alive, drop, strict=True)]
+            drop = self._drop_counts(attention, alive, target, remaining)
+            kept = [min(n, max(n - p, target)) for n, p in zip(alive, drop, strict=True)]
         if kept == alive:
             return None
         if view.valid is not None:
             flow = flow.masked_fill(~view.valid, -torch.inf)
         return Keep.top(flow, kept)
+
+    def _leaving(self, target: int) -> int:
+        """How many tokens leave the tower where ``target`` are wanted in the end."""
+        return target
+
+    def _consumed(self, feature_layer: int) -> int:
+        """The layer that exactly the wanted number enters."""
+        return feature_layer
+
+    def _drop_counts(
+        self, attention: torch.Tensor, alive: list[int], target: int, remaining: int
+    ) -> list[int]:
+        return drop_counts(attention, alive, target, remaining, self.compat == "official")
 
     def _layer_scores(self, view: TowerView) -> tuple[torch.Tensor, torch.Tensor]:
         """CLS attention and information score of this layer, per unit: two ``(batch, units)``."""

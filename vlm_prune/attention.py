@@ -22,6 +22,8 @@ from .calls import RESUME, resumed
 from .errors import UnsupportedModelError
 
 NAME = "vlm_prune"
+PACKED_FLASH = "vlm_prune_flash"
+"""Modules that attend over packed sequences look for "flash" in the name, to learn that they may pass their ends on."""
 
 Observer = Callable[..., "torch.Tensor | None"]
 """Called with (layer, query, key, value, scaling); returns a mask of keys ``(batch, keys)`` to use, or None."""
@@ -33,9 +35,14 @@ _open_sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
 
 class Site:
-    """One attention module whose calls are shown to ``observer``, and handed to ``editor``, until `close` is called."""
+    """One attention module whose calls are shown to ``observer``, and handed to ``editor``, until `close` is called.
 
-    def __init__(self, module: Any, layer: int, observer: Observer, editor: Editor | None = None):
+    ``packed`` modules attend over several sequences that stand one behind the other.
+    """
+
+    def __init__(
+        self, module: Any, layer: int, observer: Observer, editor: Editor | None = None, packed: bool = False
+    ):
         config: Any = getattr(module, "config", None)
         if not hasattr(config, "_attn_implementation"):
             raise UnsupportedModelError(
@@ -46,7 +53,8 @@ class Site:
         self.module, self.layer, self.observer, self.editor = module, layer, observer, editor
         self.stock_config = config
         module.config = copy.copy(config)
-        module.config._attn_implementation_internal = NAME
+        flash = packed and "flash" in (config._attn_implementation or "")
+        module.config._attn_implementation_internal = PACKED_FLASH if flash else NAME
         module.vlm_prune_site = self
         self._open()
 
@@ -57,7 +65,7 @@ class Site:
 
     def _open(self) -> None:
         _open_sites.add(self)
-        ALL_ATTENTION_FUNCTIONS[NAME] = attend
+        ALL_ATTENTION_FUNCTIONS[NAME] = ALL_ATTENTION_FUNCTIONS[PACKED_FLASH] = attend
 
     def close(self) -> None:
         """Give the module its own config back."""
@@ -66,6 +74,7 @@ class Site:
         _open_sites.discard(self)
         if not _open_sites:
             ALL_ATTENTION_FUNCTIONS.pop(NAME, None)
+            ALL_ATTENTION_FUNCTIONS.pop(PACKED_FLASH, None)
 
 
 class _Stock:

@@ -21,6 +21,7 @@ from .survivors import DecoderTrace
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
+    from .deepstack import Deepstack
     from .policies.base import Keep
     from .receipt import Receipt
     from .rows import Rows
@@ -123,6 +124,7 @@ class ForwardCall:
         observed: what the current layer's attention computed with.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         probing: True during that pass without the image.
+        deepstack: features that stock code adds behind the decoder's first layers.
         owner: whose forward this is; ``outer`` is the call of another model around it.
     """
 
@@ -139,6 +141,7 @@ class ForwardCall:
     observed: dict[str, Any] = field(default_factory=dict)
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     probing: bool = False
+    deepstack: Deepstack | None = None
     stopwatch: Stopwatch | None = None
     owner: Any = None
     outer: ForwardCall | None = None

@@ -82,3 +82,12 @@ class EncodeStage:
 def _exact(x: torch.Tensor) -> torch.autocast:
     """Autocast would take the fp32 out of a policy's scores."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def content_key(pixels: torch.Tensor) -> torch.Tensor:
+    """A number per tile that depends on its pixels alone: int64 ``(tiles,)``.
+
+    The bits are summed as integers, so the result does not depend on the order of summation, nor on the batch.
+    """
+    bits = pixels.detach().float().contiguous().view(torch.int32)
+    return bits.flatten(1).sum(-1, dtype=torch.int64)

@@ -17,6 +17,7 @@ from . import stream
 from .cache import PrunedLayer, check_cache, join_masks, past_mask, pruned_layers, record_turn
 from .calls import ForwardCall, current_forward, leave_live_rows
 from .checks import check_mask
+from .deepstack import Deepstack, shorten
 from .layers import DecoderLayers
 from .rows import Rows
 from .timing import Stopwatch
@@ -116,7 +117,10 @@ class Decoder:
         )
         if inside:
             rows = call.mark_visual(rows)
+        features: list[torch.Tensor] | None = kwargs.get("deepstack_visual_embeds")
         if not holes:
+            if features and inside:
+                self._note_deepstack(call, kwargs, kwargs["visual_pos_masks"], list(features))
             return rows
 
         alive = ~stream.find_holes(embeds)
@@ -126,7 +130,15 @@ class Decoder:
         order = stream.live_order(live, count)
         valid = None if even else live.gather(1, order)
         kwargs["inputs_embeds"] = rows.pick(embeds, order, valid)
+        if features:
+            self._note_deepstack(call, kwargs, *shorten(kwargs["visual_pos_masks"], features, order, valid))
         return rows.cut(order, valid, ~alive if self.positions == "compact" else None)
+
+    def _note_deepstack(
+        self, call: ForwardCall, kwargs: dict[str, Any], visual: torch.Tensor, features: list[torch.Tensor]
+    ) -> None:
+        kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"] = visual, features
+        call.deepstack = Deepstack(visual, features)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Restore the full length and note in the cache what is missing."""

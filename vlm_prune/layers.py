@@ -33,11 +33,14 @@ from .versions import CACHE, HOOKS_RUN_AGAIN, cache_of
 class DecoderLayers:
     """The hooks on single decoder layers for policies that prune in prefill or modulate attention.
 
-    ``policies`` are (policy, budget) pairs in the written order of the composition.
+    ``policies`` are (policy, budget) pairs in the written order of the composition. Behind the first ``deepstack``
+    layers stock code adds features to visual rows.
     """
 
-    def __init__(self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]]):
-        self.decoder, self.layers, self.policies = decoder, layers, policies
+    def __init__(
+        self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], deepstack: int = 0
+    ):
+        self.decoder, self.layers, self.policies, self.deepstack = decoder, layers, policies, deepstack
         self.depth = len(layers)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
         self.modulated: dict[int, list[Policy]] = {}
@@ -65,7 +68,8 @@ class DecoderLayers:
             if reads or number in self.modulated:
                 edit = self.edit_attention if number in self.modulated else None
                 self.sites.append(Site(layer.self_attn, number, self.see_attention, edit))
-            if number in self.pruned:
+            # behind a cut, what stock code adds to the first layers' visual rows is added here
+            if number in self.pruned or (self.pruned and number < self.deepstack):
                 # in front of the hooks by which transformers collects hidden states
                 handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
 
@@ -160,16 +164,17 @@ class DecoderLayers:
         cache = None if past is None else Cache(layers=[stored])
         if cache is None and mask is None:
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        text, places = stream.split_positions(positions)
         return {
             "attention_mask": create_causal_mask(
                 config=self.decoder.config,
                 inputs_embeds=hidden,
                 attention_mask=mask,
                 **{CACHE: cache},
-                position_ids=positions,
+                position_ids=text,
             ),
-            "position_ids": positions,
-            "position_embeddings": self.decoder.rotary_emb(hidden, positions),
+            "position_ids": text,
+            "position_embeddings": self.decoder.rotary_emb(hidden, places),
         }
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -183,7 +188,7 @@ class DecoderLayers:
             return None
         gone = torch.zeros_like(visual)
         closed_up: torch.Tensor | None = None
-        for policy, budget in self.pruned[number]:  # all see the layer as it was
+        for policy, budget in self.pruned.get(number, []):  # all see the layer as it was
             view = self._view(call, rows, visual, policy, budget, number, hidden)
             keep = policy.prefill(view)
             rows.carry.update(view.carry)
@@ -191,7 +196,10 @@ class DecoderLayers:
                 gone = gone | (visual & ~keep)
                 if policy.positions == "compact":
                     closed_up = visual & ~keep if closed_up is None else closed_up | (visual & ~keep)
-        hidden = self._drop(call, rows, hidden, gone, closed_up)
+        if call.deepstack is not None:
+            hidden = call.deepstack.add(number, hidden)
+        if number in self.pruned:
+            hidden = self._drop(call, number, rows, hidden, gone, closed_up)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _view(
@@ -225,6 +233,7 @@ class DecoderLayers:
     def _drop(
         self,
         call: ForwardCall,
+        number: int,
         rows: Rows,
         hidden: torch.Tensor,
         gone: torch.Tensor,
@@ -244,6 +253,11 @@ class DecoderLayers:
         valid = None if min(counts) == max(counts) else live.gather(1, order)
         call.rows = rows.cut(order, valid, closed_up)
         call.observed.pop("attention", None)
+        if call.deepstack is not None:
+            if call.deepstack.stock:
+                call.deepstack.take_over()
+                hidden = call.deepstack.add(number, hidden)
+            call.deepstack.cut(order, valid)
         return rows.pick(hidden, order, valid)
 
     # --- attention ---

@@ -38,6 +38,9 @@ ALIASES = {"fixing_imbalance": "paint"}
 ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "internvl": "vlm_prune.adapters.internvl:anatomy",
     "llava": "vlm_prune.adapters.llava:anatomy",
+    "qwen2_5_vl": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen2_vl": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen3_vl": "vlm_prune.adapters.qwen_vl:anatomy",
 }
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
 

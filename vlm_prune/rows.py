@@ -18,7 +18,8 @@ class Rows:
         order: int64 ``(batch, rows)``, the token that each row holds (see `stream.live_order`).
         valid: bool ``(batch, rows)``, False for rows that only fill up a ragged batch; ``None`` if there are none.
         mask: bool ``(batch, rows)``, rows that may be attended; ``None`` if all may.
-        positions: int64 ``(batch or 1, rows)``, RoPE positions, not yet moved by what earlier turns renumbered.
+        positions: int64 ``(batch or 1, rows)``, RoPE positions, not yet moved by what earlier turns renumbered; with
+            multimodal RoPE ``(axes, batch or 1, rows)``.
         shift: int64 ``(batch,)``, by how much this turn's last position was moved down; ``None`` if it was not.
         visual: bool ``(batch, rows)``, visual tokens; ``None`` if no policy acts inside the decoder.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere.
@@ -56,7 +57,7 @@ class Rows:
         return Rows(
             length=self.length - cut,
             order=self.order[:, : self.count - cut],
-            positions=self.positions[:, : self.count - cut],
+            positions=self.positions[..., : self.count - cut],
             valid=None if self.valid is None else self.valid[:, : self.count - cut],
         )
 
@@ -86,7 +87,7 @@ class Rows:
         return replace(
             self,
             order=self.order.gather(1, order),
-            positions=stream.compact(positions, order),
+            positions=stream.pick_positions(positions, order),
             valid=valid,
             mask=mask,
             shift=shift,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.base import Anatomy
+from .adapters.base import Anatomy, PackedTower
 from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
 from .checks import check_forward
@@ -19,6 +19,7 @@ from .errors import StateError, UnsupportedCallError
 from .language import Decoder
 from .layers import DecoderLayers, check_decoder
 from .loss import Loss
+from .packed import PackedEncoder
 from .policies.base import Policy
 from .receipt import Receipt
 from .saving import Saver
@@ -45,7 +46,10 @@ class Pruning:
     ):
         check_decoder(anatomy.decoder)
         self._model, self._wrapper, self._written = model, wrapper, policies
-        policies = tuple(policy.for_decoder(anatomy.decoder.config) for policy in policies)
+        policies = tuple(
+            policy.for_decoder(anatomy.decoder.config).for_family(anatomy.family, anatomy.mrope)
+            for policy in policies
+        )
         self.policies, self.budget, self.family = policies, budget, anatomy.family
         self._anatomy = anatomy
         self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
@@ -56,11 +60,15 @@ class Pruning:
             (p, budget if p is owner else Budget(ratio=p.default_ratio, extra=budget.extra)) for p in policies
         ]
         encode = next(((p, b) for p, b in budgets if "encode" in p.stages), None)
-        self.positions = encode[0].positions if encode else "original"
-        self._encoder = Encoder(
-            anatomy.tower, anatomy.projector, policies, encode[1] if encode else Budget(ratio=1.0), self
-        )
-        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets)
+        self.positions = str(encode[0].positions) if encode else "original"
+        share, tower = encode[1] if encode else Budget(ratio=1.0), anatomy.tower
+        self._encoder: Encoder | PackedEncoder
+        if isinstance(tower, PackedTower):
+            self._encoder = PackedEncoder(tower, anatomy.projector, policies, share, self)
+        else:
+            self._encoder = Encoder(tower, anatomy.projector, policies, share, self)
+        deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
+        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets, deepstack)
         self._layers = layers if layers else None
         self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
         try:

@@ -46,6 +46,23 @@ def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(1, index.expand(*order.shape, *x.shape[2:]))
 
 
+def pick_positions(positions: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows ``order`` ``(batch, length)`` of positions ``([axes,] batch or 1, full length)``."""
+    axes = positions.shape[:-2]
+    wide = positions.expand(*axes, len(order), positions.shape[-1])
+    return wide.gather(-1, order.expand(*axes, *order.shape))
+
+
+def split_positions(positions: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Positions in the text, ``None`` if not given, and those for the rotary embeddings.
+
+    With multimodal RoPE these have axes of their own, ``(3, batch, rows)``; text positions may stand in front of them.
+    """
+    if positions.dim() == 2:
+        return positions, positions
+    return (positions[0], positions[1:]) if len(positions) == 4 else (None, positions)
+
+
 def restore(x: torch.Tensor, order: torch.Tensor, length: int, valid: torch.Tensor | None) -> torch.Tensor:
     """Inverse of `compact`: ``(batch, length, channels)`` with zeros in every row that ``x`` does not hold."""
     if valid is not None:
@@ -87,6 +104,13 @@ def retarget(
     if valid is not None:  # nothing comes before a sequence's first token that could predict it
         moved = moved.masked_fill(~valid, ignore)
     return torch.full_like(targets, ignore).scatter(1, order, moved)
+
+
+def grouped(index: torch.Tensor, size: int) -> torch.Tensor:
+    """The rows of groups ``index`` ``(groups,)`` where each group is ``size`` rows that stand together."""
+    if size == 1:
+        return index
+    return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
 
 
 def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> torch.Tensor:

@@ -20,7 +20,7 @@ from .adapters.base import Tower
 from .attention import Site
 from .budget import Budget
 from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
-from .encode import EncodeStage
+from .encode import EncodeStage, content_key
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
 from .timing import Stopwatch
@@ -303,12 +303,3 @@ class Encoder(EncodeStage):
                 output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
             )
         return stream.open_holes(output, index, call.rows[0], valid)
-
-
-def content_key(pixels: torch.Tensor) -> torch.Tensor:
-    """A number per tile that depends on its pixels alone: int64 ``(tiles,)``.
-
-    The bits are summed as integers, so the result does not depend on the order of summation, nor on the batch.
-    """
-    bits = pixels.detach().float().contiguous().view(torch.int32)
-    return bits.flatten(1).sum(-1, dtype=torch.int64)

@@ -2,21 +2,32 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from tests.parity._files import Golden, npz_cases
+from tests.parity._given import embeds_model
 from vlm_prune import prune
+from vlm_prune.calls import current_encode
 from vlm_prune.policies.flowcut import drop_counts, information_score, value_magnitude
+from vlm_prune.policies.flowcut_decoder import FlowCutDecoder
 from vlm_prune.policies.scores import global_attention, global_similarity
 from vlm_prune.policies.views import AttentionView
-from vlm_prune.versions import cache_of
+from vlm_prune.versions import CACHE, cache_of
 
 cases = npz_cases
 
 # LLaVA-NeXT (anyres, in-decoder stage) and Qwen2-VL have no adapter yet
-LATER = ("anyres", "llm", "qwen2vl")
+LATER = ("anyres",)
 
 
 def check(case: Path) -> None:
@@ -165,7 +176,102 @@ def check_model(golden: Golden) -> None:
     assert generated[0, len(row) :].tolist() == expected
 
 
+@torch.no_grad()
+def check_decoder(golden: Golden) -> None:
+    """The cut inside the language model: which rows stay, what layers compute, and two decoding steps."""
+    meta, embeds = golden.meta, golden["inputs_embeds"]
+    start, count, target = meta["visual_start"], meta["visual_num"], meta["target_num"]
+    for name, value in meta["llama_config"].items():
+        golden.arrays[ALIASES.get(name, name)] = np.asarray(value)
+    del golden.arrays[
+        "w/embed_tokens.weight"
+    ]  # embeddings are given, and the test's model has a vocabulary of its own
+    model, call = embeds_model(golden, embeds, start, count)
+    prune(model, [FlowCutDecoder(positions="compact")], tokens=min(target, count))
+    output = model.model(**call, use_cache=True)
+    live = output.last_hidden_state.abs().sum(-1) > 0
+    close(
+        output.last_hidden_state[live].view_as(golden["prefill_last_hidden"]), golden["prefill_last_hidden"]
+    )
+    kept = torch.stack([row.nonzero()[:, 0] for row in live[:, start : start + count]])
+    if "keep" in golden:
+        assert torch.equal(kept, golden["keep"])
+    cache = cache_of(output)
+    assert [layer.keys.shape[2] for layer in cache.layers] == golden["kv_len_per_layer"].tolist()
+    for step in range(2):
+        if f"decode_embed_{step}" not in golden:
+            continue
+        output = model.model(inputs_embeds=golden[f"decode_embed_{step}"], **{CACHE: cache}, use_cache=True)
+        close(output.last_hidden_state, golden[f"decode_hidden_{step}"])
+
+
+@torch.no_grad()
+def check_qwen(golden: Golden) -> None:
+    """A complete Qwen2-VL: the patches that survive each block, the features, the decoder's cut, the logits."""
+    meta, weights = golden.meta, golden.prefixed("w/")
+    text = dict(meta["text_config"])
+    ids = {
+        name: text.pop(name) for name in list(text) if name.endswith("_token_id") or name.startswith("tie_")
+    }
+    text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta", 1000000.0)}
+    config = Qwen2VLConfig(
+        text_config={**text, "pad_token_id": None, "eos_token_id": None},
+        vision_config=meta["vision_config"],
+        **ids,
+    )
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    names = {
+        n if n.startswith("lm_head") else n.replace("model.", "model.language_model.", 1) if n.startswith("model.")
+        else f"model.{n}": w
+        for n, w in weights.items()
+    }  # fmt: skip
+    missing, unexpected = model.load_state_dict(names, strict=False)
+    assert not unexpected, unexpected
+    assert not [name for name in missing if "inv_freq" not in name], missing
+    target = meta["target_num"]
+    call = {"input_ids": golden["input_ids"], "pixel_values": golden["pixel_values"]}
+    call |= {"image_grid_thw": golden["grid_thw"], "position_ids": golden["position_ids"]}
+    units = int(golden["grid_thw"].prod()) // 4
+    features = model.model.get_image_features(golden["pixel_values"], golden["grid_thw"]).pooler_output[0]
+    if len(golden["visual_features"]) == units:
+        close(features, golden["visual_features"])
+
+    prune(model, "flowcut", tokens=target, compat="official")
+    survivors: dict[int, list[int]] = {}
+    encoder = model.pruning._encoder
+    for number, block in enumerate(model.model.visual.blocks):
+
+        def note(*_: object, number: int = number) -> None:
+            survivors[number] = current_encode().state.alive.tolist()
+
+        block.register_forward_hook(note)
+    assert encoder.single_patches
+    output = model(**call)
+    for name, keep in golden.prefixed("vit_keep_").items():
+        assert survivors[int(name)] == keep.tolist(), f"block {name}"
+    features = model.model.get_image_features(golden["pixel_values"], golden["grid_thw"]).pooler_output[0]
+    close(features[~features[:, 0].isnan()], golden["visual_features"])
+
+    live = output.logits[0].abs().sum(-1) > 0
+    close(output.logits[:, live], golden["logits"])
+    first = int((golden["input_ids"][0] == ids["image_token_id"]).nonzero()[0])
+    kept = live[first : first + units].nonzero()[:, 0]
+    assert kept.tolist() == golden["llm_keep"][0].tolist()
+    cache = cache_of(output)
+    assert [layer.keys.shape[2] for layer in cache.layers] == golden["kv_len_per_layer"].tolist()
+
+
+ALIASES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "rms_norm_eps": "rms_eps",
+}
+"""Names of a Llama's config in other golden files."""
+
 CHECKS = {
+    "llm": check_decoder,
+    "qwen2vl": check_qwen,
     "unit_score": check_score,
     "unit_ratio": check_count,
     "unit_attn": check_attention,

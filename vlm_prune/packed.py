@@ -1,0 +1,446 @@
+"""The encode stage of towers that take images of any size, all their patches in one sequence.
+
+Such a tower finds out by ``cu_seqlens`` where an image (a frame, a window) ends, and by rotary tables where in it a
+patch stands. Before each block the hooks here hand it both for the patches that are left; behind it they ask the
+policies, one tile after the other, each by itself. The merger computes live units only, and the holes are re-opened
+behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import stream
+from .adapters.base import PackedTower
+from .attention import Site
+from .budget import Budget
+from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
+from .encode import EncodeStage, content_key
+from .policies.base import Keep, Policy
+from .policies.views import AttentionView, FeaturesView, TowerView
+from .timing import Stopwatch
+
+Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+"""Queries, keys and values ``(1, heads, patches, head_dim)`` of an attention call, and its scaling."""
+
+
+@dataclass
+class Tile:
+    """One image or frame inside the sequence.
+
+    Attributes:
+        begin: number of its first patch in the whole sequence.
+        alive: its patches that are left, numbered in the whole sequence, ascending.
+        raster: raster number of each of its units in the order in which they stand there; ``None`` if it is the same.
+        carry: what policies left per living unit, in raster order.
+    """
+
+    begin: int
+    alive: torch.Tensor
+    raster: torch.Tensor | None
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Patches left."""
+        return len(self.alive)
+
+
+@dataclass
+class PackedState:
+    """Where the tiles of a call stand inside the tower. ``fitted`` are a block's arguments for what is alive."""
+
+    tiles: list[Tile]
+    patches: int
+    seen: list[Seen] = field(default_factory=list)
+    fitted: dict[Any, Any] = field(default_factory=dict)
+    segments: list[torch.Tensor] = field(default_factory=list)
+    segments_dense: list[torch.Tensor] = field(default_factory=list)
+    pixels: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> torch.Tensor:
+        """Patches that are left, ascending."""
+        if "alive" not in self.fitted:
+            self.fitted["alive"] = torch.cat([tile.alive for tile in self.tiles])
+        found: torch.Tensor = self.fitted["alive"]
+        return found
+
+    @property
+    def shortened(self) -> bool:
+        """Whether patches were cut."""
+        return sum(tile.count for tile in self.tiles) < self.patches
+
+
+class PackedEncoder(EncodeStage):
+    """All hooks of the encode stage for one model and one policy."""
+
+    def __init__(
+        self,
+        tower: PackedTower,
+        projector: nn.Module,
+        policies: Sequence[Policy],
+        budget: Budget,
+        session: Any,
+    ):
+        super().__init__(tower, projector, policies, budget, session)
+        self.tower = tower
+        self.single_patches = any(policy.single_patches for policy in policies)
+        if self.single_patches and not tower.single_patches:
+            raise ValueError(
+                "the released code cuts single patches before they are merged, and there is none for this family's "
+                'tower. Leave compat at its default, which drops whole units, or take "qwen2_vl".'
+            )
+        for policy in policies:
+            if type(policy).tower_grid is not Policy.tower_grid:
+                raise ValueError(
+                    f"{policy.name} shows the tower a smaller image, and here the processor does that: give it a "
+                    'smaller max_pixels, or choose "pool".'
+                )
+
+    @property
+    def group(self) -> int:
+        """Patches per candidate for keeping."""
+        return 1 if self.single_patches else self.tower.merge**2
+
+    def install(self, handles: list[Any]) -> None:
+        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        module = self.tower.module
+        handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
+        handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
+        for number, block in enumerate(self.tower.layers):
+            handles.append(block.register_forward_pre_hook(self.enter_layer, with_kwargs=True))
+            # in front of the hooks by which transformers collects hidden states: they shall see the cut ones
+            handles.append(block.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+        for number in self.asked:
+            self.sites.append(Site(self.tower.attentions[number], number, self.see_attention, packed=True))
+        handles.append(self.projector.register_forward_pre_hook(self.enter_merger))
+        handles.append(self.projector.register_forward_hook(self.leave_merger))
+        for merger in self.tower.deepstack:
+            handles.append(merger.register_forward_hook(self.leave_deepstack))
+
+    # --- inside the tower ---
+
+    def enter_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin an encode call."""
+        self.check_recompute()
+        given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
+        pixels: torch.Tensor = given["hidden_states"]
+        grids = self.tower.grids(given["grid_thw"])
+        targets = [self.budget.units(rows * columns) for rows, columns in grids]
+        call = EncodeCall(
+            grids=grids,
+            targets=targets,
+            pixels=pixels,
+            stopwatch=Stopwatch(pixels.device),
+            receipt=self.session.new_receipt(grids, targets),
+        )
+        call.state = self._begin(call)
+        set_encode(call)
+
+    def _begin(self, call: EncodeCall) -> PackedState:
+        sizes = [units * self.tower.merge**2 for units in call.units]
+        tiles = []
+        for grid, size, end in zip(call.grids, sizes, accumulate(sizes), strict=True):
+            alive = torch.arange(end - size, end, device=call.pixels.device)
+            raster = None
+            if self.tower.window is not None:
+                raster = window_order(grid, self.tower.window, call.pixels.device)
+            tiles.append(Tile(end - size, alive, raster))
+        return PackedState(tiles, sum(sizes))
+
+    def enter_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a block: sequence ends and rotary tables of the patches that are left."""
+        call = current_encode()
+        if call is None:
+            return None
+        state: PackedState = call.state
+        ends: torch.Tensor = kwargs["cu_seqlens"]
+        state.segments_dense.append(ends)
+        if state.shortened:
+            key = id(ends)  # windows and whole images take turns; stock code hands on the same two tensors
+            if key not in state.fitted:
+                state.fitted[key] = _fit(state.alive, kwargs)
+            kwargs = {**kwargs, **state.fitted[key]}
+        state.segments.append(kwargs["cu_seqlens"])
+        return args, kwargs
+
+    def see_attention(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> None:
+        """Keep what a block's attention computed with; stock code calls it once per image or window."""
+        call = current_encode()
+        if call is not None and (self.observes or not call.whole):
+            call.state.seen.append((query, key, value, scaling))
+
+    def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind block ``number``: ask the policies about each tile, and cut."""
+        call = current_encode()
+        if call is None:
+            return None
+        state: PackedState = call.state
+        call.tower_tokens.append(max(tile.count for tile in state.tiles))
+        call.tower_keeps.append([self._units(tile) for tile in state.tiles])
+        if not state.seen:
+            return None
+        query, key, value = (torch.cat([seen[i] for seen in state.seen], 2) for i in range(3))
+        scaling = state.seen[0][3]
+        state.seen = []
+        kept, begin = [], 0
+        for i, tile in enumerate(state.tiles):
+            rows, end = self._raster_rows(tile), begin + tile.count
+            seen = (_pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
+            view = self._view(
+                number, call, i, output[None, begin:end], rows, AttentionView(*seen, scaling, False)
+            )
+            mine = torch.arange(begin, end, device=output.device)
+            for keep in self.ask_layer(number, view, call.targets[i] == call.units[i]):
+                mine = mine[self._cut(tile, keep, rows)]
+            kept.append(mine)
+            begin = end
+        if sum(map(len, kept)) == len(output):
+            return None
+        state.fitted = {}
+        return output[torch.cat(kept)]
+
+    def _view(
+        self,
+        number: int,
+        call: EncodeCall,
+        i: int,
+        hidden: torch.Tensor,
+        rows: torch.Tensor | None,
+        attention: AttentionView,
+    ) -> TowerView:
+        tile, grid = call.state.tiles[i], call.grids[i]
+        slots, units, scale = None, self._numbers(tile)[None], 1
+        if self.single_patches:
+            units, scale = (tile.alive - tile.begin)[None], self.tower.merge**2
+        else:
+            slots = torch.arange(tile.count, device=hidden.device).view(1, -1, self.group)
+        return TowerView(
+            layer=number,
+            feature_layer=self.tower.feature_layer,
+            target=call.targets[i] * scale,
+            grid=grid,
+            units=units,
+            hidden=_pick(hidden, rows, 1),
+            attention=attention,
+            slots=slots,
+            pixels=self._pixels(call, i),
+            carry=tile.carry,
+        )
+
+    def _numbers(self, tile: Tile) -> torch.Tensor:
+        """Raster numbers of a tile's living units, ascending. Single patches are counted by the merger's groups."""
+        group = self.tower.merge**2
+        if self.single_patches:
+            return torch.arange(-(-tile.count // group), device=tile.alive.device)
+        place = (tile.alive[::group] - tile.begin) // group
+        return place if tile.raster is None else tile.raster[place].sort().values
+
+    def _units(self, tile: Tile) -> Keep:
+        return Keep(self._numbers(tile)[None])
+
+    def _raster_rows(self, tile: Tile) -> torch.Tensor | None:
+        """Rows of a tile's living patches in raster order of their units; ``None`` if they stand so."""
+        if tile.raster is None:
+            return None
+        group = self.tower.merge**2
+        order = tile.raster[(tile.alive[::group] - tile.begin) // group].argsort()
+        return stream.grouped(order, group)
+
+    def _cut(self, tile: Tile, keep: Keep, rows: torch.Tensor | None) -> torch.Tensor:
+        """Keep the chosen units of a tile; returns the rows of its patches that stay, ascending."""
+        if keep.rows is not None:
+            raise ValueError("a packed tower's patches can be dropped between its blocks, but not merged")
+        index = stream.grouped(keep.index[0], self.group)
+        if rows is not None:
+            index = rows[index].sort().values
+        tile.carry = {name: x.gather(1, keep.index) for name, x in tile.carry.items()}
+        tile.alive = tile.alive[index]
+        return index
+
+    def _pixels(self, call: EncodeCall, i: int) -> torch.Tensor:
+        """A tile as a picture, ``(1, channels, height, width)``; of a video frame the mean of those it was made of."""
+        known = call.state.pixels
+        if i not in known:
+            config, (rows, columns) = self.tower.module.config, call.grids[i]
+            merge, patch, begin = self.tower.merge, config.patch_size, call.state.tiles[i].begin
+            size = rows * columns * merge**2
+            x = call.pixels[begin : begin + size].view(
+                rows, columns, merge, merge, -1, config.temporal_patch_size, patch, patch
+            )
+            x = x.mean(5).permute(4, 0, 2, 5, 1, 3, 6)
+            known[i] = x.reshape(1, -1, rows * merge * patch, columns * merge * patch)
+        found: torch.Tensor = known[i]
+        return found
+
+    # --- around the merger ---
+
+    def enter_merger(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Ask the policies that choose behind the tower; hand the merger the live units only."""
+        call = current_encode()
+        if call is None:
+            return None
+        live = self._choose(call, args[0], self.tower.merge**2, after_projector=False)
+        return None if live is None else (live, *args[1:])
+
+    def leave_merger(
+        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Ask the policies that choose behind the merger; re-open the holes."""
+        call = current_encode()
+        if call is None:
+            return None
+        live = self._choose(call, output, 1, after_projector=True)
+        return self._reopen(call.state, output if live is None else live)
+
+    def leave_deepstack(
+        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Re-open the holes in what goes to the decoder's first layers."""
+        call = current_encode()
+        return None if call is None else self._reopen(call.state, output)
+
+    def _choose(
+        self, call: EncodeCall, features: torch.Tensor, group: int, after_projector: bool
+    ) -> torch.Tensor | None:
+        """What is left of ``features``, ``group`` rows per unit, if a policy drops any at this side of the merger."""
+        state: PackedState = call.state
+        pieces, begin, dropped = [], 0, False
+        for i, tile in enumerate(state.tiles):
+            units = tile.count // self.tower.merge**2
+            mine = features[begin : begin + units * group].reshape(units, -1)
+            begin += units * group
+            if units == call.units[i] and call.targets[i] < units:
+                rows = self._raster_rows(tile)
+                order = None if rows is None else rows[:: self.tower.merge**2] // self.tower.merge**2
+                view = FeaturesView(
+                    _pick(mine[None], order, 1),
+                    call.grids[i],
+                    call.targets[i],
+                    content_key(self._patches(call, i)),
+                    self._pixels(call, i),
+                    tile.carry,
+                )
+                keep = self.ask_final(view, after_projector)
+                if keep is not None:
+                    mine, dropped = self._keep_final(tile, mine, keep, order), True
+            pieces.append(mine.reshape(-1, features.shape[1]))
+        if not dropped:
+            return None
+        state.fitted = {}
+        return torch.cat(pieces)
+
+    def _keep_final(
+        self, tile: Tile, features: torch.Tensor, keep: Keep, order: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The chosen units of a whole tile's ``features`` ``(units, channels)``, or what they were merged to."""
+        index, merged = keep.index[0], keep.rows
+        place = index if order is None else order[index]
+        if merged is None:
+            place = place.sort().values
+            left = features[place]
+        else:
+            place, by_place = place.sort()
+            left = merged[0][by_place]
+        tile.carry = {name: x.gather(1, keep.index) for name, x in tile.carry.items()}
+        tile.alive = tile.alive[stream.grouped(place, self.tower.merge**2)]
+        return left
+
+    def _patches(self, call: EncodeCall, i: int) -> torch.Tensor:
+        begin, group = call.state.tiles[i].begin, self.tower.merge**2
+        return call.pixels[None, begin : begin + call.units[i] * group]
+
+    def _reopen(self, state: PackedState, rows: torch.Tensor) -> torch.Tensor | None:
+        """``rows`` ``(living units, channels)`` among all units of the sequence."""
+        if not state.shortened:
+            return None
+        group = self.tower.merge**2
+        if "places" not in state.fitted:
+            places = [
+                tile.begin // group + self._numbers(tile)
+                if self.single_patches
+                else tile.alive[::group] // group
+                for tile in state.tiles
+            ]
+            state.fitted["places"] = torch.cat(places)
+        return stream.open_holes(rows[None], state.fitted["places"][None], state.patches // group, None)[0]
+
+    def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The encode call ends here; it rides on the output object."""
+        call = current_encode()
+        if call is None:
+            return
+        set_encode(None)
+        if output is None:  # an exception is on its way
+            return
+        state: PackedState = call.state
+        if state.shortened:
+            hidden = output.last_hidden_state
+            if len(hidden) == len(state.alive):
+                opened = stream.open_holes(hidden[None], state.alive[None], state.patches, None)
+                output.last_hidden_state = opened[0]
+            call.keeps = [self._units(tile) for tile in state.tiles]
+        call.carry, call.state = self._carried(call), None
+        call.receipt.record_tower(call, _lengths(state.segments), _lengths(state.segments_dense))
+        self.session.publish(call.receipt)
+        setattr(output, RIDE, call)
+        if (forward := current_forward()) is not None:
+            forward.add_encoded(call)
+
+    def _carried(self, call: EncodeCall) -> dict[str, torch.Tensor]:
+        """What policies left per unit, as the rows that the language model gets: ``(rows of all tiles,)``."""
+        carried: dict[str, torch.Tensor] = {}
+        if self.single_patches:
+            return carried
+        for name in {name for tile in call.state.tiles for name in tile.carry}:
+            parts = []
+            for tile, units in zip(call.state.tiles, call.units, strict=True):
+                full = torch.zeros(units, device=call.pixels.device)
+                if name in tile.carry:
+                    x = tile.carry[name][0]
+                    full = x.new_zeros(units).scatter(0, self._numbers(tile), x)
+                parts.append(full)
+            carried[name] = torch.cat(parts)
+        return carried
+
+
+def window_order(grid: tuple[int, int], window: int, device: torch.device) -> torch.Tensor:
+    """Raster numbers of a ``grid``'s units, window by window and in raster order within each: int64 ``(units,)``."""
+    rows, columns = grid
+    row = torch.arange(rows, device=device)[:, None] // window
+    column = torch.arange(columns, device=device) // window
+    return (row * columns + column).flatten().argsort(stable=True)
+
+
+def _fit(alive: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments for the patches that are left. A window of which nothing is left disappears."""
+    ends = kwargs["cu_seqlens"]
+    left = torch.searchsorted(alive, ends.to(alive.dtype)).unique_consecutive().to(ends.dtype)
+    fitted = {
+        "cu_seqlens": left,
+        "position_embeddings": tuple(x[alive] for x in kwargs["position_embeddings"]),
+    }
+    if kwargs.get("max_seqlen") is not None:  # variable-length flash attention
+        fitted["max_seqlen"] = int(left.diff().max())
+    return fitted
+
+
+def _lengths(segments: list[torch.Tensor]) -> list[list[int]]:
+    known = {id(ends): ends.diff().tolist() for ends in segments}
+    return [known[id(ends)] for ends in segments]
+
+
+def _pick(x: torch.Tensor, rows: torch.Tensor | None, dim: int) -> torch.Tensor:
+    return x if rows is None else x.index_select(dim, rows)
