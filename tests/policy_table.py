@@ -72,6 +72,10 @@ PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 """Of the policies that act in prefill those that may follow one of the encode stage."""
 
 
+IN_DECODER = [name for name in sorted(TABLE) if policy_class(name).stages != ("encode",)]
+"""Policies that act in the decoder, alone or among other places."""
+
+
 def options(composition: str, ratio: float = RATIO, **changes: Any) -> dict[str, Any]:
     """Keyword arguments of `prune` for policies joined by "+"; ``changes`` are further fields of a single one."""
     names = composition.split("+")

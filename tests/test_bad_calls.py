@@ -6,12 +6,11 @@ import re
 
 import pytest
 import torch
-from transformers import StaticCache
 
 from tests.models import IMAGE, LAYOUTS, make, prompt
 from tests.refusal import refuses
 from vlm_prune import UnsupportedCallError, prune, pruned, unprune
-from vlm_prune.versions import CACHE, cache_of
+from vlm_prune.versions import cache_of
 
 
 def one_placeholder(batch, more):
@@ -84,22 +83,8 @@ def test_placeholders_of_tiles():
         model(**{**batch.inputs, "input_ids": ids})
 
 
-def static_cache(model):
-    return StaticCache(config=model.config.text_config, max_cache_len=128)
-
-
-def test_a_static_cache_is_refused():
-    model, batch = make("llava"), prompt("llava", LAYOUTS["single"])
-    with (
-        pruned(model),
-        refuses(model, UnsupportedCallError, "StaticLayer", "DynamicCache", "cache_implementation"),
-    ):
-        model(**batch.inputs, **{CACHE: static_cache(model)})
-
-
 GENERATE = {
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, ["output_attentions=True"]),
-    "static cache": ({"cache_implementation": "static"}, ["StaticLayer", "cache_implementation"]),
 }
 
 

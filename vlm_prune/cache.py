@@ -3,17 +3,20 @@
 A cache layer knows two lengths. *Physical* is the rows it holds. *Logical* is what transformers would have seen
 without pruning: ``get_seq_length`` says the logical one, so that ``generate``, position ids, attention masks and a
 later turn stay right; ``get_mask_sizes`` says ``(physical + new, missing)``, the same offset by which transformers
-masks sliding windows.
+masks sliding windows. A static layer has slots instead, and is made with fewer of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from . import storage
 from .errors import UnsupportedCallError
+from .masks import join_masks, past_mask
 from .rows import Rows
 
 
@@ -30,15 +33,22 @@ class PrunedLayer(CacheLayerMixin):
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
         state: what policies keep with this layer between calls; tensors with the batch first.
+        spared: slots that a static layer was made without; ``None`` if it cannot be made smaller.
+        seen_slots: `seen` of a static layer, over all its slots: bool ``(slots,)``, those that it describes, and bool
+            ``(batch, slots)``, what it says of them; ``None`` where `seen` is.
     """
 
     is_sliding = False
-    is_croppable = True
 
     def __init__(self, inner: CacheLayerMixin):
         self.inner = inner
+        self.spared: int | None = 0 if storage.is_static(inner) and not inner.is_initialized else None
+        self._forget()
+
+    def _forget(self) -> None:
         self.missing = 0
         self.seen: torch.Tensor | None = None
+        self.seen_slots: tuple[torch.Tensor, torch.Tensor] | None = None
         self.shift: torch.Tensor | None = None
         self.prefilled = 0
         self.turn: Rows | None = None
@@ -70,9 +80,36 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.values = values
 
     @property
+    def is_compileable(self) -> bool:
+        """As the stock layer."""
+        return bool(self.inner.is_compileable)
+
+    @property
+    def is_croppable(self) -> bool:
+        """As the stock layer."""
+        return bool(getattr(self.inner, "is_croppable", True))
+
+    @property
     def physical(self) -> int:
-        """Rows that really exist."""
+        """Rows that really exist. Static layers count on their device, which this waits for."""
         return int(self.inner.get_seq_length())
+
+    @property
+    def logical(self) -> int:
+        """As many tokens as the caller has passed."""
+        return self.physical + self.missing
+
+    @property
+    def slots(self) -> int:
+        """Rows that a static layer has room for."""
+        return int(self.inner.max_cache_len)
+
+    @property
+    def dense_share(self) -> tuple[int, int]:
+        """What this layer holds, and what it would hold without pruning: rows, or the slots of a static layer."""
+        if storage.is_static(self):
+            return self.slots, self.slots + (self.spared or 0)
+        return self.physical, self.logical
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """As the stock layer."""
@@ -84,31 +121,54 @@ class PrunedLayer(CacheLayerMixin):
         """Append rows; as the stock layer."""
         return self.inner.update(key_states, value_states, *args, **kwargs)
 
-    def get_seq_length(self) -> int:
-        """Logical length: as many tokens as the caller has passed."""
-        return self.physical + self.missing
+    def get_seq_length(self) -> Any:
+        """Logical length: as many tokens as the caller has passed. A tensor where the stock layer gives one."""
+        return self.inner.get_seq_length() + self.missing
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Physical length including the new rows, and the logical number of the first one."""
-        return self.physical + query_length, self.missing
+        """Rows that attention will see, and the logical number of the first one."""
+        rows, offset = self.inner.get_mask_sizes(query_length)
+        return rows, offset + self.missing
 
     def get_max_length(self) -> int:
-        """As the stock layer."""
-        return int(self.inner.get_max_length())
+        """As many tokens as may be passed; -1 if there is no limit."""
+        return self.slots + self.missing if storage.is_static(self) else -1
 
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in older versions of transformers."""
-        return int(self.inner.get_max_cache_shape())
+    get_max_cache_shape = get_max_length  # its name in older versions of transformers
+
+    def shorten(self, dropped: int) -> None:
+        """A static layer that is not made yet will lack the slots of ``dropped`` tokens, which it will not be given."""
+        if self.spared is not None:
+            self.inner.max_cache_len -= dropped - self.spared
+            self.spared = dropped
+
+    def offload(self) -> None:
+        """As the stock layer."""
+        self.inner.offload()
+
+    def prefetch(self) -> None:
+        """As the stock layer."""
+        self.inner.prefetch()
 
     def reset(self) -> None:
-        """Empty the layer; it is an unpruned one again."""
+        """Empty the layer; it is an unpruned one again, of the size that it was made for."""
         self.inner.reset()
-        self.missing, self.seen, self.shift, self.prefilled, self.turn = 0, None, None, 0, None
-        self.marks, self.state = {}, {}
+        if self.spared:
+            self.shorten(0)
+            self.inner.keys, self.inner.values, self.inner.is_initialized = None, None, False
+        self._forget()
+
+    def describe_slots(self) -> None:
+        """Set `seen_slots` from what is `seen`."""
+        self.seen_slots = None
+        if self.seen is not None and storage.is_static(self):
+            seen = self.seen[:, self.missing :]
+            known = torch.arange(self.slots, device=seen.device) < seen.shape[1]
+            self.seen_slots = known, torch.nn.functional.pad(seen, (0, self.slots - seen.shape[1]))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as assisted decoding does. Raises when that would cut into a pruned prompt."""
-        size = self.get_seq_length()
+        size = self.logical
         # transformers before 5.20 names the size to keep, later ones the negative number to remove
         kept = tokens_to_remove if tokens_to_remove > 0 else size + tokens_to_remove
         if kept >= size:
@@ -130,40 +190,31 @@ class PrunedLayer(CacheLayerMixin):
         self.prefilled, self.turn = kept, self.turn.without_tail(cut)
         self.seen = None if self.seen is None else self.seen[:, :kept]
         self.marks = {name: x[:, : kept - self.missing] for name, x in self.marks.items()}
+        self.describe_slots()
 
-    def _rows(self, index: torch.Tensor) -> None:
+    def _batch(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let what is known of each sequence follow its rows."""
         for name in ("seen", "shift"):
             if (state := getattr(self, name)) is not None:
-                setattr(self, name, state[index.to(state.device)])
-        self.marks = {name: x[index.to(x.device)] for name, x in self.marks.items()}
-        self.state = {name: x[index.to(x.device)] for name, x in self.state.items()}
+                setattr(self, name, move(state))
+        self.marks = {name: move(x) for name, x in self.marks.items()}
+        self.state = {name: move(x) for name, x in self.state.items()}
+        self.describe_slots()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
         self.inner.reorder_cache(beam_idx)
-        self._rows(beam_idx)
+        self._batch(lambda x: x[beam_idx.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        batch = self.inner.keys.shape[0]
         self.inner.batch_repeat_interleave(repeats)
-        self._rows(torch.arange(batch).repeat_interleave(repeats))
+        self._batch(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows of the batch."""
         self.inner.batch_select_indices(indices)
-        self._rows(indices)
-
-
-def check_cache(cache: Cache | None) -> None:
-    """Raise if pruned rows cannot be stored in this kind of cache."""
-    for layer in cache.layers if cache is not None else ():
-        inner = layer.inner if isinstance(layer, PrunedLayer) else layer
-        if type(inner) is not DynamicLayer:
-            raise UnsupportedCallError(
-                f"A pruned model cannot use a cache of {type(inner).__name__} layers yet: it supports DynamicCache "
-                "(the default of generate). Leave cache_implementation and past_key_values at their defaults."
-            )
+        self._batch(lambda x: x[indices.to(x.device)])
 
 
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
@@ -181,30 +232,12 @@ def wrap(cache: Cache, index: int) -> PrunedLayer:
     return layer
 
 
-def past_mask(layer: PrunedLayer | None, mask: torch.Tensor | None, logical: int) -> torch.Tensor | None:
-    """What of a layer's first ``logical`` tokens may be attended: bool ``(batch, logical)``, ``None`` if all.
-
-    ``mask`` is the caller's; it counts for a stock layer, and behind what the layer remembers itself.
-    """
-    seen = layer.seen if layer is not None else None
-    if seen is None:
-        return None if mask is None else mask[:, :logical].bool()
-    if mask is None:
-        return torch.nn.functional.pad(seen, (0, logical - seen.shape[1]), value=True)
-    return torch.cat([seen, mask[:, seen.shape[1] : logical].bool()], 1)
-
-
-def join_masks(
-    past: torch.Tensor | None, now: torch.Tensor | None, logical: int, new: int
-) -> torch.Tensor | None:
-    """One mask of ``logical`` past and ``new`` present tokens, where ``None`` stands for all True."""
-    if past is None and now is None:
-        return None
-    if past is None:
-        past = now.new_ones(len(now), logical)  # type: ignore[union-attr, arg-type]
-    if now is None:
-        now = past.new_ones(len(past), new)
-    return torch.cat([past, now], 1)
+def spare_slots(cache: Cache | None, index: int, rows: Rows) -> None:
+    """Let layer ``index`` of a cache that gets its first tokens, if it is static, be made for ``rows`` only."""
+    if cache is None or rows.whole or index >= len(cache.layers):
+        return
+    if storage.is_static(cache.layers[index]) and not cache.layers[index].is_initialized:
+        wrap(cache, index).shorten(rows.length - rows.count)
 
 
 def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None) -> None:
@@ -216,7 +249,7 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
         return
     for index, rows in enumerate(layer_rows):
         layer = wrap(cache, index)
-        before = layer.get_seq_length() - rows.count
+        before = layer.logical - rows.count
         dropped = rows.length - rows.count
         past = past_mask(layer, mask, before)
         seen = join_masks(past, rows.mask, before, rows.count)
@@ -224,29 +257,33 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
         layer.missing += dropped
         if rows.shift is not None:
             layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
-        layer.prefilled, layer.turn = layer.get_seq_length(), rows
+        layer.prefilled, layer.turn = before + rows.length, rows
+        layer.describe_slots()
 
 
 def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
     """Take out of a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain."""
+    physical = layer.physical
     place = final.order.new_zeros(len(final.order), rows.length)
     place.scatter_(1, rows.order, torch.arange(rows.count, device=place.device).expand_as(rows.order))
-    index = place.gather(1, final.order) + layer.physical - rows.count
-    past = torch.arange(layer.physical - rows.count, device=index.device).expand(len(index), -1)
+    index = place.gather(1, final.order) + physical - rows.count
+    past = torch.arange(physical - rows.count, device=index.device).expand(len(index), -1)
     index = torch.cat([past, index], 1)
     layer.marks = {name: x.gather(1, index) for name, x in layer.marks.items()}
-    index = index[:, None, :, None]
-    for name in ("keys", "values"):
-        stored = getattr(layer, name)
-        setattr(layer, name, stored.gather(2, index.expand(-1, stored.shape[1], -1, stored.shape[3])))
+    kept = [
+        x.gather(2, index[:, None, :, None].to(x.device).expand(-1, x.shape[1], -1, x.shape[3]))
+        for x in storage.read(layer.inner, physical)
+    ]
+    if smaller := layer.spared is not None and physical == rows.count:
+        layer.shorten(rows.length - final.count)
+    storage.write(layer.inner, kept[0], kept[1], layer.slots if smaller else None)
 
 
-def kv_bytes(cache: Cache) -> int:
-    """Bytes of storage behind a cache's keys and values."""
-    stores = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for layer in cache.layers
-        for t in (layer.keys, layer.values)
-        if t is not None
-    }
-    return sum(stores.values())
+def kv_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes of storage behind a cache's keys and values, and what they would be without pruning."""
+    held = dense = 0
+    for layer in cache.layers:
+        here = storage.kv_bytes(layer)
+        rows, of = layer.dense_share if isinstance(layer, PrunedLayer) else (1, 1)
+        held, dense = held + here, dense + here * of // rows
+    return held, dense

@@ -117,7 +117,7 @@ class ForwardCall:
         kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
         image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
             the decoder.
-        mask: the caller's attention mask.
+        mask: the caller's padding mask; ``slots`` its slot mask, in a call that continues a static cache.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
         fitted: masks and positions made for layers that differ from it.
@@ -133,6 +133,7 @@ class ForwardCall:
     kinds: list[int] = field(default_factory=list)
     image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
     rows: Rows | None = None
     entered: Rows | None = None
     layer_rows: list[Rows] = field(default_factory=list)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .adapters.base import Anatomy
-from .cache import check_cache
 from .calls import RIDE
 from .errors import UnsupportedCallError
+from .masks import padding_mask
+from .storage import check_cache
 from .versions import cache_of
 
 READ_AT_PRUNE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -36,7 +37,7 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
     pixels = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
     if any(x is not None for x in pixels) or any(output is not None for output in given.values()):
         check_cache(cache_of(kwargs))
-        check_mask(kwargs.get("attention_mask"))
+        padding_mask(kwargs.get("attention_mask"), cache_of(kwargs))
         _check_placeholders(anatomy, kwargs, given)
 
 
@@ -44,16 +45,6 @@ def runs_again(layer: nn.Module) -> bool:
     """Whether a layer that is called now will be called once more in the backward pass, by gradient checkpointing."""
     on = getattr(layer, "gradient_checkpointing", False) and layer.training
     return bool(on) and torch.is_grad_enabled()
-
-
-def check_mask(mask: Any) -> None:
-    """Raise if dropped tokens cannot be taken out of an attention mask."""
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-        form = f"a {mask.dim()}-D tensor" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-        raise UnsupportedCallError(
-            f"attention_mask is {form}: a pruned model needs the 2-D padding mask (batch, length) that processors "
-            "return, because dropped tokens have to be taken out of it."
-        )
 
 
 def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[str, Any]) -> None:

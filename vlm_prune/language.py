@@ -14,12 +14,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from . import stream
-from .cache import PrunedLayer, check_cache, join_masks, past_mask, pruned_layers, record_turn
+from .cache import PrunedLayer, pruned_layers, record_turn, spare_slots
 from .calls import ForwardCall, current_forward, leave_live_rows
-from .checks import check_mask
 from .deepstack import Deepstack, shorten
 from .layers import DecoderLayers
+from .masks import behind, join_masks, padding_mask, past_mask, slot_mask, slots_of
 from .rows import Rows
+from .storage import check_cache
 from .timing import Stopwatch
 from .versions import cache_of
 
@@ -55,40 +56,45 @@ class Decoder:
         if not (holes or inside or continued):
             return None
         kwargs = dict(kwargs)
-        mask = kwargs.get("attention_mask")
-        check_mask(mask)
-        call.mask = mask
         if not (holes or inside):
-            if continued[0].seen is not None or continued[0].shift is not None:
-                self._continue(kwargs, continued[0], mask)
+            self._continue(call, kwargs, past)
             return args, kwargs
         check_cache(past)
+        kwargs["attention_mask"] = call.mask = mask = padding_mask(kwargs.get("attention_mask"), past)
         rows = self._rows(call, kwargs, holes, inside)
         call.rows = call.entered = rows
+        for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
+            spare_slots(past, layer, rows)
         self._fit(kwargs, rows, continued[0] if continued else None, mask)
         if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
 
-    def _continue(self, kwargs: dict[str, Any], layer: PrunedLayer, mask: torch.Tensor | None) -> None:
+    def _continue(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache) -> None:
         """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
-        embeds = kwargs["inputs_embeds"]
-        logical, length = layer.get_seq_length(), embeds.shape[1]
+        embeds, layer, mask = kwargs["inputs_embeds"], past.layers[0], kwargs.get("attention_mask")
+        slots, length = slot_mask(mask, past), embeds.shape[1]
+        call.slots = slots
+        if slots is None or (self.layers is not None and self.layers.modulated):
+            call.mask = padding_mask(mask, past)
+        if not isinstance(layer, PrunedLayer):
+            return
         if layer.shift is not None:
             positions = kwargs.get("position_ids")
             if positions is None:
-                positions = torch.arange(logical, logical + length, device=embeds.device)[None]
+                positions = torch.arange(length, device=embeds.device)[None] + layer.get_seq_length()
             kwargs["position_ids"] = positions - layer.shift[:, None]
-        if layer.seen is not None:
-            now = None if mask is None else mask[:, logical:].bool()
-            kwargs["attention_mask"] = join_masks(past_mask(layer, mask, logical), now, logical, length)
+        if slots is not None:
+            kwargs["attention_mask"] = slots_of(slots, layer, layer)
+        elif layer.seen is not None:
+            kwargs["attention_mask"] = behind(layer.seen, call.mask, lambda: layer.logical + length)
 
     def _fit(
         self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
     ) -> None:
         """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
         past: Cache | None = cache_of(kwargs)
-        logical = past.get_seq_length() if past is not None else 0
+        logical = int(past.get_seq_length()) if past is not None else 0
         kwargs["position_ids"] = rows.positions
         if layer is not None and layer.shift is not None:
             kwargs["position_ids"] = rows.positions - layer.shift[:, None]
@@ -104,7 +110,7 @@ class Decoder:
         past: Cache | None = cache_of(kwargs)
         mask: torch.Tensor | None = kwargs.get("attention_mask")
         batch, length, _ = embeds.shape
-        logical = past.get_seq_length() if past is not None else 0
+        logical = int(past.get_seq_length()) if past is not None else 0
         now = None if mask is None else mask[:, -length:].bool()
         positions = kwargs.get("position_ids")
         if positions is None:

@@ -20,13 +20,15 @@ from transformers.masking_utils import create_causal_mask
 from . import stream
 from .attention import Site
 from .budget import Budget
-from .cache import PrunedLayer, join_masks, past_mask, trim, wrap
+from .cache import PrunedLayer, spare_slots, trim, wrap
 from .calls import RESUME, ForwardCall, current_forward
 from .checks import runs_again
 from .errors import UnsupportedCallError, UnsupportedModelError
+from .masks import join_masks, past_mask, slots_of
 from .policies.base import Policy
 from .policies.views import AttentionView, ModulateView, PrefillView
 from .rows import Rows
+from .storage import is_static, stored_rows
 from .versions import CACHE, HOOKS_RUN_AGAIN, cache_of
 
 
@@ -121,8 +123,16 @@ class DecoderLayers:
             call.layer_rows.append(call.rows)
             if cache is not None and number in self.modulated:
                 wrap(cache, number)
+            spare_slots(cache, number, call.rows)
         layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
         call.observed["layer"] = layer
+        if (
+            self.sites
+            and cache is not None
+            and number < len(cache.layers)
+            and is_static(cache.layers[number])
+        ):
+            call.observed["rows"] = stored_rows(cache.layers[number]) + hidden.shape[1]
         changed: dict[str, Any] = {}
         key = _key(call.rows, layer)
         if number == 0:
@@ -145,37 +155,52 @@ class DecoderLayers:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Attention mask, position ids and rotary embeddings for this call's rows behind those of layer ``number``."""
-        count, rows = hidden.shape[1], call.rows
-        past: Cache | None = cache_of(kwargs)
-        # a stock layer too may hold tokens, those of earlier turns without an image
-        stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
-        logical = stored.get_seq_length()
-        if rows is not None:
-            positions, now = rows.positions, rows.mask
-        else:
-            positions, now = kwargs["position_ids"], None
-            if first is not None and first.shift is not None:  # stock code's positions are those of layer 0
-                positions = positions + first.shift[:, None]
-            if call.mask is not None:
-                now = call.mask[:, logical:].bool()
+        rows = call.rows
+        positions = kwargs["position_ids"] if rows is None else rows.positions
+        # those of a step are what stock code made for layer 0
+        if rows is None and first is not None and first.shift is not None:
+            positions = positions + first.shift[:, None]
         if layer is not None and layer.shift is not None:
             positions = positions - layer.shift[:, None]
+        text, places = stream.split_positions(positions)
+        if call.slots is not None and layer is not None:
+            mask: torch.Tensor | None = slots_of(call.slots, layer, first)
+        else:
+            mask = self._mask(call, number, hidden, layer, text, cache_of(kwargs))
+        return {
+            "attention_mask": mask,
+            "position_ids": text,
+            "position_embeddings": self.decoder.rotary_emb(hidden, places),
+        }
+
+    def _mask(
+        self,
+        call: ForwardCall,
+        number: int,
+        hidden: torch.Tensor,
+        layer: PrunedLayer | None,
+        positions: torch.Tensor | None,
+        past: Cache | None,
+    ) -> torch.Tensor | None:
+        count = hidden.shape[1]
+        # a stock layer too may hold tokens, those of earlier turns without an image
+        stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
+        logical = int(stored.get_seq_length())
+        now = None if call.mask is None else call.mask[:, logical:].bool()
+        if call.rows is not None:
+            now = call.rows.mask
         mask = join_masks(past_mask(layer, call.mask, logical), now, logical, count)
         cache = None if past is None else Cache(layers=[stored])
         if cache is None and mask is None:
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        text, places = stream.split_positions(positions)
-        return {
-            "attention_mask": create_causal_mask(
-                config=self.decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=mask,
-                **{CACHE: cache},
-                position_ids=text,
-            ),
-            "position_ids": text,
-            "position_embeddings": self.decoder.rotary_emb(hidden, places),
-        }
+        made: torch.Tensor | None = create_causal_mask(
+            config=self.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            **{CACHE: cache},
+            position_ids=positions,
+        )
+        return made
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
@@ -269,6 +294,7 @@ class DecoderLayers:
         call = current_forward()
         if call is None or call.probing or call.rows is None or layer not in self.pruned:
             return
+        key, value = _filled(call, key, value)
         valid = self._valid(call, call.observed.get("layer"), query.shape[2], key.shape[2])
         call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
 
@@ -291,6 +317,7 @@ class DecoderLayers:
         stored: PrunedLayer | None = call.observed.get("layer")
         if call.rows is None and (stored is None or "visual" not in stored.marks):
             return output  # no image in this prompt
+        key, value = _filled(call, key, value)
         if (
             output.requires_grad
         ):  # policies write into it, and the backward pass of the stock function reads it
@@ -382,6 +409,12 @@ def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:
         return None
     layer = cache.layers[number]
     return layer if isinstance(layer, PrunedLayer) else None
+
+
+def _filled(call: ForwardCall, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values without the empty slots of a static cache."""
+    rows = call.observed.get("rows")
+    return key[:, :, :rows], value[:, :, :rows]
 
 
 def _key(rows: Rows | None, layer: PrunedLayer | None) -> tuple[Any, ...]:

@@ -131,12 +131,7 @@ class Receipt:
         """Note a prefill of ``length`` tokens per sequence that computed ``rows[i]`` of them in layer ``i``."""
         self.batch, self.prompt_tokens, self.decoder_tokens = batch, length, rows
         if cache is not None:
-            self.kv_bytes = kv_bytes(cache)
-            self.kv_bytes_dense = sum(
-                layer.get_seq_length() * t.element_size() * t.shape[0] * t.shape[1] * t.shape[3]
-                for layer in cache.layers
-                for t in (layer.keys, layer.values)
-            )
+            self.kv_bytes, self.kv_bytes_dense = kv_bytes(cache)
 
     def __str__(self) -> str:
         kept = [len(row) for row in self.kept]
