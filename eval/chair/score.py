@@ -60,10 +60,11 @@ class CaptionScore:
         """The rates of this caption alone; 0 where a rate has nothing to divide by."""
         return {name: float(value) for name, value in rates(np.array(self.counts(), dtype=float))[0].items()}
 
-    def spans(self) -> list[tuple[int, int]]:
-        """``(start, end)`` in characters of each hallucinated mention, to mark it in the caption."""
+    def spans(self, mentions: Iterable[Mention] | None = None) -> list[tuple[int, int]]:
+        """``(start, end)`` in characters of mentions, by default the hallucinated ones, to mark them in the caption."""
         spans = token_spans(self.caption, self.tokens)
-        return [(spans[m.token][0], spans[m.token + m.width - 1][1]) for m in self.hallucinated]
+        marked = self.hallucinated if mentions is None else mentions
+        return [(spans[m.token][0], spans[m.token + m.width - 1][1]) for m in marked]
 
     def as_official(self) -> dict[str, Any]:
         """The record the official script writes, with the marked characters and all rates added."""

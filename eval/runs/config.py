@@ -1,37 +1,74 @@
-"""The YAML file of a run, checked before anything is computed."""
+"""The YAML file of a run, checked before anything is computed. docs/runs.md explains every key."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from vlm_prune.eval.models import MODELS
+from vlm_prune.eval.chair import VARIANTS
+from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
 
+Split = Literal["random", "popular", "adversarial"]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Strict(BaseModel):
+    """A mapping of a YAML file in which every key is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class PolicyEntry(_Strict):
-    """One row of the policy list.
+class ModelEntry(Strict):
+    """A model.
+
+    Attributes:
+        model: a shipped test model, a folder, or a name on the Hugging Face hub.
+        label: how results call it; default ``model``.
+        dtype: of weights and computation; default the run's. Choices between tokens are made in fp32 all the same.
+        device_map: as `from_pretrained` takes it; default the process's own GPU, or the CPU.
+        attn_implementation: as `from_pretrained` takes it.
+        revision: of a hub model.
+        trust_remote_code: run code that comes with the model. Off unless you say so.
+        processor: further arguments of `AutoProcessor.from_pretrained`.
+    """
+
+    model: str
+    label: str = ""
+    dtype: Dtype | None = None
+    device_map: str | dict[str, int | str] | None = None
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    processor: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The label, or else the model's name."""
+        return self.label or self.model
+
+
+class PolicyEntry(Strict):
+    """A policy.
 
     Attributes:
         policy: a name, or names joined by "+".
-        label: how the table calls it; default the name.
+        label: how results call it; default ``policy``.
         settings: fields of the policy; for a composition, a mapping of them per policy name.
-        ratios: its budgets, instead of the run's; empty for a policy that drops no tokens.
-        models: the models it is run on, instead of all.
+        ratios: its budgets, instead of the run's: shares of the visual tokens.
+        tokens: its budgets, instead of the run's: tokens per image, or per tile where images are cut into tiles.
+        models: labels of the models it is run on, instead of all.
     """
 
     policy: str
     label: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
-    ratios: list[float] | None = None
+    ratios: list[Ratio] | None = None
+    tokens: list[Count] | None = None
     models: list[str] | None = None
 
     @property
@@ -40,88 +77,288 @@ class PolicyEntry(_Strict):
         return self.label or self.policy
 
 
-class RunConfig(_Strict):
-    """What to run.
+class ScenesData(Strict):
+    """Procedural scenes, made for the shipped models.
 
     Attributes:
-        models: names of shipped test models.
-        sizes: width and height of a model's scenes; default one 128 x 128 tile.
-        policies: names or `PolicyEntry` mappings.
-        ratios: shares of visual tokens to keep.
-        scenes: procedural scenes per model, each captioned once.
-        splits: which absent objects POPE asks for; six questions per scene and split.
-        rounds: timed rounds for the prefill and KV figures.
-        bootstrap: draws behind each 95 % interval.
-        seed: of scenes and questions.
-        batch_size: prompts answered together.
-        dtype: of weights and computation; choices between tokens are made in fp32 all the same.
-        output: folder for the cells, ``results.json`` and ``results.md``.
+        scenes: how many.
+        size: width and height in pixels.
+        sizes: the same for single models, by label.
     """
 
-    models: list[str]
+    scenes: Annotated[int, Field(ge=1)]
+    size: tuple[int, int] = (128, 128)
     sizes: dict[str, tuple[int, int]] = Field(default_factory=dict)
-    policies: list[PolicyEntry]
-    ratios: list[float] = [0.5, 0.25, 0.125]
-    scenes: int = Field(default=48, ge=1)
-    splits: list[Literal["random", "popular", "adversarial"]] = ["random", "popular", "adversarial"]
-    rounds: int = Field(default=3, ge=1)
+
+
+class Columns(Strict):
+    """Which columns hold what; the first of the usual names that a data set has, unless given.
+
+    Attributes:
+        id: question_id, questionId or id; default the row's number.
+        image: image, image_path, image_id or file_name; a path below ``images``, or the image itself.
+        question: question, text or query.
+        answer: label, answer or answers; for VQA a list of accepted answers, or of VQAv2's mappings with ``answer``.
+        objects: objects: the names of what is in the image.
+        split: category or split; default one split.
+    """
+
+    id: str | None = None
+    image: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    objects: str | None = None
+    split: str | None = None
+
+
+class TableData(Strict):
+    """What data of rows have in common.
+
+    Attributes:
+        images: folder of the images that rows name by path.
+        columns: names of the columns, if they are not the usual ones.
+        limit: only the first so many rows of each split.
+    """
+
+    images: Path | None = None
+    columns: Columns = Columns()
+    limit: Count | None = None
+
+
+class JsonlData(TableData):
+    """JSON lines (or a JSON list), one file or one a split.
+
+    Attributes:
+        jsonl: the files. Of several, each is a split, called random, popular or adversarial if its name says so.
+    """
+
+    jsonl: list[Path]
+
+    @field_validator("jsonl", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+
+class DiskData(TableData):
+    """A Hugging Face data set that ``save_to_disk`` wrote.
+
+    Attributes:
+        disk: its folder.
+        split: of a folder with several.
+    """
+
+    disk: Path
+    split: str | None = None
+
+
+class HubData(TableData):
+    """A data set on the Hugging Face hub.
+
+    Attributes:
+        hub: its name, such as ``lmms-lab/POPE``.
+        config: its configuration, if it has several.
+        split: the split.
+        revision: a commit or tag.
+    """
+
+    hub: str
+    config: str | None = None
+    split: str = "test"
+    revision: str | None = None
+
+
+class CocoData(Strict):
+    """Images with annotations in COCO's format.
+
+    Attributes:
+        coco: the folder with instances_*.json and captions_*.json, or one instances file (POPE only).
+        images: folder of the images.
+        image_ids: a saved list of image ids; these images and no others.
+        count: how many images to draw, instead (the usual protocols take 500); default all.
+    """
+
+    coco: Path
+    images: Path
+    image_ids: Path | None = None
+    count: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> CocoData:
+        if self.image_ids and self.count:
+            raise ValueError("image_ids and count both choose images: keep one")
+        return self
+
+
+SOURCES: dict[str, type[Strict]] = {
+    "scenes": ScenesData,
+    "jsonl": JsonlData,
+    "disk": DiskData,
+    "hub": HubData,
+    "coco": CocoData,
+}
+"""The key that names a source -> its mapping."""
+
+
+def _source(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return next((key for key in SOURCES if key in value), None)
+    return next((key for key, source in SOURCES.items() if isinstance(value, source)), None)
+
+
+Data = Annotated[
+    Annotated[ScenesData, Tag("scenes")]
+    | Annotated[JsonlData, Tag("jsonl")]
+    | Annotated[DiskData, Tag("disk")]
+    | Annotated[HubData, Tag("hub")]
+    | Annotated[CocoData, Tag("coco")],
+    Discriminator(
+        _source,
+        custom_error_type="no_source",
+        custom_error_message=f"one of the keys {', '.join(SOURCES)} has to say where the data are",
+    ),
+]
+
+
+class TaskEntry(Strict):
+    """What all tasks have.
+
+    Attributes:
+        label: how results call it; default the task's kind.
+        data: where the samples come from.
+        prompt: what is asked; ``{question}`` stands for the sample's question.
+        max_new_tokens: the longest answer.
+        batch_size: prompts answered together; default the run's.
+        models: labels of the models it is run on, instead of all.
+    """
+
+    label: str = ""
+    data: Data
+    prompt: str = "{question}"
+    max_new_tokens: Count = 16
+    batch_size: Count | None = None
+    models: list[str] | None = None
+
+    @property
+    def kind(self) -> str:
+        """pope, chair, vqa or speed."""
+        kind: str = self.task  # type: ignore[attr-defined]
+        return kind
+
+    @property
+    def name(self) -> str:
+        """The label, or else the kind."""
+        return self.label or self.kind
+
+
+class PopeTask(TaskEntry):
+    """Does a model say an object is there when it is not?
+
+    Attributes:
+        splits: which absent objects are asked for, where questions are built (scenes, coco).
+        parser: how an answer is read.
+    """
+
+    task: Literal["pope"]
+    splits: list[Split] = ["random", "popular", "adversarial"]
+    parser: str = "official"
+
+    @field_validator("parser")
+    @classmethod
+    def _known(cls, parser: str) -> str:
+        return choose("POPE parser", parser, PARSERS)
+
+
+class ChairTask(TaskEntry):
+    """Which objects of a caption are not in the image?
+
+    Attributes:
+        variant: how objects are found; default ``official`` for COCO's, ``plain`` for others.
+        vocabulary: a table of objects and their words; default COCO's, or the scenes' own.
+    """
+
+    task: Literal["chair"]
+    prompt: str = "Please describe this image in detail."
+    max_new_tokens: Count = 512
+    variant: str | None = None
+    vocabulary: Path | None = None
+
+    @field_validator("variant")
+    @classmethod
+    def _known(cls, variant: str | None) -> str | None:
+        return None if variant is None else choose("CHAIR variant", variant, VARIANTS)
+
+
+class VqaTask(TaskEntry):
+    """Short answers against accepted ones.
+
+    Attributes:
+        metric: ``exact``, right if it equals one of them; ``vqa``, VQAv2's: right to the share of annotators who agree.
+    """
+
+    task: Literal["vqa"]
+    prompt: str = "{question}\nAnswer the question using a single word or phrase."
+    metric: Literal["exact", "vqa"] = "exact"
+
+
+class SpeedTask(TaskEntry):
+    """Times, operations and KV bytes of single prompts, in turn with the unpruned model.
+
+    Attributes:
+        prompts: how many prompts, each of another image.
+        rounds: timed rounds, after one that warms up.
+    """
+
+    task: Literal["speed"]
+    max_new_tokens: Count = 4
+    prompts: Count = 2
+    rounds: Count = 3
+
+
+Task = Annotated[PopeTask | ChairTask | VqaTask | SpeedTask, Field(discriminator="task")]
+
+
+class RunConfig(Strict):
+    """What to run: every model under every policy at every budget on every task.
+
+    Attributes:
+        models: names or `ModelEntry` mappings.
+        policies: names or `PolicyEntry` mappings. ``none`` is the unpruned model, run once.
+        ratios: budgets: shares of the visual tokens to keep.
+        tokens: budgets: tokens to keep per image, or per tile where images are cut into tiles.
+        tasks: a list of tasks.
+        seed: of scenes and of images and questions that are drawn.
+        batch_size: prompts answered together. Figures do not depend on it beyond rounding.
+        dtype: of weights and computation.
+        output: the run folder.
+    """
+
+    models: Annotated[list[ModelEntry], Field(min_length=1)]
+    policies: Annotated[list[PolicyEntry], Field(min_length=1)]
+    ratios: list[Ratio] = []
+    tokens: list[Count] = []
+    tasks: Annotated[list[Task], Field(min_length=1)]
     seed: int = 2026
-    batch_size: int = Field(default=16, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Count = 16
+    dtype: Dtype = "float32"
     output: Path
 
-    @field_validator("policies", mode="before")
+    @field_validator("models", "policies", mode="before")
     @classmethod
-    def _named(cls, entries: Any) -> Any:
-        return [{"policy": e} if isinstance(e, str) else e for e in entries or ()]
+    def _named(cls, entries: Any, info: Any) -> Any:
+        key = info.field_name.removesuffix("s").replace("policie", "policy")
+        return (
+            [{key: e} if isinstance(e, str) else e for e in entries] if isinstance(entries, list) else entries
+        )
 
-    @field_validator("models")
-    @classmethod
-    def _known(cls, models: list[str]) -> list[str]:
-        return [choose("model", name, MODELS) for name in models]
-
-
-class ConfigError(ValueError):
-    """A run's YAML file is not valid; the message names the line."""
-
-
-def load_config(path: Path) -> RunConfig:
-    """Read and check a YAML file. Raises `ConfigError` with file, line, what is wrong and what is allowed."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: the file has to hold keys such as models: and policies:.")
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [f"{path}:{_line(node, e['loc'])}: {_explain(e)}" for e in error.errors(include_url=False)]
-        raise ConfigError("\n".join(problems)) from error
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']}"
-    owner = PolicyEntry if error["loc"][0] == "policies" else RunConfig
-    known = sorted(owner.model_fields)
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-    hint = f'Did you mean "{near[0]}"? ' if near else ""
-    return f"{where}: there is no such key. {hint}Available: {', '.join(known)}."
-
-
-def _line(node: Any, loc: tuple[int | str, ...]) -> int:
-    """Line, from 1, of the deepest part of ``loc`` that the file has."""
-    line: int = node.start_mark.line + 1
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
+    @model_validator(mode="after")
+    def _labels(self) -> RunConfig:
+        for entries in (self.models, self.tasks):
+            names = [entry.name for entry in entries]  # type: ignore[attr-defined]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]!r} stands twice: give each a label of its own")
+        known = [model.name for model in self.models]
+        for entry in (*self.policies, *self.tasks):
+            for name in entry.models or ():
+                choose("model", name, known)
+        return self

@@ -51,11 +51,11 @@ class RunFolder:
         return read_json(path) if path.exists() else None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a later start, finds the old text or the new one, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a later start, finds the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
     beside.replace(path)
 
 

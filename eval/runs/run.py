@@ -1,98 +1,222 @@
-"""Run a YAML file: a finished cell is on disk at once, and a later start goes on where this one stopped."""
+"""Run a config: what is finished is on disk at once, and a later start goes on where this one stopped."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import traceback
+from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
+import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlm_prune.errors import PruningError
-from vlm_prune.eval.measure import Setting, latencies
-from vlm_prune.eval.runs.cells import Cell, Exam, cells, measure, stages_of
-from vlm_prune.eval.runs.config import RunConfig
-from vlm_prune.eval.runs.table import markdown, publish
+from vlm_prune import pruned
+from vlm_prune.eval.records import read_json
+from vlm_prune.eval.runs.asking import ask, batches
+from vlm_prune.eval.runs.cells import Cell, build_cells
+from vlm_prune.eval.runs.config import RunConfig, SpeedTask
+from vlm_prune.eval.runs.folder import Record, RunFolder, write_json, write_lines, write_whole
+from vlm_prune.eval.runs.models import Loaded, load
+from vlm_prune.eval.runs.parts import add_part, read_parts, remove_parts
+from vlm_prune.eval.runs.processes import Processes
+from vlm_prune.eval.runs.scoring import Scorer
+from vlm_prune.eval.runs.speed import time_prompts
+from vlm_prune.eval.runs.table import joined, markdown, tasks_of
 
-TIMED_SCENES = 2
-
-
-def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows that a folder holds already, by cell key."""
-    path = folder / "cells.jsonl"
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return {row["key"]: row for row in rows}
+Advance = Callable[[int], None]
 
 
-def run(config: RunConfig, console: Console, retime: bool = False, page: Path | None = None) -> int:
-    """Measure what is missing, write ``results.json`` and ``results.md``; returns how many cells failed.
+class Failure(Exception):
+    """A cell could not be finished, in this process or another one; says why, with the traceback."""
 
-    ``retime`` takes the times of all cells again, say because the machine was busy before. ``page`` is a Markdown file
-    that gets the tables too, see `table.publish`.
+    def __init__(self, error: str, trace: str):
+        super().__init__(error)
+        self.trace = trace
+
+
+class Run:
+    """One start of a config.
+
+    Attributes:
+        rows: of the finished cells, by name.
+        failed: what went wrong with others.
     """
-    folder = config.output
-    folder.mkdir(parents=True, exist_ok=True)
-    todo, done = cells(config), finished(folder)
-    missing = [cell for cell in todo if cell.key(config) not in done]
-    console.print(f"{len(todo)} cells, {len(todo) - len(missing)} of them finished already: {folder}")
-    failed: list[tuple[Cell, Exception]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress, (folder / "cells.jsonl").open("a") as file:
-        per_cell = config.scenes * (6 * len(config.splits) + 1)
-        task = progress.add_task("prompts", total=len(missing) * per_cell)
-        exam, loaded = None, ""
-        for cell in missing:
-            progress.update(task, description=f"{cell.model}: {cell.entry.name} {cell.ratio or ''}")
-            if exam is None or loaded != cell.model:
-                exam, loaded = Exam.build(cell.model, config), cell.model
+
+    def __init__(self, config: RunConfig, processes: Processes, retime: bool = False):
+        self.config, self.processes = config, processes
+        self.folder = RunFolder(config.output)
+        self.cells = build_cells(config)
+        found = {cell.name: self.folder.row(cell.name) for cell in self.cells}
+        # the first process decides, should others not see its disk
+        self.rows: dict[str, Record] = {
+            name: row for name, row in processes.gather(found)[0].items() if row is not None
+        }
+        self.missing = [
+            cell
+            for cell in self.cells
+            if cell.name not in self.rows or (retime and isinstance(cell.task, SpeedTask))
+        ]
+        self.failed: dict[str, Record] = {}
+
+    def work(
+        self, show: Callable[[Cell], None] = lambda cell: None, advance: Advance = lambda n: None
+    ) -> None:
+        """Finish what is missing. ``show`` hears of each cell that begins, ``advance`` of samples answered here."""
+        self._write()
+        for model, group in groupby(self.missing, key=lambda cell: cell.model):
+            cells = list(group)
+            loaded: Loaded | None = None
             try:
-                row = measure(exam, cell, config, lambda n: progress.advance(task, n)) | times(
-                    exam, cell, config
-                )
-            except (PruningError, RuntimeError, ValueError, OSError) as error:
-                failed.append((cell, error))
-                continue
-            stages = stages_of(cell.entry.policy)
-            named = {"model": cell.model, "policy": cell.entry.name, "stages": stages, "ratio": cell.ratio}
-            done[cell.key(config)] = row = {**named, **row, "seed": config.seed, "key": cell.key(config)}
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    if retime:
-        for cell in todo:
-            if (known := done.get(cell.key(config))) is not None:
-                if exam is None or loaded != cell.model:
-                    exam, loaded = Exam.build(cell.model, config), cell.model
-                known.update(times(exam, cell, config))
-                with (folder / "cells.jsonl").open("a") as file:
-                    file.write(json.dumps(known) + "\n")
-    rows = [done[cell.key(config)] for cell in todo if cell.key(config) in done]
-    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(markdown(rows, config), encoding="utf-8")
-    if page is not None:
-        publish(rows, config, page)
-    for cell, problem in failed:
+                loaded = self._together(lambda model=model: load(model, self.config.dtype, self.processes))  # type: ignore[misc]
+            except Failure as failure:
+                self._note(cells, failure)
+            for cell in cells if loaded is not None else ():
+                show(cell)
+                try:
+                    self._finish(loaded, cell, advance)  # type: ignore[arg-type]
+                except Failure as failure:
+                    self._note([cell], failure)
+                self._write()
+            del loaded
+        self._write()
+
+    def _together(self, job: Callable[[], Any]) -> Any:
+        """Do a job in every process. Raises in all of them if it failed in one."""
+        result, problem = None, None
+        try:
+            result = job()
+        except (
+            Exception
+        ) as error:  # whatever a model, a policy or a data set may raise: it is reported, the rest goes on
+            problem = (f"{type(error).__name__}: {error}", traceback.format_exc())
+        for found in self.processes.gather(problem):
+            if found is not None:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                raise Failure(*found)
+        return result
+
+    def _finish(self, loaded: Loaded, cell: Cell, advance: Advance) -> None:
+        folder = self.folder.cell(cell.name)
+        if isinstance(cell.task, SpeedTask):
+            records, times = self._together(lambda: self._time(loaded, cell, advance))
+        else:
+            mine, times = self._together(lambda: self._answer(loaded, cell, advance)), None
+            known = {name: record for part in self.processes.gather(mine) for name, record in part.items()}
+            records = [known[sample.id] for sample in cell.samples]
+        row = self._together(lambda: cell.about() | Scorer(cell.task).row(records))
+        if self.processes.first:
+            write_lines(folder / "samples.jsonl", records)
+            if times is not None:
+                write_json(folder / "times.json", times)
+            write_json(folder / "row.json", row)
+        self.processes.gather(None)  # nobody throws its part away before that is on disk
+        remove_parts(folder)
+        self.rows[cell.name] = row
+
+    def _answer(self, loaded: Loaded, cell: Cell, advance: Advance) -> dict[str, Record]:
+        """This process's share of a cell: all records that it knows, by sample."""
+        folder, task, scorer = self.folder.cell(cell.name), cell.task, Scorer(cell.task)
+        known = read_parts(folder)
+        done = set().union(*self.processes.gather(set(known)))
+        turns = list(batches(cell.samples, task.batch_size or self.config.batch_size))
+        with pruned(loaded.model, cell.entry.policy, **cell.options):
+            for batch in turns[self.processes.rank :: self.processes.count]:
+                if left := [sample for sample in batch if sample.id not in done]:
+                    answers = ask(loaded, left, task.max_new_tokens, self.folder.path)
+                    found = [scorer.judge(record) for record in answers]
+                    add_part(folder, self.processes.rank, found)
+                    known |= {record["id"]: record for record in found}
+                advance(len(batch) * self.processes.count)
+        return known
+
+    def _time(self, loaded: Loaded, cell: Cell, advance: Advance) -> tuple[list[Record], dict[str, float]]:
+        """Records and times of a speed cell, by the first process alone: the others would disturb it."""
+        task = cell.task
+        if not self.processes.first:
+            return [], {}
+        return time_prompts(
+            loaded, cell.entry.policy, cell.options, cell.samples, task.rounds, task.max_new_tokens,
+            self.folder.path, advance,
+        )  # fmt: skip
+
+    def _note(self, cells: list[Cell], failure: Failure) -> None:
+        for cell in cells:
+            self.failed[cell.name] = {**cell.about(), "error": str(failure), "traceback": failure.trace}
+
+    def finished_rows(self) -> list[Record]:
+        """The rows that there are, in the order of the config."""
+        return [self.rows[cell.name] for cell in self.cells if cell.name in self.rows]
+
+    def times(self) -> dict[str, Record]:
+        """The times of finished speed cells, by cell."""
+        paths = {row["cell"]: self.folder.cell(row["cell"]) / "times.json" for row in self.finished_rows()}
+        return {name: read_json(path) for name, path in paths.items() if path.exists()}
+
+    def lines(self) -> list[Record]:
+        """Rows and times side by side, see `table.joined`."""
+        return joined(self.finished_rows(), self.times(), self.config.seed)
+
+    def _write(self) -> None:
+        """Everything that is put together from the cells."""
+        if not self.processes.first:
+            return
+        path, rows, times = self.folder.path, self.finished_rows(), self.times()
+        write_json(path / "results.json", rows)
+        write_json(path / "times.json", times)
+        write_whole(path / "results.md", markdown(self.lines(), tasks_of(rows)))
+        if self.failed:
+            write_json(path / "failed.json", list(self.failed.values()))
+        else:
+            (path / "failed.json").unlink(missing_ok=True)
+
+
+def execute(config: RunConfig, console: Console, source: str | None = None, retime: bool = False) -> Run:
+    """Run a config with progress bars and a summary.
+
+    Args:
+        config: what to run.
+        console: where progress is shown.
+        source: text of the file the config was read from, to be kept in the run folder.
+        retime: take the times of finished cells again, say because the machine was busy before.
+    """
+    processes = Processes.join()
+    try:
+        run = Run(config, processes, retime)
+        if processes.first:
+            text = source or yaml.safe_dump(
+                config.model_dump(mode="json", exclude_defaults=True), sort_keys=False
+            )
+            write_whole(config.output / "config.yaml", text)
+            done = len(run.cells) - len(run.missing)
+            console.print(
+                f"{len(run.cells)} cells, {done} of them finished already: {config.output}", soft_wrap=True
+            )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=not processes.first) as progress:
+            task = progress.add_task("prompts", total=sum(map(_prompts, run.missing)))
+            run.work(
+                lambda cell: progress.update(task, description=str(cell)),
+                lambda count: progress.advance(task, count),
+            )
+    finally:
+        processes.leave()
+    if processes.first:
+        for problem in run.failed.values():
+            console.print(
+                f"[red]failed[/red] {problem['cell']}: {problem['error']}", soft_wrap=True, highlight=False
+            )
         console.print(
-            f"[red]{cell.model} {cell.entry.name} {cell.ratio}: {type(problem).__name__}: {problem}"
+            f"{len(run.finished_rows())} of {len(run.cells)} cells in {config.output / 'results.json'} and results.md, "
+            f"{len(run.failed)} failed" + (", see failed.json" if run.failed else ""),
+            soft_wrap=True,
         )
-    console.print(
-        f"{len(rows)} rows in {folder / 'results.json'} and {folder / 'results.md'}, {len(failed)} failed"
-    )
-    return len(failed)
+    return run
 
 
-def times(exam: Exam, cell: Cell, config: RunConfig) -> dict[str, Any]:
-    """Prefill time and KV bytes as shares of the unpruned model's, timed in turn with it."""
-    first = next(iter(exam.questions.values()))
-    prompts = [(exam.scenes[q["image"]].image, q["text"]) for q in first[: 6 * TIMED_SCENES : 6]]
-    ours, dense = Setting(cell.entry.policy, cell.ratio, cell.settings), Setting("none", None)
-    timed = latencies(exam.model, exam.processor, [dense, ours], prompts, config.rounds)
-    return {
-        "prefill_ms": timed[ours].prefill_ms,
-        "prefill_ratio": timed[ours].prefill_ms / timed[dense].prefill_ms,
-        "tower_ratio": timed[ours].tower_ms / timed[dense].tower_ms,
-        "kv_bytes": timed[ours].kv_bytes,
-        "kv_ratio": timed[ours].kv_bytes / timed[dense].kv_bytes,
-    }
+def _prompts(cell: Cell) -> int:
+    """How far a cell moves the progress bar."""
+    task = cell.task
+    return len(cell.samples) * (2 * (task.rounds + 1) if isinstance(task, SpeedTask) else 1)

@@ -1,41 +1,178 @@
-"""The rows of a run as Markdown."""
+"""The rows of a run put side by side: one line a model, policy and budget, all tasks in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.eval.runs.config import RunConfig
+Line = dict[str, Any]
 
-HEAD = [
-    "policy", "stage", "ratio", "tokens", "POPE F1", "95 %", "adv. acc.", "CHAIRs", "95 %", "CHAIRi", "recall",
-    "95 %", "length", "repeats", "prefill", "KV",
-]  # fmt: skip
+NAMES = {
+    "recall": "chair_recall",
+    "precision": "chair_precision",
+    "f1": "chair_f1",
+    "length": "caption_length",
+    "repetition": "caption_repetition",
+}
+"""What CHAIR's metrics are called in a line."""
+
+COUNTS = {"pope": "n_questions", "chair": "n_captions"}
+
+Task = tuple[str, str]
+"""Label and kind."""
+
+USUAL: tuple[Task, ...] = (("pope", "pope"), ("chair", "chair"), ("speed", "speed"))
 
 
-def markdown(rows: Sequence[dict[str, Any]], config: RunConfig) -> str:
+def joined(rows: Sequence[Line], times: Mapping[str, Line], seed: int) -> list[Line]:
+    """Lines from rows and times: ``model``, ``policy``, ``stages``, ``budget``, ``ratio``, ``tokens``, metrics, ``seed``.
+
+    A metric is called ``<task>_<metric>`` (``pope_f1``, ``chair_s``), its interval ``<task>_<metric>_interval``, the number of
+    samples ``n_<task>``. Tasks without a label of their own have shorter names too: ``caption_length``,
+    ``caption_repetition``, ``n_questions``, ``n_captions``, and for speed no prefix. ``ratio`` is the budget as a share: 1 for
+    the unpruned model, ``None`` where it was given in tokens or not at all.
+    """
+    lines: dict[tuple[str, str, str], Line] = {}
+    for row in rows:
+        key = (row["model"], row["policy"], json.dumps(row["budget"]))
+        line = lines.setdefault(
+            key,
+            {
+                "model": row["model"],
+                "policy": row["policy"],
+                "stages": ", ".join(row["stages"]),
+                "budget": row["budget"],
+                "ratio": 1.0 if row["policy"] == "none" else row["budget"].get("ratio"),
+                "tokens": row["tokens"],
+                "seed": seed,
+            },
+        )
+        task, kind = row["task"], row["kind"]
+        for metric, value in row["metrics"].items():
+            name = _name(task, kind, metric)
+            line[name] = value
+            if metric in row["intervals"]:
+                line[f"{name}_interval"] = row["intervals"][metric]
+        if kind == "speed":
+            dense = row["metrics"]["kv_bytes_dense"]
+            spent = {
+                "kv_ratio": row["metrics"]["kv_bytes"] / dense if dense else 1.0,
+                **times.get(row["cell"], {}),
+            }
+            line |= {_name(task, kind, name): value for name, value in spent.items()}
+        else:
+            line[COUNTS[kind] if task == kind in COUNTS else f"n_{task}"] = row["n"]
+    return list(lines.values())
+
+
+def _name(task: str, kind: str, metric: str) -> str:
+    if task != kind:
+        return f"{task}_{metric}"
+    if kind == "chair":
+        return NAMES.get(metric, metric)
+    return metric if kind == "speed" else f"{task}_{metric}"
+
+
+def tasks_of(rows: Sequence[Line]) -> list[Task]:
+    """The tasks that rows are of."""
+    return list(dict.fromkeys((row["task"], row["kind"]) for row in rows))
+
+
+def markdown(lines: Sequence[Line], tasks: Sequence[Task] = USUAL) -> str:
     """One table a model. Rates in per cent; prefill time and KV bytes as shares of the unpruned model's."""
-    lines = []
-    for model, group in groupby(rows, key=lambda row: row["model"]):
+    text = []
+    for model, group in groupby(lines, key=lambda line: line["model"]):
         some = list(group)
-        lines += [
+        columns = {"policy": _policy, "stage": _stage, "ratio": _budget, "tokens": _tokens}
+        shown = [*columns.items(), *(column for task in tasks for column in _columns(task, some))]
+        text += [
             f"## {model}",
             "",
-            "| " + " | ".join(HEAD) + " |",
-            "| --- | --- " + "| ---: " * (len(HEAD) - 2) + "|",
+            "| " + " | ".join(head for head, _ in shown) + " |",
+            "| --- | --- " + "| ---: " * (len(shown) - 2) + "|",
         ]
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in some]
-        asked = f"{some[0]['n_questions']} questions ({', '.join(config.splits)})"
-        note = f"{asked} and {some[0]['n_captions']} captions a row, seed {config.seed}; intervals by bootstrap over"
-        lines += ["", f"{note} scenes.", ""]
-    return "\n".join(lines)
+        text += ["| " + " | ".join(cell(line) for _, cell in shown) + " |" for line in some]
+        counts = [count for task in tasks if (count := _count(task, some[0]))]
+        if counts:
+            text += [
+                "",
+                f"{' and '.join(counts)} a row, seed {some[0]['seed']}; intervals by bootstrap over images.",
+            ]
+        text += [""]
+    return "\n".join(text)
 
 
-def publish(rows: Sequence[dict[str, Any]], config: RunConfig, page: Path) -> None:
-    """Put the tables between ``<!-- results -->`` and ``<!-- end -->`` of a page, and the rows beside it as JSON.
+def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Line], str]]]:
+    """Headings of a task, and what stands below them; only what some line has."""
+    label, kind = task
+    before = "" if label == kind else f"{label} "
+    shown = {
+        "pope": (("POPE F1", "f1", _rate), ("95 %", "f1_interval", _interval), ("adv. acc.", "adversarial_accuracy", _rate)),
+        "chair": (
+            ("CHAIRs", "chair_s", _rate), ("95 %", "chair_s_interval", _interval), ("CHAIRi", "chair_i", _rate),
+            ("recall", "recall", _rate), ("95 %", "recall_interval", _interval),
+            ("length", "length", "{:.1f}".format), ("repeats", "repetition", _rate),
+        ),
+        "vqa": (("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval)),
+        "speed": (("prefill", "prefill_ratio", "{:.2f}".format), ("KV", "kv_ratio", "{:.2f}".format)),
+    }[kind]  # fmt: skip
+    found = []
+    for head, metric, form in shown:
+        stem = metric.removesuffix("_interval")
+        name = _name(label, kind, stem) + metric[len(stem) :]
+        if any(name in line for line in lines):
+            found.append((before + head if head != "95 %" else head, _cell(name, form)))
+    return found
+
+
+def _cell(name: str, form: Callable[[Any], str]) -> Callable[[Line], str]:
+    return lambda line: form(line[name]) if name in line else ""
+
+
+def _count(task: Task, line: Line) -> str:
+    label, kind = task
+    what = {"pope": "questions", "chair": "captions", "vqa": "questions"}.get(kind)
+    count = line.get(COUNTS.get(kind, "") if label == kind and kind in COUNTS else f"n_{label}")
+    if what is None or count is None:
+        return ""
+    splits = [
+        name.split("_")[1] for name in line if re.fullmatch(rf"{re.escape(label)}_[^_]+_accuracy", name)
+    ]
+    return f"{count} {what}" + (f" ({', '.join(splits)})" if splits else "")
+
+
+def _policy(line: Line) -> str:
+    return str(line["policy"])
+
+
+def _stage(line: Line) -> str:
+    return str(line["stages"])
+
+
+def _budget(line: Line) -> str:
+    if tokens := line.get("budget", {}).get("tokens"):
+        return f"{tokens} tokens"
+    return "" if line["ratio"] is None else f"{line['ratio']:.4g}"
+
+
+def _tokens(line: Line) -> str:
+    return f"{line['tokens']:.0f}"
+
+
+def _rate(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _interval(pair: Sequence[float]) -> str:
+    return f"{100 * pair[0]:.0f}-{100 * pair[1]:.0f}"
+
+
+def publish(lines: Sequence[Line], page: Path, tasks: Sequence[Task] = USUAL) -> None:
+    """Put the tables between ``<!-- results -->`` and ``<!-- end -->`` of a page, and the lines beside it as JSON.
 
     Raises:
         ValueError: the page has no such markers.
@@ -48,36 +185,6 @@ def publish(rows: Sequence[dict[str, Any]], config: RunConfig, page: Path) -> No
         )
     head, tail = text.split(begin, 1)
     page.write_text(
-        head + begin + "\n" + markdown(rows, config) + "\n" + end + tail.split(end, 1)[1], encoding="utf-8"
+        head + begin + "\n" + markdown(lines, tasks) + "\n" + end + tail.split(end, 1)[1], encoding="utf-8"
     )
-    page.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    accuracy = row.get("pope_adversarial_accuracy")
-    return [
-        row["policy"],
-        row["stages"],
-        "" if row["ratio"] is None else f"{row['ratio']:.4g}",
-        f"{row['tokens']:.0f}",
-        _rate(row["pope_f1"]),
-        _interval(row["pope_f1_interval"]),
-        "" if accuracy is None else _rate(accuracy),
-        _rate(row["chair_s"]),
-        _interval(row["chair_s_interval"]),
-        _rate(row["chair_i"]),
-        _rate(row["caption_recall"]),
-        _interval(row["recall_interval"]),
-        f"{row['caption_length']:.1f}",
-        _rate(row["caption_repetition"]),
-        f"{row['prefill_ratio']:.2f}",
-        f"{row['kv_ratio']:.2f}",
-    ]
-
-
-def _rate(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _interval(pair: Sequence[float]) -> str:
-    return f"{100 * pair[0]:.0f}-{100 * pair[1]:.0f}"
+    page.with_suffix(".json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Asking a pruned model: prompts in batches of similar length, a record for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_prune.eval.measure import prompt_text, receipt_of
+from vlm_prune.eval.runs.folder import Record
+from vlm_prune.eval.runs.models import Loaded
+from vlm_prune.eval.runs.samples import Sample
+from vlm_prune.receipt import Receipt
+
+
+def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """What is asked together: of one split, images of one size first, then similar lengths, so little padding.
+
+    They depend on the samples and ``size`` alone, not on what is finished already or how many processes share the
+    work: so a sample meets the same neighbours, hence the same rounding, in every start of a run.
+    """
+    for _, group in groupby(samples, key=lambda sample: sample.split):
+        order = sorted(group, key=lambda sample: (sample.picture.size, len(sample.question)))
+        yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+@torch.no_grad()
+def ask(loaded: Loaded, batch: Sequence[Sample], max_new_tokens: int, folder: Path) -> list[Record]:
+    """Greedy answers of a pruned model, as records without scores."""
+    processor = loaded.processor
+    inputs = processor(
+        images=[sample.picture.load() for sample in batch],
+        text=[prompt_text(processor, sample.question) for sample in batch],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(loaded.model.device, loaded.model.dtype)
+    output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    texts = processor.batch_decode(new, skip_special_tokens=True)
+    seen = tiles_of(loaded, batch, receipt_of(loaded.model))
+    return [
+        record(sample, tiles, folder) | {"answer": text.strip()}
+        for sample, text, tiles in zip(batch, texts, seen, strict=True)
+    ]
+
+
+def record(sample: Sample, tiles: list[Record], folder: Path) -> Record:
+    """What is known of a sample without its answer."""
+    units = [tile["grid"][0] * tile["grid"][1] for tile in tiles]
+    return {
+        "id": sample.id,
+        "split": sample.split,
+        "image": {
+            "path": sample.picture.keep(folder),
+            "size": list(sample.picture.size),
+            "id": sample.picture.name,
+        },
+        "question": sample.question,
+        "label": sample.label,
+        "answer": "",
+        "tiles": tiles,
+        "tokens": sum(
+            every if tile["kept"] is None else len(tile["kept"])
+            for every, tile in zip(units, tiles, strict=True)
+        ),
+        "visual_tokens": sum(units),
+        "scores": {},
+    }
+
+
+def tiles_of(loaded: Loaded, batch: Sequence[Sample], receipt: Receipt) -> list[list[Record]]:
+    """For each sample, the tiles that the tower saw and what was kept of them."""
+    boxes = [loaded.tiles.boxes(sample.picture.size) for sample in batch]
+    kept = receipt.kept
+    if sum(map(len, boxes)) != len(kept):
+        raise RuntimeError(
+            f"the processor made {sum(map(len, boxes))} tiles of {len(batch)} images, the model saw {len(kept)}"
+        )
+    everything = list(range(receipt.units))
+    tiles = iter(kept)
+    found = []
+    for mine in boxes:
+        rows: list[Any] = [
+            {"box": box, "grid": list(receipt.grid), "kept": None if one == everything else one}
+            for box, one in zip(mine, tiles, strict=False)
+        ]
+        found.append(rows)
+    return found

@@ -1,0 +1,41 @@
+"""The records of a cell that is not finished yet.
+
+Every process appends to a file of its own, one line a batch: a line is there as a whole or not at all, so a killed run
+knows exactly which samples it has, and asks no sample twice.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlm_prune.eval.runs.folder import Record
+
+
+def read_parts(cell: Path) -> dict[str, Record]:
+    """The records in a cell's parts, by id."""
+    found: dict[str, Record] = {}
+    for path in sorted(cell.glob("part-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                records = json.loads(line) if line else []
+            except json.JSONDecodeError:  # the end of a line that was being written
+                continue
+            found |= {record["id"]: record for record in records}
+    return found
+
+
+def add_part(cell: Path, rank: int, records: list[Record]) -> None:
+    """Note the records of a batch."""
+    cell.mkdir(parents=True, exist_ok=True)
+    path = cell / f"part-{rank}.jsonl"
+    with path.open("ab") as file:
+        # what a killed process left of a line shall not spoil this one
+        begin = b"" if file.tell() == 0 else b"\n"
+        file.write(begin + json.dumps(records, allow_nan=False).encode())
+
+
+def remove_parts(cell: Path) -> None:
+    """The cell is finished."""
+    for path in cell.glob("part-*.jsonl"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""The samples of a task, from scenes, from tables of rows, or from COCO's annotations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_prune.eval.chair import CaptionReader, Vocabulary, coco_truth, read_image_ids, sample_image_ids
+from vlm_prune.eval.coco import ImageId, image_id, instance_objects
+from vlm_prune.eval.pope_questions import build_questions, read_object_lists
+from vlm_prune.eval.runs.config import (
+    ChairTask,
+    CocoData,
+    PopeTask,
+    ScenesData,
+    SpeedTask,
+    Task,
+    VqaTask,
+)
+from vlm_prune.eval.runs.images import Picture
+from vlm_prune.eval.runs.tables import Row, table_rows
+from vlm_prune.eval.scenes import PLURALS, Scene, make_scenes, pope_questions
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what is true.
+
+    Attributes:
+        id: unique in the task.
+        split: such as "adversarial"; empty if there is one only.
+        picture: the image.
+        question: what is asked, without the chat template.
+        label: "yes" or "no" (pope), the objects in the image (chair), accepted answers (vqa), nothing (speed).
+    """
+
+    id: str
+    split: str
+    picture: Picture
+    question: str
+    label: Any
+
+    def digest(self) -> list[Any]:
+        """What makes it another sample."""
+        return [self.id, self.split, self.picture.digest, self.question, self.label]
+
+
+def build_samples(task: Task, model: str, seed: int) -> list[Sample]:
+    """All samples of a task, in their order.
+
+    ``model`` is the model's label: scenes may have another size for it.
+
+    Raises:
+        ValueError: data are missing, or are not what the task needs.
+    """
+    if isinstance(task.data, ScenesData):
+        found = list(_of_scenes(task, task.data, model, seed))
+    elif isinstance(task.data, CocoData):
+        found = list(_of_coco(task, task.data, seed))
+    else:
+        found = list(_of_table(task, table_rows(task.data)))
+    if isinstance(task, SpeedTask):
+        first: dict[str, Sample] = {}
+        for sample in found:
+            first.setdefault(sample.picture.digest, sample)
+        found = list(first.values())[: task.prompts]
+    if not found:
+        raise ValueError(f"task {task.name}: the data hold no samples")
+    if twice := [name for name, count in Counter(sample.id for sample in found).items() if count > 1]:
+        raise ValueError(f"task {task.name}: {len(twice)} ids stand in several rows, first {twice[0]!r}")
+    return found
+
+
+def asked(task: Task, question: str) -> str:
+    """The task's prompt about a question."""
+    return task.prompt.replace("{question}", question)
+
+
+def _of_scenes(task: Task, data: ScenesData, model: str, seed: int) -> Iterator[Sample]:
+    if isinstance(task, VqaTask):
+        raise ValueError(f"task {task.name}: scenes have no questions but POPE's; give jsonl, disk or hub")
+    scenes = list(make_scenes(data.scenes, seed, [data.sizes.get(model, data.size)], min_names=3))
+    pictures = [Picture.of(scene.image, None, "scene", f"scene-{i}") for i, scene in enumerate(scenes)]
+    if isinstance(task, ChairTask):
+        for i, scene in enumerate(scenes):
+            yield Sample(str(i), "", pictures[i], asked(task, ""), list(scene.names))
+        return
+    for split in task.splits if isinstance(task, PopeTask) else ["random"]:
+        for row in _scene_questions(scenes, split, seed):
+            name = f"{split}/{row['question_id']}"
+            label = row["label"] if isinstance(task, PopeTask) else None
+            yield Sample(name, split, pictures[row["image"]], asked(task, row["text"]), label)
+
+
+def _scene_questions(scenes: list[Scene], split: str, seed: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pope_questions(scenes, split, seed)
+    return rows
+
+
+def _of_table(task: Task, rows: Iterable[Row]) -> Iterator[Sample]:
+    for row in rows:
+        label: Any = None
+        if isinstance(task, ChairTask):
+            label = row.need("objects", list)
+        elif isinstance(task, VqaTask):
+            label = row.answers()
+        elif isinstance(task, PopeTask):
+            label = row.need("answer", str).strip().lower()
+            if label not in ("yes", "no"):
+                raise ValueError(f"{row.where}: label {label!r}, 'yes' or 'no' is needed")
+        question = "" if "{question}" not in task.prompt else row.need("question", str)
+        name = f"{row.split}/{row.id}" if row.split else row.id
+        yield Sample(name, row.split, row.picture(), asked(task, question), label)
+
+
+def _of_coco(task: Task, data: CocoData, seed: int) -> Iterator[Sample]:
+    if isinstance(task, VqaTask) or (isinstance(task, SpeedTask) and "{question}" in task.prompt):
+        raise ValueError(
+            f"task {task.name}: COCO's annotations hold no questions; give jsonl, disk or hub, or (speed) a prompt"
+        )
+    if isinstance(task, PopeTask):
+        yield from _coco_questions(task, data, seed)
+        return
+    instances, _ = _coco_files(data.coco)
+    names = {image: name for path in instances for image, (name, _) in instance_objects(path).items()}
+    ids = _coco_ids(data, names, seed)
+    truth: dict[ImageId, Any] = dict.fromkeys(ids)
+    if isinstance(task, ChairTask):
+        truth = {
+            image: sorted(found) for image, found in coco_truth(data.coco, caption_reader(task), ids).items()
+        }
+    for image in ids:
+        picture = Picture.of(names[image], data.images, f"{data.coco}, image {image}")
+        yield Sample(str(image), "", picture, asked(task, ""), truth[image])
+
+
+def _coco_questions(task: PopeTask, data: CocoData, seed: int) -> Iterator[Sample]:
+    instances, captions = _coco_files(data.coco)
+    objects: dict[str, list[str]] = {}
+    for path in instances:
+        # objects that the captions of an image name shall not be asked for as absent
+        objects |= read_object_lists(path, next((c for c in captions if _part(c) == _part(path)), None))
+    if data.image_ids:
+        wanted = set(read_image_ids(data.image_ids))
+        objects = {name: found for name, found in objects.items() if image_id(name) in wanted}
+    built = build_questions(objects, task.splits, n_images=data.count, seed=seed)
+    for split, rows in built.items():
+        for row in rows:
+            picture = Picture.of(row["image"], data.images, f"{data.coco}, {split}")
+            name = f"{split}/{row['question_id']}"
+            yield Sample(name, split, picture, asked(task, row["text"]), row["label"])
+
+
+def _part(path: Path) -> str:
+    """Such as val2014 of instances_val2014.json."""
+    return path.stem.split("_", 1)[-1]
+
+
+def _coco_files(path: Path) -> tuple[list[Path], list[Path]]:
+    if path.is_file():
+        return [path], []
+    instances, captions = sorted(path.glob("instances_*.json")), sorted(path.glob("captions_*.json"))
+    if not instances:
+        what = "holds no instances_*.json" if path.is_dir() else "is neither a folder nor a file"
+        raise ValueError(f"{path} {what}; COCO's annotations are needed")
+    return instances, captions
+
+
+def _coco_ids(data: CocoData, names: dict[ImageId, str], seed: int) -> list[ImageId]:
+    if data.image_ids:
+        ids = read_image_ids(data.image_ids)
+        if missing := [image for image in ids if image not in names]:
+            raise ValueError(
+                f"{data.image_ids}: image {missing[0]!r} is not in the annotations of {data.coco}"
+            )
+        return ids
+    return sample_image_ids(names, data.count or len(names), seed)
+
+
+def caption_reader(task: ChairTask) -> CaptionReader:
+    """How the objects of a caption are found."""
+    if task.vocabulary is not None:
+        return CaptionReader(Vocabulary.read(task.vocabulary), task.variant)
+    if isinstance(task.data, ScenesData):
+        return CaptionReader(Vocabulary.of({name: [plural] for name, plural in PLURALS.items()}), "plain")
+    return CaptionReader(None, task.variant)

@@ -1,0 +1,136 @@
+"""From answers to scores: of each record, and of a cell. Everything is computed from records, nothing from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_prune.eval.chair import CaptionReader, score_captions
+from vlm_prune.eval.pope import RATES, mean_rates, parse_answer, score_pope
+from vlm_prune.eval.runs.config import ChairTask, PopeTask, SpeedTask, Task, VqaTask
+from vlm_prune.eval.runs.folder import Record
+from vlm_prune.eval.runs.samples import caption_reader
+from vlm_prune.eval.tiny.metrics import bootstrap
+from vlm_prune.eval.vqa import exact_accuracy, normalised, vqa_accuracy
+
+WORDS = {True: "yes", False: "no", None: None}
+SPEED = ("kv_bytes", "kv_bytes_dense", "flops", "flops_dense")
+
+
+class Scorer:
+    """Scores the records of one task."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self._reader: CaptionReader | None = caption_reader(task) if isinstance(task, ChairTask) else None
+
+    def judge(self, record: Record) -> Record:
+        """The record with the scores of its answer."""
+        task, answer, label = self.task, record["answer"], record["label"]
+        scores: dict[str, Any] = record["scores"]
+        if isinstance(task, PopeTask):
+            said = WORDS[parse_answer(answer, task.parser)]
+            scores = {"said": said, "correct": said == label}
+        elif isinstance(task, ChairTask):
+            scores = self._caption(answer, label)
+        elif isinstance(task, VqaTask):
+            metric = exact_accuracy if task.metric == "exact" else vqa_accuracy
+            scores = {"accuracy": metric(answer, label), "read": normalised(answer)}
+        return {**record, "scores": scores}
+
+    def _caption(self, caption: str, objects: list[str]) -> dict[str, Any]:
+        (score,) = score_captions([(0, caption)], {0: objects}, self._reader, samples=0).captions
+        wrong = set(score.hallucinated)
+        mentions = [
+            {"word": m.word, "object": m.object, "span": list(span), "hallucinated": m in wrong}
+            for m, span in zip(score.mentions, score.spans(score.mentions), strict=True)
+        ]
+        return {"mentions": mentions, **score.metrics()}
+
+    def row(self, records: Sequence[Record]) -> dict[str, Any]:
+        """What a cell's row says of its records: metrics, intervals, undefined, warnings, and the tokens kept."""
+        task = self.task
+        if isinstance(task, PopeTask):
+            scored = _pope(task, records)
+        elif isinstance(task, ChairTask):
+            scored = self._chair(records)
+        elif isinstance(task, VqaTask):
+            scored = _vqa(records)
+        else:
+            assert isinstance(task, SpeedTask)
+            scored = {"metrics": {name: _mean(r["scores"][name] for r in records) for name in SPEED}}
+        return {
+            "n": len(records),
+            "tokens": _mean(record["tokens"] for record in records),
+            "visual_tokens": _mean(record["visual_tokens"] for record in records),
+            "metrics": {},
+            "intervals": {},
+            "undefined": [],
+            "warnings": [],
+            **scored,
+        }
+
+    def _chair(self, records: Sequence[Record]) -> dict[str, Any]:
+        captions = [(record["id"], record["answer"]) for record in records]
+        result = score_captions(captions, {record["id"]: record["label"] for record in records}, self._reader)
+        return {
+            "metrics": result.metrics,
+            "intervals": {name: list(pair) for name, pair in result.intervals.items()},
+            "undefined": result.undefined,
+        }
+
+
+def _pope(task: PopeTask, records: Sequence[Record]) -> dict[str, Any]:
+    results = {}
+    for split in dict.fromkeys(record["split"] for record in records):
+        mine = [record for record in records if record["split"] == split]
+        questions = [{"question_id": r["id"], "label": r["label"]} for r in mine]
+        answers = [{"question_id": r["id"], "answer": r["answer"]} for r in mine]
+        results[split] = score_pope(questions, answers, task.parser)
+    metrics = mean_rates(results)
+    if len(results) > 1:
+        metrics |= {f"{split}_{name}": r.rates[name] for split, r in results.items() for name in RATES}
+    named = {f"{split}: " if split else "": result for split, result in results.items()}
+    counts = _by_image(records, _pope_counts)
+    return {
+        "metrics": metrics,
+        "intervals": {
+            "f1": list(bootstrap(counts, lambda t: 2 * t[0] / max(1, 2 * t[0] + t[1] + t[2]))),
+            "accuracy": list(bootstrap(counts, lambda t: t[3] / t[4])),
+        },
+        "undefined": [f"{name}{rate}" for name, result in named.items() for rate in result.undefined],
+        "warnings": [f"{name}{warning}" for name, result in named.items() for warning in result.warnings],
+    }
+
+
+def _pope_counts(record: Record) -> list[float]:
+    """True and false positives, misses, right ones, 1."""
+    yes, true = record["scores"]["said"] == "yes", record["label"] == "yes"
+    return [yes and true, yes and not true, true and not yes, record["scores"]["correct"], 1]
+
+
+def _vqa(records: Sequence[Record]) -> dict[str, Any]:
+    splits = {}
+    for split in dict.fromkeys(record["split"] for record in records):
+        splits[split] = _mean(r["scores"]["accuracy"] for r in records if r["split"] == split)
+    metrics = {"accuracy": _mean(splits.values())}
+    if len(splits) > 1:
+        metrics |= {f"{split}_accuracy": value for split, value in splits.items()}
+    counts = _by_image(records, lambda record: [record["scores"]["accuracy"], 1])
+    return {"metrics": metrics, "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))}}
+
+
+def _by_image(records: Sequence[Record], count: Callable[[Record], Sequence[float]]) -> np.ndarray:
+    """Sums of ``count`` over the records of each image: images, not questions, are drawn for an interval."""
+    sums: dict[str, np.ndarray] = {}
+    for record in records:
+        path = record["image"]["path"]
+        sums[path] = sums.get(path, 0) + np.array(count(record), dtype=float)
+    return np.array(list(sums.values()))
+
+
+def _mean(values: Any) -> float:
+    listed = list(values)
+    return float(sum(listed) / len(listed))

@@ -1,0 +1,74 @@
+"""Times of single prompts, a policy in turn with the unpruned model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from vlm_prune import pruned
+from vlm_prune.eval.measure import prompt_text, receipt_of
+from vlm_prune.eval.runs.asking import record, tiles_of
+from vlm_prune.eval.runs.folder import Record
+from vlm_prune.eval.runs.models import Loaded
+from vlm_prune.eval.runs.samples import Sample
+from vlm_prune.eval.runs.scoring import SPEED
+
+STEPS = ("tower", "prefill", "answer")
+
+
+@torch.no_grad()
+def time_prompts(
+    loaded: Loaded,
+    policy: str,
+    options: dict[str, Any],
+    samples: Sequence[Sample],
+    rounds: int,
+    max_new_tokens: int,
+    folder: Path,
+    advance: Callable[[int], None],
+) -> tuple[list[Record], dict[str, float]]:
+    """Records of the samples with bytes and operations, and the times, in milliseconds.
+
+    ``tower`` reaches from pixels to projected features, choosing tokens included; ``prefill`` is the language model's;
+    ``answer`` is all of ``generate`` until the answer ends. Pruned and unpruned take turns within a round, and who begins
+    changes from round to round, so that drift and neighbours on the machine hit both alike. The first round warms up and
+    is thrown away. Times are medians over rounds and prompts.
+    """
+    inputs = [
+        loaded.processor(
+            images=[sample.picture.load()],
+            text=[prompt_text(loaded.processor, sample.question)],
+            return_tensors="pt",
+        ).to(loaded.model.device, loaded.model.dtype)
+        for sample in samples
+    ]
+    settings: list[tuple[str, str, dict[str, Any]]] = [("", policy, options), ("dense_", "none", {})]
+    times: dict[str, list[float]] = {before + step: [] for before, _, _ in settings for step in STEPS}
+    records: list[Record] = []
+    for number in range(rounds + 1):
+        for before, name, chosen in settings if number % 2 else reversed(settings):
+            for sample, one in zip(samples, inputs, strict=True):
+                with pruned(loaded.model, name, **chosen):
+                    begin = time.perf_counter()
+                    loaded.model.generate(**one, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+                    if loaded.model.device.type == "cuda":
+                        torch.cuda.synchronize(loaded.model.device)
+                    elapsed = 1e3 * (time.perf_counter() - begin)
+                    receipt = receipt_of(loaded.model)
+                if number:
+                    spent = (receipt.tower_ms or 0.0, receipt.prefill_ms or 0.0, elapsed)
+                    for step, value in zip(STEPS, spent, strict=True):
+                        times[before + step].append(value)
+                elif not before:
+                    (tiles,) = tiles_of(loaded, [sample], receipt)
+                    costs = {key: int(getattr(receipt, key) or 0) for key in SPEED}
+                    records.append(record(sample, tiles, folder) | {"scores": costs})
+        advance(2 * len(samples))
+    found = {f"{name}_ms": median(values) for name, values in times.items()}
+    ratios = {f"{step}_ratio": found[f"{step}_ms"] / found[f"dense_{step}_ms"] for step in STEPS}
+    return records, {**found, **ratios}

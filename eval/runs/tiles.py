@@ -1,0 +1,80 @@
+"""Which part of an image each tile shows, found out by asking the model's own processor.
+
+Processors resize, crop, pad and cut in their own ways. Instead of knowing each, an image whose colours are its
+coordinates (red: how far right, green: how far down) is sent through; what a tile shows can be read off it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vlm_prune.eval.measure import prompt_text
+
+Box = list[int]
+"""Left, top, right, bottom, in pixels of the original image; right within a pixel or two."""
+
+_MARK = 255
+
+
+@dataclass
+class Tiles:
+    """The tiles that a processor makes of images, by image size."""
+
+    processor: Any
+    _known: dict[tuple[int, int], list[Box]] = field(default_factory=dict)
+
+    def boxes(self, size: tuple[int, int]) -> list[Box]:
+        """The box of each tile of an image of ``size`` (width, height)."""
+        if size not in self._known:
+            self._known[size] = self._ask(size)
+        return self._known[size]
+
+    def _ask(self, size: tuple[int, int]) -> list[Box]:
+        width, height = size
+        image, text = _coordinates(width, height), prompt_text(self.processor, "?")
+        values = (
+            self.processor(images=[image], text=[text], return_tensors="pt")["pixel_values"].double().numpy()
+        )
+        if values.ndim == 2:  # patches in a row, of the whole image at its own shape
+            return [[0, 0, width, height]]
+        tiles = values.reshape(-1, *values.shape[-3:])
+        normalised = self.processor.image_processor
+        mean, std = (np.array(getattr(normalised, k)).reshape(3, 1, 1) for k in ("image_mean", "image_std"))
+        return [_box(tile * std + mean, width, height) for tile in tiles]
+
+
+def _coordinates(width: int, height: int) -> Image.Image:
+    right = (np.arange(width) + 0.5) / width * 255
+    down = (np.arange(height) + 0.5) / height * 255
+    pixels = np.full((height, width, 3), _MARK, np.uint8)
+    pixels[..., 0] = right.round()[None, :]
+    pixels[..., 1] = down.round()[:, None]
+    return Image.fromarray(pixels)
+
+
+def _box(tile: npt.NDArray[np.float64], width: int, height: int) -> Box:
+    """Of a tile ``(3, height, width)`` in 0..1, by a straight line through its coordinates. Padding is not blue."""
+    shown = tile[2] > 0.9
+    if not shown.any():
+        return [0, 0, 0, 0]
+    left, right = _ends(tile[0], shown, axis=1)
+    top, bottom = _ends(tile[1], shown, axis=0)
+    return [round(v) for v in (left * width, top * height, right * width, bottom * height)]
+
+
+def _ends(values: npt.NDArray[np.float64], shown: npt.NDArray[np.bool_], axis: int) -> tuple[float, float]:
+    """Value at the first and at the last edge of the tile along ``axis``."""
+    at = np.nonzero(shown)[axis] + 0.5
+    inside = values[shown]
+    # near the borders of the image resizing repeats the last pixel, so the line is drawn through the middle
+    middle = (inside > 0.02) & (inside < 0.98)
+    if np.ptp(at[middle]) < 2 if middle.any() else True:
+        middle = np.ones_like(middle)
+    slope, start = np.polyfit(at[middle], inside[middle], 1) if np.ptp(at[middle]) else (0.0, inside.mean())
+    length = values.shape[axis]
+    return float(start), float(start + slope * length)
