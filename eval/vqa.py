@@ -1,8 +1,8 @@
 """VQA accuracy: short answers against accepted ones.
 
-``exact``: 1 if the answer equals an accepted one. ``vqa``: VQAv2's (Antol et al. 2015, arXiv 1505.00468): with ten annotators,
-the mean over every nine of them of min(number that gave this answer / 3, 1); the same formula for any number of them.
-Both compare answers in a plain form, see `normalised`.
+``exact``: 1 if the answer equals an accepted one. ``vqa``: VQAv2's (Antol et al. 2015, arXiv 1505.00468): with ten
+annotators, the mean over every nine of them of min(number that gave this answer / 3, 1); the same formula for any
+number of them. Both compare answers in a plain form, see `normalised`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _MARKS = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w\s.']|_")
 def normalised(answer: str) -> str:
     """On one line in lower case, without articles and punctuation, numbers to ten as digits.
 
-    The steps are those of VQAv2's evaluation, save its table of misspelt contractions ("dont" stays "dont"); and they are
-    always taken, where the original leaves answers as they are if all annotators agree.
+    The steps are those of VQAv2's evaluation, save its table of misspelt contractions ("dont" stays "dont"); and they
+    are always taken, where the original leaves answers as they are if all annotators agree.
 
     >>> normalised("The two dogs."), normalised("1,000"), normalised("2.5 m")
     ('2 dogs', '1000', '2.5 m')

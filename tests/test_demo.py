@@ -11,15 +11,16 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_prune.eval import demo_report
-from vlm_prune.eval.demo import DemoSettings, f1_interval, run
-from vlm_prune.eval.measure import Setting, batches
+from vlm_prune.eval.demo import DemoSettings
 from vlm_prune.eval.models import model_path
+from vlm_prune.eval.runs import RunFolder
+from vlm_prune.eval.runs.cells import build_cells
 
 KEYS = {
     *("model", "policy", "ratio", "tokens", "pope_accuracy", "pope_f1", "chair_s", "chair_i", "chair_recall"),
     *("caption_length", "prefill_ms", "kv_bytes", "n_questions", "n_captions", "seed"),
 }
-SMALL = DemoSettings(policies=("none", "flowcut", "random"), ratios=(1.0, 0.25), scenes=4, rounds=1)
+SMALL = DemoSettings(policies=("none", "flowcut"), ratios=(1.0, 0.25), scenes=4, rounds=1)
 
 weights = pytest.mark.skipif(
     not all((model_path(name) / "model.safetensors").exists() for name in SMALL.models),
@@ -34,28 +35,35 @@ def finished(tmp_path_factory):
     return rows, folder, screen.getvalue()
 
 
+def settings(config) -> list[tuple[str, str, float | None]]:
+    """Model, policy and ratio of every row that is due."""
+    cells = build_cells(config)
+    return list(
+        dict.fromkeys((cell.model.name, cell.entry.name, cell.budget.get("ratio", 1.0)) for cell in cells)
+    )
+
+
 @weights
-def test_every_cell_is_there_once(finished):
+def test_every_cell_is_there_once(finished, tmp_path):
     rows, folder, _ = finished
-    cells = [(name, cell.policy, cell.ratio) for name in SMALL.models for cell in SMALL.cells()]
-    assert [(row.model, row.policy, row.ratio) for row in rows] == cells
+    assert [(row["model"], row["policy"], row["ratio"]) for row in rows] == settings(SMALL.config(tmp_path))
     saved = json.loads((folder / "results.json").read_text())
-    assert len(saved) == len(rows)
+    assert saved == rows
     assert all(set(row) >= KEYS for row in saved)
 
 
 @weights
 def test_rows_say_what_ran(finished):
-    rows = {(row.model, row.policy, row.ratio): row for row in finished[0]}
-    assert rows["tiny-llava", "flowcut", 0.25].tokens == 64
-    assert rows["tiny-llava", "none", 1.0].tokens == 256
+    rows = {(row["model"], row["policy"], row["ratio"]): row for row in finished[0]}
+    assert rows["tiny-llava", "flowcut", 0.25]["tokens"] == 64
+    assert rows["tiny-llava", "none", 1.0]["tokens"] == 256
     for (model, policy, ratio), row in rows.items():
-        assert row.n_questions == 24
-        assert row.n_captions == 4
-        assert 0 < row.prefill_ms < row.answer_ms
+        assert row["n_questions"] == 24
+        assert row["n_captions"] == 4
+        assert 0 < row["prefill_ms"] < row["answer_ms"]
         whole = rows[model, "none", 1.0]
-        assert row.tokens == ratio * whole.tokens
-        assert (row.kv_bytes < whole.kv_bytes) == (ratio < 1)
+        assert row["tokens"] == ratio * whole["tokens"]
+        assert (row["kv_bytes"] < whole["kv_bytes"]) == (ratio < 1)
         if ratio == 1:
             same = (
                 "pope_f1",
@@ -66,15 +74,28 @@ def test_rows_say_what_ran(finished):
                 "caption_length",
                 "kv_bytes",
             )
-            assert all(getattr(row, name) == getattr(whole, name) for name in same), policy
+            assert all(row[name] == whole[name] for name in same), policy
 
 
 @weights
 def test_honest_models_answer_well_with_all_tokens(finished):
     for row in finished[0]:
-        if row.ratio == 1:
-            assert row.pope_f1 > 0.85
-            assert row.chair_recall > 0.8
+        if row["ratio"] == 1:
+            assert row["pope_f1"] > 0.85
+            assert row["chair_recall"] > 0.8
+
+
+@weights
+def test_the_demo_is_a_run(finished):
+    rows, folder, _ = finished
+    run = RunFolder(folder / "run")
+    figures = {
+        (row["model"], row["policy"], *row["budget"].values()): row
+        for row in run.rows()
+        if row["kind"] == "pope"
+    }
+    assert figures["tiny-llava", "flowcut", 0.25]["metrics"]["f1"] == rows[2]["pope_f1"]
+    assert run.times().keys() == {row["cell"] for row in run.rows() if row["kind"] == "speed"}
 
 
 @weights
@@ -89,34 +110,25 @@ def test_picture_and_table_are_shown(finished):
 
 
 @weights
-def test_progress_adds_up():
-    settings = SMALL.replaced(models=("tiny-llava",), policies=("none",))
-    heard: list[int] = []
-    assert len(list(run(settings, lambda what, done: heard.append(done)))) == 1
-    assert sum(heard) == settings.prompts
+def test_a_second_demo_measures_again(tmp_path):
+    small = SMALL.replaced(models=("tiny-llava",), policies=("flowcut",), ratios=(0.25,))
+    for seed in (1, 2):
+        rows = demo_report.demo(small.replaced(seed=seed), tmp_path, Console(file=io.StringIO()))
+        assert [row["seed"] for row in rows] == [seed]
+        assert len(RunFolder(tmp_path / "run").rows()) == 3
 
 
-def test_none_is_run_once():
-    assert [cell for cell in DemoSettings().cells() if cell.policy == "none"] == [Setting("none", 1.0)]
-    assert len(DemoSettings().cells()) == 16
-    mixed = DemoSettings(policies=("vhr", "flowcut+vhr"), ratios=(0.5,))
-    assert mixed.cells() == [Setting("vhr", None), Setting("flowcut+vhr", 0.5)]
-    assert DemoSettings().quick().prompts < DemoSettings().prompts / 4
-
-
-def test_batches_hold_one_size_first():
-    wide, small = Image.new("RGB", (256, 128)), Image.new("RGB", (128, 128))
-    prompts = [(wide, "long question"), (small, "a"), (wide, "b"), (small, "longer"), (small, "c")]
-    found = list(batches(prompts, 3))
-    assert found == [[1, 4, 3], [2, 0]]
-
-
-def test_interval_holds_the_figure():
-    questions = [{"image": i // 2, "label": ("yes", "no")[i % 2]} for i in range(40)]
-    said = [i % 2 == 0 and i % 10 != 0 for i in range(40)]
-    low, high = f1_interval(questions, said)
-    assert low < 2 * 16 / (2 * 16 + 4) < high
-    assert f1_interval(questions, [False] * 40) == (0, 0)
+@weights
+def test_policies_without_a_budget_run_once(tmp_path):
+    whole = settings(DemoSettings(models=("tiny-llava",)).config(tmp_path))
+    assert len(whole) == 16
+    assert [cell for cell in whole if cell[1] == "none"] == [("tiny-llava", "none", 1.0)]
+    mixed = DemoSettings(models=("tiny-llava",), policies=("vhr", "flowcut+vhr"), ratios=(0.5,))
+    assert settings(mixed.config(tmp_path)) == [
+        ("tiny-llava", "vhr", 1.0),
+        ("tiny-llava", "flowcut+vhr", 0.5),
+    ]
+    assert DemoSettings().quick().scenes <= DemoSettings().scenes / 4
 
 
 @weights

@@ -161,22 +161,34 @@ def families() -> None:
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="The YAML file; see examples/.")],
+    output: Annotated[Path | None, typer.Option(help="The run folder, instead of the file's.")] = None,
     retime: Annotated[bool, typer.Option("--retime", help="Take the times of finished cells again.")] = False,
     page: Annotated[Path | None, typer.Option(help="A Markdown page to put the tables in, too.")] = None,
 ) -> None:
-    """Cross models, policies and budgets as a YAML file says; resumes where it stopped.
+    """Cross models, policies, budgets and tasks as a YAML file says; resumes where it stopped.
 
-    Exits with 1 if a cell failed.
+    Start it with torchrun or accelerate launch to spread it over processes: -m vlm_prune run config.yaml.
+    Exits with 1 if a cell failed, with 2 if the file is not valid.
     """
     with plain_errors():
         from transformers.utils import logging
 
-        from .eval.runs.config import load_config
-        from .eval.runs.run import run as execute
+        from .eval.runs.run import execute
+        from .eval.runs.table import publish, tasks_of
+        from .eval.runs.yaml_file import load_config
 
         logging.disable_progress_bar()
-        failed = execute(load_config(config), console, retime, page)
-    if failed:
+        asked = load_config(config)
+        if output is not None:
+            asked = asked.model_copy(update={"output": output})
+        try:
+            done = execute(asked, console, config.read_text(encoding="utf-8"), retime)
+        except KeyboardInterrupt:
+            typer.echo("stopped; what is answered is on disk: the same command goes on from there", err=True)
+            raise typer.Exit(130) from None
+        if page is not None and done.processes.first:
+            publish(done.lines(), page, tasks_of(done.finished_rows()))
+    if done.failed:
         raise typer.Exit(1)
 
 

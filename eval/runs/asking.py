@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from vlm_prune.eval.measure import prompt_text, receipt_of
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample
+from vlm_prune.eval.runs.tiles import Box
 from vlm_prune.receipt import Receipt
 
 
@@ -51,22 +51,19 @@ def ask(loaded: Loaded, batch: Sequence[Sample], max_new_tokens: int, folder: Pa
 def record(sample: Sample, tiles: list[Record], folder: Path) -> Record:
     """What is known of a sample without its answer."""
     units = [tile["grid"][0] * tile["grid"][1] for tile in tiles]
+    kept = [
+        every if tile["kept"] is None else len(tile["kept"]) for every, tile in zip(units, tiles, strict=True)
+    ]
+    picture = sample.picture
     return {
         "id": sample.id,
         "split": sample.split,
-        "image": {
-            "path": sample.picture.keep(folder),
-            "size": list(sample.picture.size),
-            "id": sample.picture.name,
-        },
+        "image": {"path": picture.keep(folder), "size": list(picture.size), "id": picture.name},
         "question": sample.question,
         "label": sample.label,
         "answer": "",
         "tiles": tiles,
-        "tokens": sum(
-            every if tile["kept"] is None else len(tile["kept"])
-            for every, tile in zip(units, tiles, strict=True)
-        ),
+        "tokens": sum(kept),
         "visual_tokens": sum(units),
         "scores": {},
     }
@@ -75,18 +72,21 @@ def record(sample: Sample, tiles: list[Record], folder: Path) -> Record:
 def tiles_of(loaded: Loaded, batch: Sequence[Sample], receipt: Receipt) -> list[list[Record]]:
     """For each sample, the tiles that the tower saw and what was kept of them."""
     boxes = [loaded.tiles.boxes(sample.picture.size) for sample in batch]
-    kept = receipt.kept
-    if sum(map(len, boxes)) != len(kept):
+    if sum(map(len, boxes)) != receipt.tiles:
         raise RuntimeError(
-            f"the processor made {sum(map(len, boxes))} tiles of {len(batch)} images, the model saw {len(kept)}"
+            f"the processor makes {sum(map(len, boxes))} tiles of these {len(batch)} images, the model saw "
+            f"{receipt.tiles}"
         )
-    everything = list(range(receipt.units))
-    tiles = iter(kept)
-    found = []
-    for mine in boxes:
-        rows: list[Any] = [
-            {"box": box, "grid": list(receipt.grid), "kept": None if one == everything else one}
-            for box, one in zip(mine, tiles, strict=False)
-        ]
-        found.append(rows)
-    return found
+    kept = receipt.kept
+    last = receipt.decoder_units[-1] if receipt.decoder_tokens else kept
+    seen = zip(receipt.grids, kept, last, strict=True)
+    return [[_tile(box, *next(seen)) for box in mine] for mine in boxes]
+
+
+def _tile(box: Box, grid: tuple[int, int], kept: list[int], last: list[int]) -> Record:
+    return {
+        "box": box,
+        "grid": list(grid),
+        "kept": None if len(kept) == grid[0] * grid[1] else kept,
+        "last": None if last == kept else last,
+    }

@@ -87,9 +87,7 @@ class Run:
         result, problem = None, None
         try:
             result = job()
-        except (
-            Exception
-        ) as error:  # whatever a model, a policy or a data set may raise: it is reported, the rest goes on
+        except Exception as error:  # whatever it may be: it is reported, and the rest goes on
             problem = (f"{type(error).__name__}: {error}", traceback.format_exc())
         for found in self.processes.gather(problem):
             if found is not None:
@@ -194,13 +192,7 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             console.print(
                 f"{len(run.cells)} cells, {done} of them finished already: {config.output}", soft_wrap=True
             )
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not processes.first) as progress:
-            task = progress.add_task("prompts", total=sum(map(_prompts, run.missing)))
-            run.work(
-                lambda cell: progress.update(task, description=str(cell)),
-                lambda count: progress.advance(task, count),
-            )
+        watch(run, console)
     finally:
         processes.leave()
     if processes.first:
@@ -214,6 +206,17 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             soft_wrap=True,
         )
     return run
+
+
+def watch(run: Run, console: Console) -> None:
+    """Do the work under a progress bar with the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not run.processes.first) as progress:
+        task = progress.add_task("prompts", total=sum(map(_prompts, run.missing)))
+        run.work(
+            lambda cell: progress.update(task, description=str(cell)),
+            lambda count: progress.advance(task, count),
+        )
 
 
 def _prompts(cell: Cell) -> int:

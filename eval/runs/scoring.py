@@ -1,4 +1,4 @@
-"""From answers to scores: of each record, and of a cell. Everything is computed from records, nothing from the model."""
+"""From answers to scores: of each record, and of a cell. All is computed from records, nothing from the model."""
 
 from __future__ import annotations
 

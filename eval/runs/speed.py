@@ -34,10 +34,10 @@ def time_prompts(
 ) -> tuple[list[Record], dict[str, float]]:
     """Records of the samples with bytes and operations, and the times, in milliseconds.
 
-    ``tower`` reaches from pixels to projected features, choosing tokens included; ``prefill`` is the language model's;
-    ``answer`` is all of ``generate`` until the answer ends. Pruned and unpruned take turns within a round, and who begins
-    changes from round to round, so that drift and neighbours on the machine hit both alike. The first round warms up and
-    is thrown away. Times are medians over rounds and prompts.
+    ``tower`` reaches from pixels to projected features, choosing tokens included; ``prefill`` is the language
+    model's; ``answer`` is all of ``generate`` until the answer ends. Pruned and unpruned take turns within a round,
+    and who begins changes from round to round, so that drift and neighbours on the machine hit both alike. The first
+    round warms up and is thrown away. Times are medians over rounds and prompts.
     """
     inputs = [
         loaded.processor(

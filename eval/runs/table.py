@@ -29,12 +29,12 @@ USUAL: tuple[Task, ...] = (("pope", "pope"), ("chair", "chair"), ("speed", "spee
 
 
 def joined(rows: Sequence[Line], times: Mapping[str, Line], seed: int) -> list[Line]:
-    """Lines from rows and times: ``model``, ``policy``, ``stages``, ``budget``, ``ratio``, ``tokens``, metrics, ``seed``.
+    """Lines from rows and times: model, policy, stages, budget, ratio, tokens, seed, and the metrics of all tasks.
 
-    A metric is called ``<task>_<metric>`` (``pope_f1``, ``chair_s``), its interval ``<task>_<metric>_interval``, the number of
-    samples ``n_<task>``. Tasks without a label of their own have shorter names too: ``caption_length``,
-    ``caption_repetition``, ``n_questions``, ``n_captions``, and for speed no prefix. ``ratio`` is the budget as a share: 1 for
-    the unpruned model, ``None`` where it was given in tokens or not at all.
+    A metric is called ``<task>_<metric>`` (``pope_f1``), its interval ``<task>_<metric>_interval``, their number
+    ``n_<task>``. Tasks without a label of their own have the usual names: ``chair_s``, ``caption_length``,
+    ``n_questions``, ``n_captions``, and for speed no prefix. ``ratio`` is the budget as a share: 1 unpruned,
+    ``None`` where it was given in tokens or not at all.
     """
     lines: dict[tuple[str, str, str], Line] = {}
     for row in rows:
@@ -111,7 +111,9 @@ def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Lin
     label, kind = task
     before = "" if label == kind else f"{label} "
     shown = {
-        "pope": (("POPE F1", "f1", _rate), ("95 %", "f1_interval", _interval), ("adv. acc.", "adversarial_accuracy", _rate)),
+        "pope": (
+            ("POPE F1", "f1", _rate), ("95 %", "f1_interval", _interval), ("adv. acc.", "adversarial_accuracy", _rate),
+        ),
         "chair": (
             ("CHAIRs", "chair_s", _rate), ("95 %", "chair_s_interval", _interval), ("CHAIRi", "chair_i", _rate),
             ("recall", "recall", _rate), ("95 %", "recall_interval", _interval),

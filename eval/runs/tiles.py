@@ -64,7 +64,13 @@ def _box(tile: npt.NDArray[np.float64], width: int, height: int) -> Box:
         return [0, 0, 0, 0]
     left, right = _ends(tile[0], shown, axis=1)
     top, bottom = _ends(tile[1], shown, axis=0)
-    return [round(v) for v in (left * width, top * height, right * width, bottom * height)]
+    return [_pixel(left, width), _pixel(top, height), _pixel(right, width), _pixel(bottom, height)]
+
+
+def _pixel(share: float, side: int) -> int:
+    """In pixels; what is nearly the border of the image is the border."""
+    at = share * side
+    return next((border for border in (0, side) if abs(at - border) <= max(1.0, side / 100)), round(at))
 
 
 def _ends(values: npt.NDArray[np.float64], shown: npt.NDArray[np.bool_], axis: int) -> tuple[float, float]:

@@ -1,0 +1,5 @@
+"""``python -m vlm_prune``: the command line, for launchers that start modules."""
+
+from .cli import app
+
+app(prog_name="vlm-prune")
