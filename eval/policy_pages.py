@@ -19,14 +19,13 @@ from typing import Any
 from vlm_prune.cli import policy_facts
 from vlm_prune.eval.policy_standing import standing
 from vlm_prune.eval.records import read_json
-from vlm_prune.eval.runs.config import RunConfig
 from vlm_prune.eval.runs.table import markdown
 from vlm_prune.policies.base import Policy
 from vlm_prune.registry import ALIASES, POLICIES, policy_class
 
 PAGE = Path("docs/policies.md")
-RESULTS = (Path("docs/results.json"), Path("runs/results/results.json"))
-"""Where measured rows are looked for, the first that exists."""
+RESULTS = Path("docs/results.json")
+"""The measured lines."""
 
 MARKED = re.compile(r"<!-- (\w+):(\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -105,13 +104,9 @@ def measured(name: str, rows: Rows) -> str:
     mine = [row for row in rows if name in members(row)]
     if not mine:
         return "Not measured yet: the results hold no row of it."
-    splits = [split for split in ("random", "popular", "adversarial") if f"pope_{split}_f1" in mine[0]]
     models = list(dict.fromkeys(row["model"] for row in mine))
     mine.sort(key=lambda row: models.index(row["model"]))
-    config = RunConfig.model_validate(
-        {"models": models, "policies": [], "splits": splits, "seed": mine[0]["seed"], "output": "."}
-    )
-    tables = re.sub(r"^## (.*)$", r"On \1:", markdown(mine, config), flags=re.MULTILINE).strip()
+    tables = re.sub(r"^## (.*)$", r"On \1:", markdown(mine), flags=re.MULTILINE).strip()
     said = standing(name, [row for row in mine if members(row) == [name]], rows)
     return "\n\n".join([tables, *said])
 
@@ -144,8 +139,8 @@ def filled(page: str, rows: Rows) -> str:
 
 
 def load_rows(path: Path | None = None) -> list[dict[str, Any]]:
-    """Rows of ``path``, or of the first of `RESULTS` that exists; none if there is none."""
-    path = path or next((each for each in RESULTS if each.exists()), None)
+    """Lines of ``path``, by default of `RESULTS`; none if there is none."""
+    path = path or (RESULTS if RESULTS.exists() else None)
     rows: list[dict[str, Any]] = [] if path is None else read_json(path)
     return rows
 
@@ -154,9 +149,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to fill in place")
-    parser.add_argument(
-        "--results", type=Path, help=f"rows of a run; default {' or '.join(map(str, RESULTS))}"
-    )
+    parser.add_argument("--results", type=Path, help=f"measured lines; default {RESULTS}")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures too, beside the page")
     parser.add_argument("--policy", action="append", choices=list(POLICIES), help="draw this one only")
     arguments = parser.parse_args()

@@ -9,11 +9,11 @@ RIVALS = ("uniform", "random")
 FIGURES = {
     "POPE F1": ("pope_f1", 1, "pope_f1_interval"),
     "CHAIRs": ("chair_s", -1, "chair_s_interval"),
-    "recall": ("caption_recall", 1, "recall_interval"),
+    "recall": ("chair_recall", 1, "chair_recall_interval"),
 }
 """Figure -> its key, 1 if more of it is better, and the key of its 95 % interval."""
 
-CHANGES = {"POPE F1": "pope_f1", "CHAIRs": "chair_s", "CHAIRi": "chair_i", "recall": "caption_recall"}
+CHANGES = {"POPE F1": "pope_f1", "CHAIRs": "chair_s", "CHAIRi": "chair_i", "recall": "chair_recall"}
 
 Row = dict[str, Any]
 

@@ -14,7 +14,7 @@ from vlm_prune.registry import POLICIES
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / pages.PAGE
-RESULTS = ROOT / pages.RESULTS[0]
+RESULTS = ROOT / pages.RESULTS
 REFRESH = "run `python -m vlm_prune.eval.policy_pages`"
 
 
@@ -31,7 +31,7 @@ def row(policy: str, ratio: float | None, f1: float, chair: float = 0.2) -> dict
         "model": "tiny-llava", "policy": policy, "stages": "encode", "ratio": ratio, "tokens": 64.0, "seed": 2026,
         "pope_random_f1": f1, "pope_adversarial_f1": f1, "pope_adversarial_accuracy": f1, "pope_f1": f1,
         "pope_f1_interval": [f1 - 0.02, f1 + 0.02], "chair_s": chair, "chair_s_interval": [0.1, 0.3],
-        "chair_i": 0.05, "caption_recall": 0.8, "recall_interval": [0.7, 0.9], "caption_length": 12.0,
+        "chair_i": 0.05, "chair_recall": 0.8, "chair_recall_interval": [0.7, 0.9], "caption_length": 12.0,
         "caption_repetition": 0.1, "prefill_ratio": 0.5, "kv_ratio": 0.25, "n_questions": 720, "n_captions": 40,
     }  # fmt: skip
 

@@ -174,8 +174,8 @@ class CocoData(Strict):
     Attributes:
         coco: the folder with instances_*.json and captions_*.json, or one instances file (POPE only).
         images: folder of the images.
-        image_ids: a saved list of image ids; these images and no others.
-        count: how many images to draw, instead (the usual protocols take 500); default all.
+        image_ids: a saved list of image ids; these and no others.
+        count: how many images to draw of those in the folder, instead (usual protocols take 500); default all.
     """
 
     coco: Path

@@ -121,13 +121,13 @@ class Run:
         done = set().union(*self.processes.gather(set(known)))
         turns = list(batches(cell.samples, task.batch_size or self.config.batch_size))
         with pruned(loaded.model, cell.entry.policy, **cell.options):
-            for batch in turns[self.processes.rank :: self.processes.count]:
-                if left := [sample for sample in batch if sample.id not in done]:
+            for number in range(self.processes.rank, len(turns), self.processes.count):
+                if left := [sample for sample in turns[number] if sample.id not in done]:
                     answers = ask(loaded, left, task.max_new_tokens, self.folder.path)
                     found = [scorer.judge(record) for record in answers]
                     add_part(folder, self.processes.rank, found)
                     known |= {record["id"]: record for record in found}
-                advance(len(batch) * self.processes.count)
+                advance(sum(map(len, turns[number : number + self.processes.count])))
         return known
 
     def _time(self, loaded: Loaded, cell: Cell, advance: Advance) -> tuple[list[Record], dict[str, float]]:

@@ -125,7 +125,9 @@ def _of_coco(task: Task, data: CocoData, seed: int) -> Iterator[Sample]:
         yield from _coco_questions(task, data, seed)
         return
     instances, _ = _coco_files(data.coco)
-    names = {image: name for path in instances for image, (name, _) in instance_objects(path).items()}
+    listed = {image: name for path in instances for image, (name, _) in instance_objects(path).items()}
+    there = _files(data.images)
+    names = {image: name for image, name in listed.items() if data.image_ids or name in there}
     ids = _coco_ids(data, names, seed)
     truth: dict[ImageId, Any] = dict.fromkeys(ids)
     if isinstance(task, ChairTask):
@@ -143,7 +145,10 @@ def _coco_questions(task: PopeTask, data: CocoData, seed: int) -> Iterator[Sampl
     for path in instances:
         # objects that the captions of an image name shall not be asked for as absent
         objects |= read_object_lists(path, next((c for c in captions if _part(c) == _part(path)), None))
-    if data.image_ids:
+    if not data.image_ids:
+        there = _files(data.images)
+        objects = {name: found for name, found in objects.items() if name in there}
+    else:
         wanted = set(read_image_ids(data.image_ids))
         objects = {name: found for name, found in objects.items() if image_id(name) in wanted}
     built = build_questions(objects, task.splits, n_images=data.count, seed=seed)
@@ -152,6 +157,13 @@ def _coco_questions(task: PopeTask, data: CocoData, seed: int) -> Iterator[Sampl
             picture = Picture.of(row["image"], data.images, f"{data.coco}, {split}")
             name = f"{split}/{row['question_id']}"
             yield Sample(name, split, picture, asked(task, row["text"]), row["label"])
+
+
+def _files(folder: Path) -> set[str]:
+    """The images that can be drawn: annotations often list more than one folder has."""
+    if not folder.is_dir():
+        raise ValueError(f"images: {folder} is no folder")
+    return {path.name for path in folder.iterdir()}
 
 
 def _part(path: Path) -> str:
@@ -177,6 +189,8 @@ def _coco_ids(data: CocoData, names: dict[ImageId, str], seed: int) -> list[Imag
                 f"{data.image_ids}: image {missing[0]!r} is not in the annotations of {data.coco}"
             )
         return ids
+    if not names:
+        raise ValueError(f"none of the images that {data.coco} lists is in {data.images}")
     return sample_image_ids(names, data.count or len(names), seed)
 
 

@@ -1,0 +1,105 @@
+"""A run's YAML file: mistakes are found before anything is computed, and the examples are free of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlm_prune.errors import PolicyError
+from vlm_prune.eval.runs.cells import settings
+from vlm_prune.eval.runs.yaml_file import ConfigError, load_config, parse_config
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+
+GOOD = """\
+models: [tiny-llava]
+policies:
+  - flowcut
+ratios: [0.25]
+tasks:
+  - task: pope
+    data: {scenes: 4}
+output: somewhere
+"""
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_valid_and_all_their_policies_can_be_made(path):
+    config = load_config(path)
+    for model in config.models:
+        assert list(settings(config, model)), model.name
+    assert config.output.parts[0] == "runs"
+
+
+def test_examples_cover_the_published_models_and_budgets():
+    found = {path.stem: load_config(path) for path in EXAMPLES}
+    names = {model.model.split("/")[-1] for config in found.values() for model in config.models}
+    assert names >= {"llava-1.5-7b-hf", "llava-1.5-13b-hf", "llava-v1.6-vicuna-7b-hf", "InternVL3-8B-hf"}
+    assert names >= {"llava-onevision-qwen2-7b-ov-hf", "tiny-llava", "tiny-internvl"}
+    assert found["llava-1.5"].tokens == [192, 128, 64]
+    assert found["llava-next"].tokens == [128, 64, 32]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("ratios", "ratoes", 4, 'ratoes: there is no such key. Did you mean "ratios"?'),
+        ("- flowcut", "- {policy: flowcut, setings: {}}", 3, 'Did you mean "settings"?'),
+        ("[tiny-llava]", "[{model: tiny-llava, dtyp: float32}]", 1, 'Did you mean "dtype"?'),
+        ("{scenes: 4}", "{scenes: 4, sise: [1, 2]}", 7, 'Did you mean "size"? Available: scenes, size, sizes.'),
+        ("    data", "    splitz: [random]\n    data", 7, 'Did you mean "splits"?'),
+        ("{scenes: 4}", "{jsonl: a.jsonl, columns: {questoin: q}}", 7, 'Did you mean "question"?'),
+        ("{scenes: 4}", "{}", 7, "one of the keys scenes, jsonl, disk, hub, coco"),
+        ("{scenes: 4}", "{scenes: 0}", 7, "greater than or equal to 1"),
+        ("task: pope", "task: pop", 6, "'pope', 'chair', 'vqa', 'speed'"),
+        ("    data", "    parser: offical\n    data", 7, "Did you mean 'official'?"),
+        ("    data", "    models: [tiny-lava]\n    data", 1, "Did you mean 'tiny-llava'?"),
+        ("[0.25]", "[1.5]", 4, "less than or equal to 1"),
+        ("[tiny-llava]", "[tiny-llava, tiny-llava]", 1, "stands twice"),
+        ("[tiny-llava]", "[tiny-llava", 2, "not YAML"),
+        ("output: somewhere", "", 1, "output: Field required"),
+    ],
+    ids=lambda value: str(value)[:24],
+)  # fmt: skip
+def test_mistakes_name_the_line_and_what_is_allowed(old, new, line, message):
+    with pytest.raises(ConfigError) as raised:
+        parse_config(GOOD.replace(old, new, 1), "run.yaml")
+    first = str(raised.value).splitlines()[0]
+    assert first.startswith(f"run.yaml:{line}: ")
+    assert message in first
+
+
+def test_unknown_policies_and_settings_show_before_a_model_is_loaded():
+    for policy in ("flowcutt", {"policy": "flowcut", "settings": {"compatt": "official"}}):
+        config = parse_config(yaml.safe_dump(yaml.safe_load(GOOD) | {"policies": [policy]}), "run.yaml")
+        with pytest.raises(PolicyError, match="Did you mean"):
+            list(settings(config, config.models[0]))
+
+
+def test_a_file_of_something_else_is_an_error(tmp_path):
+    for text, message in (("- a", "has to hold keys"), ("", "has to hold keys")):
+        (tmp_path / "run.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_config(tmp_path / "missing.yaml")
+
+
+def test_budgets_of_a_policy_replace_those_of_the_run():
+    text = GOOD.replace("[0.25]", "[0.5, 0.25]\ntokens: [32]").replace(
+        "- flowcut",
+        "- none\n  - flowcut\n  - vhr\n  - {policy: random, tokens: [8]}\n  - {policy: fastv, ratios: []}",
+    )
+    config = parse_config(text, "run.yaml")
+    found = [(entry.name, budget) for entry, budget in settings(config, config.models[0])]
+    assert found == [
+        ("none", {}),
+        ("flowcut", {"tokens": 32}),
+        ("flowcut", {"ratio": 0.5}),
+        ("flowcut", {"ratio": 0.25}),
+        ("vhr", {}),
+        ("random", {"tokens": 8}),
+        ("fastv", {}),
+    ]
