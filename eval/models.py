@@ -12,7 +12,7 @@ MODELS = ("tiny-llava", "tiny-internvl", "tiny-llava-halluc")
 """Names that `load_model` takes."""
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
-"""Folder with one complete `save_pretrained` folder per model."""
+"""Folder with one complete `save_pretrained` folder per model, good for transformers and vLLM."""
 
 
 def model_path(name: str) -> Path:
@@ -30,7 +30,8 @@ def model_path(name: str) -> Path:
 
 def exit_gates(name: str) -> Path:
     """File of the DyVTE exit gates trained for a shipped model: ``prune(model, "dyvte", gates=exit_gates(name))``."""
-    return model_path(name) / "exit_gates.safetensors"
+    # not in the model's own folder: vLLM loads every safetensors file that it finds there
+    return model_path(name).parent / "exit-gates" / f"{name}.safetensors"
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:

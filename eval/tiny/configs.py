@@ -117,6 +117,9 @@ def build_internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
         head_dim=32,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
+        # vLLM's Qwen2 derives the head size from the width, and its Llama reads it: the same network with these biases
+        architectures=["LlamaForCausalLM"],
+        qkv_bias=True,
         **_ids(tokenizer),
     )
     per_tile = (SIDE // PATCH // 2) ** 2

@@ -1,0 +1,45 @@
+"""The policies inside vLLM, as a plug-in that needs no patch of it: see ``docs/serving.md``.
+
+Installed, it is found by the entry point ``vllm.general_plugins`` and acts where an engine is started with
+``hf_overrides={"vlm_prune": {"policy": "flowcut", "tokens": 64}}``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UnsupportedModelError
+from .client import image_embeds
+from .plan import FAMILIES, KEY
+
+__all__ = ["image_embeds", "register"]
+
+CLASSES = {
+    "InternVLForConditionalGeneration": "vlm_prune.serving.models:PrunedInternVL",
+    "LlavaForConditionalGeneration": "vlm_prune.serving.models:PrunedLlava",
+}
+"""Architectures that vLLM finds in a checkpoint, and the classes that take their place."""
+
+
+def register() -> None:
+    """Make the classes known to vLLM. Called by it in each of its processes."""
+    from vllm import ModelRegistry
+
+    for architecture, entry in CLASSES.items():
+        ModelRegistry.register_model(architecture, entry)
+    if getattr(ModelRegistry.inspect_model_cls, "vlm_prune", False):
+        return
+    stock = ModelRegistry.inspect_model_cls
+
+    def inspect_model_cls(architectures: Any, model_config: Any) -> Any:
+        """Refuse to serve unpruned what was asked to be pruned."""
+        info, architecture = stock(architectures, model_config)
+        if architecture not in CLASSES and getattr(model_config.hf_config, KEY, None) is not None:
+            raise UnsupportedModelError(
+                f'hf_overrides has "{KEY}", but vlm_prune cannot prune {architecture} in vLLM. It knows models of type '
+                f"{', '.join(sorted(FAMILIES))}, in vLLM's own implementation (not model_impl=\"transformers\")."
+            )
+        return info, architecture
+
+    inspect_model_cls.vlm_prune = True  # type: ignore[attr-defined]
+    ModelRegistry.inspect_model_cls = inspect_model_cls  # type: ignore[method-assign]

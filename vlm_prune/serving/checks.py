@@ -1,0 +1,41 @@
+"""What a pruning engine is refused for when it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedModelError
+from .plan import KEY
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise if hooks on the vision tower would be bypassed, or a setting would do nothing."""
+    compilation = vllm_config.compilation_config
+    for option in ("compile_mm_encoder", "cudagraph_mm_encoder"):
+        if getattr(compilation, option, False):
+            raise UnsupportedModelError(
+                f"{option}=True: a compiled or captured vision tower runs no hooks, so nothing would be pruned. Leave it "
+                "out; the language model may be compiled."
+            )
+    options = vllm_config.model_config.multimodal_config.mm_processor_kwargs or {}
+    if KEY in options:
+        raise UnsupportedModelError(
+            f'mm_processor_kwargs={{"{KEY}": ...}} of the engine: its budget belongs into hf_overrides, as in '
+            f'hf_overrides={{"{KEY}": {{"policy": "flowcut", "tokens": 64}}}}; single requests may bring their own.'
+        )
+
+
+def check_ranks_agree(dropped: torch.Tensor, ranks: int) -> None:
+    """Raise if tensor-parallel ranks dropped different tokens, bool ``(tiles, tokens)``: answers would be wrong."""
+    if ranks == 1:
+        return
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    votes = tensor_model_parallel_all_reduce(dropped.float().contiguous())
+    if bool(((votes != 0) & (votes != ranks)).any()):
+        raise RuntimeError(
+            f"The {ranks} tensor-parallel ranks chose different visual tokens for one image, so their answers would be "
+            "wrong. Start with tensor_parallel_size=1, or mm_encoder_tp_mode=\"data\", and please report it."
+        )

@@ -1,0 +1,177 @@
+"""What an engine is asked to prune, read from its model config and checked before anything is loaded.
+
+A budget is a pure function of the configuration, the request and the number of tiles: vLLM lays out the prompt, its
+positions and its cache before the vision tower has seen a pixel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..adapters.base import feature_layer, square
+from ..budget import Budget
+from ..errors import BudgetError, PolicyError, UnsupportedModelError
+from ..policies.base import Policy
+from ..registry import did_you_mean, make_policies
+
+KEY = "vlm_prune"
+"""Of ``hf_overrides``, which says how an engine prunes, and of ``mm_processor_kwargs``, a request's own budget."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What the tower makes of one tile before pruning.
+
+    Attributes:
+        units: rows and columns of visual tokens.
+        extra: CLS rows handed to the language model beside them.
+        feature_layer: 0-based number of the tower layer whose output is consumed.
+        tile: what a tile is to the user.
+    """
+
+    units: tuple[int, int]
+    extra: int
+    feature_layer: int
+    tile: str
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of one tile."""
+        return self.units[0] * self.units[1] + self.extra
+
+
+def llava_tiles(config: Any) -> Tiles:
+    """Of a ``LlavaConfig`` with a CLIP tower."""
+    vision = config.vision_config
+    if vision.model_type != "clip_vision_model":
+        raise ValueError(f"a {vision.model_type!r} tower, where only CLIP's (clip_vision_model) is known")
+    side = vision.image_size // vision.patch_size
+    layer = feature_layer(config.vision_feature_layer, vision.num_hidden_layers, "llava")
+    return Tiles((side, side), int(config.vision_feature_select_strategy == "full"), layer, "image")
+
+
+def internvl_tiles(config: Any) -> Tiles:
+    """Of an ``InternVLConfig``."""
+    vision, merge = config.vision_config, round(1 / config.downsample_ratio)
+    if config.vision_feature_layer not in (-1, vision.num_hidden_layers):
+        raise ValueError(
+            f"vision_feature_layer={config.vision_feature_layer}, where vLLM always takes the last one"
+        )
+    (height, width), (patch_height, patch_width) = square(vision.image_size), square(vision.patch_size)
+    grid = height // patch_height // merge, width // patch_width // merge
+    return Tiles(grid, 0, vision.num_hidden_layers - 1, "tile")
+
+
+FAMILIES = {"internvl": internvl_tiles, "llava": llava_tiles}
+"""``config.model_type`` of what can be pruned in vLLM, and the function that reads its geometry."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The policy of an engine, and how many tokens of each tile it keeps if a request does not say."""
+
+    policy: Policy
+    budget: Budget
+    tiles: Tiles
+
+    def tokens(self, request: Any = None) -> int:
+        """Visual tokens that stay of each tile, for a request with ``mm_processor_kwargs={"vlm_prune": request}``.
+
+        Raises:
+            BudgetError: ``request`` is no budget, or one that cannot be had.
+        """
+        budget = self.budget
+        if request is not None:
+            if not isinstance(request, Mapping) or len(request) != 1 or not request.keys() <= {"tokens", "ratio"}:
+                raise BudgetError(
+                    f'mm_processor_kwargs={{"{KEY}": {request!r}}}: a request sets its own budget by {{"tokens": 64}} '
+                    'or {"ratio": 0.25}; the policy and its settings belong to the engine.'
+                )
+            budget = self._checked(request.get("tokens"), request.get("ratio"), 1.0, self.tiles)
+        return budget.units(self.tiles.tokens - self.tiles.extra) + self.tiles.extra
+
+    def identity(self, tokens: int) -> str:
+        """All that decides which tokens of an image stay: what caches have to tell apart beside its pixels."""
+        kind = type(self.policy)
+        return json.dumps(
+            [f"{kind.__module__}.{kind.__qualname__}", asdict(self.policy), tokens], sort_keys=True, default=repr
+        )
+
+    @staticmethod
+    def _checked(tokens: Any, ratio: Any, default: float, tiles: Tiles) -> Budget:
+        return Budget.checked(tokens, ratio, default, tiles.tokens - tiles.extra, tiles.tile, tiles.extra)
+
+    @classmethod
+    def of(cls, config: Any) -> Plan | None:
+        """The plan of an engine for a model with this ``config``; ``None`` if it is not asked to prune.
+
+        Raises:
+            PolicyError: what is given is no policy, or one that vLLM has no place for.
+            BudgetError: the budget cannot be had.
+            UnsupportedModelError: the model's family cannot be pruned in vLLM.
+        """
+        given = getattr(config, KEY, None)
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            raise PolicyError(
+                f'hf_overrides={{"{KEY}": {given!r}}}: a dictionary such as {{"policy": "flowcut", "tokens": 64}} is needed.'
+            )
+        settings = dict(given)
+        name, tokens, ratio = (settings.pop(key, None) for key in ("policy", "tokens", "ratio"))
+        if not isinstance(name, str):
+            raise PolicyError(f'hf_overrides={{"{KEY}": {given!r}}}: "policy" has to name one, such as "flowcut".')
+        policies = make_policies(name, settings)
+        for policy in policies:
+            check_served(policy)
+        tiles = tiles_of(config)
+        budget = cls._checked(tokens, ratio, policies[0].default_ratio, tiles)
+        try:
+            policies[0].tower_layers(tiles.feature_layer)
+        except ValueError as error:
+            raise PolicyError(f"{name} on {config.model_type}: {error}") from error
+        return cls(policies[0], budget, tiles)
+
+
+def tiles_of(config: Any) -> Tiles:
+    """The geometry of a model that can be pruned in vLLM."""
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"vlm_prune cannot prune a model of type {str(kind)!r} in vLLM. {did_you_mean(str(kind), FAMILIES)} Other "
+            "families can be pruned by their Hugging Face model, and its embeddings sent: see "
+            "vlm_prune.serving.image_embeds."
+        )
+    try:
+        return FAMILIES[kind](config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"vlm_prune cannot prune this {kind} model in vLLM: {error}.") from error
+
+
+def check_served(policy: Policy) -> None:
+    """Raise if vLLM has no place for a policy, and say which one it lacks."""
+    others = [stage for stage in policy.stages if stage != "encode"]
+    if others:
+        reason = {
+            "prefill": "vLLM's layers share one block table and the positions that were fixed at scheduling, so no layer "
+            "can hold fewer tokens than another",
+            "decode": "vLLM's layers share one block table, so a layer cannot lose keys on its own",
+            "modulate": "vLLM's attention kernels show no head outputs or probabilities to edit",
+        }[others[0]]
+        raise PolicyError(
+            f'policy="{policy.name}" acts in the {others[0]} stage, inside the language model: {reason}. Choose a policy '
+            "that acts in the encode stage alone, such as flowcut, visionzip, agilepruner or divprune."
+        )
+    if type(policy).tower_grid is not Policy.tower_grid:
+        raise PolicyError(
+            f'policy="{policy.name}" shows the tower a smaller image, which vLLM\'s towers do not take, and keeps as many '
+            "tokens as come out even. Send smaller images, or choose pool, which averages tokens to any budget."
+        )
+    if policy.positions != "compact":
+        raise PolicyError(
+            f'policy="{policy.name}" with positions={policy.positions!r}: vLLM numbers the tokens of a prompt without '
+            'gaps. Use positions="compact".'
+        )

@@ -1,0 +1,111 @@
+"""The front end's half: how many placeholders an image takes, and what tells cached images apart.
+
+`Pruning` goes in front of a stock multi-modal processor class of vLLM. It knows no model: the stock class lays out an
+image, and the placeholders beyond the budget are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from ..errors import UnsupportedCallError
+from .plan import KEY, Plan
+
+FIELD = "vlm_prune_tokens"
+"""Of an image's processed inputs: int64, the visual tokens that stay of each of its tiles."""
+
+
+def shorten(content: Any, dense: int, tokens: int) -> PromptUpdateDetails:
+    """What stands for an image in the prompt once ``tokens`` of each ``dense`` visual tokens are left.
+
+    Tokens that are no placeholders, such as ``<img>`` and ``</img>``, stay.
+    """
+    if not isinstance(content, PromptUpdateDetails):
+        content = PromptUpdateDetails.from_seq(list(content))
+    full: list[int] = list(content.full)
+    embeds = [True] * len(full) if content.is_embed is None else content.is_embed(full).tolist()
+    tiles, rest = divmod(sum(embeds), dense)
+    if rest or not tiles:
+        raise UnsupportedCallError(
+            f"An image takes {sum(embeds)} placeholders, which are no tiles of {dense}: this model's processor lays images "
+            "out in a way that vlm_prune does not know."
+        )
+    left, kept = tiles * tokens, []
+    for token, is_embed in zip(full, embeds, strict=True):
+        left -= is_embed
+        if not is_embed or left >= 0:
+            kept.append(token)
+    return replace(content, full=kept)
+
+
+def shortened(content: Any, dense: int, tokens: int, number: int) -> PromptUpdateDetails:
+    """`shorten` the replacement of image ``number``, which stock code gives as a value or as a function."""
+    return shorten(content(number) if callable(content) else content, dense, tokens)
+
+
+class Pruning:
+    """Mix-in for a multi-modal processor whose engine prunes; stock for one that does not."""
+
+    info: Any
+
+    @property
+    def plan(self) -> Plan | None:
+        """The engine's plan."""
+        if "_plan" not in self.__dict__:
+            self._plan = Plan.of(self.info.get_hf_config())
+        return self._plan
+
+    def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+        """A request's options for stock code, and the tokens that stay of each of its tiles."""
+        stock = {name: value for name, value in kwargs.items() if name != KEY}
+        if self.plan is None:
+            if KEY in kwargs:
+                raise UnsupportedCallError(
+                    f'mm_processor_kwargs has "{KEY}", but this engine does not prune: start it with '
+                    f'hf_overrides={{"{KEY}": {{"policy": "flowcut", "tokens": 64}}}}.'
+                )
+            return stock, None
+        return stock, self.plan.tokens(kwargs.get(KEY))
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        stock, tokens = self._split(inputs.hf_processor_mm_kwargs)
+        if self.plan is not None and tokens is not None:
+            stock[KEY] = self.plan.identity(tokens)
+        return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=stock))  # type: ignore[misc]
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        stock, tokens = self._split(hf_kwargs)
+        processed = super()._apply_hf_processor_main(mm_items, stock)  # type: ignore[misc]
+        if tokens is not None and "pixel_values" in processed:
+            processed[FIELD] = torch.full((mm_items.get_all_counts()["image"],), tokens)
+        return processed
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
+        stock, _ = self._split(hf_processor_mm_kwargs)
+        fields = dict(super()._get_mm_fields_config(hf_inputs, stock))  # type: ignore[misc]
+        if FIELD in hf_inputs:
+            fields[FIELD] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        stock, tokens = self._split(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, stock, out_mm_kwargs)  # type: ignore[misc]
+        # images that come as embeddings lack the field: the client has decided
+        if tokens is None or self.plan is None or not any(FIELD in item for item in out_mm_kwargs.get("image", ())):
+            return updates
+        dense = self.plan.tiles.tokens
+        return [
+            replace(update, replacement=partial(shortened, update.replacement, dense, tokens))
+            if update.modality == "image"
+            else update
+            for update in updates
+        ]

@@ -1,0 +1,56 @@
+"""Where the parts of vLLM's models are: what `vlm_prune.adapters` is for those of transformers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..adapters.base import Tower, square
+from .plan import Tiles
+
+
+class Parts(NamedTuple):
+    """The modules of a vLLM model that pruning touches, see `encoder.ServedEncoder`."""
+
+    tower: Tower
+    stack: nn.Module
+    projector: nn.Module
+    heads: int
+
+
+def llava_parts(model: Any, tiles: Tiles) -> Parts:
+    """Of vLLM's ``LlavaForConditionalGeneration``, whose CLIP tower ends at the consumed layer."""
+    vision, stack = model.config.vision_config, model.vision_tower.vision_model.encoder
+    patch, layers = vision.patch_size, list(stack.layers)
+    tower = Tower(
+        module=model.vision_tower,
+        layers=layers,
+        attentions=[layer.self_attn.attn for layer in layers],
+        patch_grid=lambda height, width: (height // patch, width // patch),
+        image_size=square(vision.image_size),
+        feature_layer=tiles.feature_layer,
+        has_cls=True,
+        keeps_cls=bool(tiles.extra),
+        merge=1,
+    )
+    return Parts(tower, stack, model.multi_modal_projector, vision.num_attention_heads)
+
+
+def internvl_parts(model: Any, tiles: Tiles) -> Parts:
+    """Of vLLM's ``InternS1ForConditionalGeneration``, which runs InternVL checkpoints in Hugging Face's format."""
+    vision, stack = model.config.vision_config, model.vision_tower.encoder
+    patch_height, patch_width = square(vision.patch_size)
+    layers = list(stack.layer)
+    tower = Tower(
+        module=model.vision_tower,
+        layers=layers,
+        attentions=[layer.attention.attn for layer in layers],
+        patch_grid=lambda height, width: (height // patch_height, width // patch_width),
+        image_size=square(vision.image_size),
+        feature_layer=tiles.feature_layer,
+        has_cls=True,
+        keeps_cls=False,
+        merge=round(1 / model.config.downsample_ratio),
+    )
+    return Parts(tower, stack, model.multi_modal_projector, vision.num_attention_heads)
