@@ -108,7 +108,7 @@ def test_oracle_does_the_same_work():
 
 
 def test_cli_imports_no_evaluation():
-    heavy = "('vlm_prune.eval', 'matplotlib')"
+    heavy = "('vlm_prune.eval', 'vlm_prune.serving', 'matplotlib', 'vllm')"
     code = f"import sys, vlm_prune.cli; print([m for m in sys.modules if m.startswith({heavy})])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

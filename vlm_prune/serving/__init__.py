@@ -37,9 +37,9 @@ def register() -> None:
         if architecture not in CLASSES and getattr(model_config.hf_config, KEY, None) is not None:
             raise UnsupportedModelError(
                 f'hf_overrides has "{KEY}", but vlm_prune cannot prune {architecture} in vLLM. It knows models of type '
-                f"{', '.join(sorted(FAMILIES))}, in vLLM's own implementation (not model_impl=\"transformers\")."
+                f'{", ".join(sorted(FAMILIES))}, in vLLM\'s own implementation (not model_impl="transformers").'
             )
         return info, architecture
 
     inspect_model_cls.vlm_prune = True  # type: ignore[attr-defined]
-    ModelRegistry.inspect_model_cls = inspect_model_cls  # type: ignore[method-assign]
+    ModelRegistry.inspect_model_cls = inspect_model_cls

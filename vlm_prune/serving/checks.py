@@ -16,8 +16,8 @@ def check_engine(vllm_config: Any) -> None:
     for option in ("compile_mm_encoder", "cudagraph_mm_encoder"):
         if getattr(compilation, option, False):
             raise UnsupportedModelError(
-                f"{option}=True: a compiled or captured vision tower runs no hooks, so nothing would be pruned. Leave it "
-                "out; the language model may be compiled."
+                f"{option}=True: a compiled or captured vision tower runs no hooks, so nothing would be pruned. "
+                "Leave it out; the language model may be compiled."
             )
     options = vllm_config.model_config.multimodal_config.mm_processor_kwargs or {}
     if KEY in options:
@@ -37,5 +37,5 @@ def check_ranks_agree(dropped: torch.Tensor, ranks: int) -> None:
     if bool(((votes != 0) & (votes != ranks)).any()):
         raise RuntimeError(
             f"The {ranks} tensor-parallel ranks chose different visual tokens for one image, so their answers would be "
-            "wrong. Start with tensor_parallel_size=1, or mm_encoder_tp_mode=\"data\", and please report it."
+            'wrong. Start with tensor_parallel_size=1, or mm_encoder_tp_mode="data", and please report it.'
         )

@@ -1,4 +1,4 @@
-"""Pruning in front of the engine: embeddings made by a pruned Hugging Face model, for policies vLLM has no place for."""
+"""Pruning in front of the engine: embeddings made by a pruned Hugging Face model, where vLLM itself cannot prune."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def image_embeds(model: Any, processor: Any, images: list[Any]) -> list[torch.Te
             )
     embeds = []
     for image in images:
-        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(
+            model.device, model.dtype
+        )
         features = model.get_image_features(pixel_values=pixels).pooler_output
         rows = torch.cat([*features]) if isinstance(features, list | tuple) else features.flatten(0, 1)
         embeds.append(rows[~stream.find_holes(rows[None])[0]])

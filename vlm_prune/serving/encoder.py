@@ -1,14 +1,13 @@
 """The encode stage inside a vLLM model: the engine's `Encoder`, fed by vLLM's modules.
 
-Policies see the same views, and the same code cuts, as in a pruned Hugging Face model. What differs is where queries and
-keys are read, that a tower returns a tensor, and that the kept rows leave without holes.
+Policies see the same views, and the same code cuts, as in a pruned Hugging Face model. What differs is where queries
+and keys are read, that a tower returns a tensor, and that the kept rows leave without holes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 from torch import nn
 
 from .. import stream
-from ..adapters.base import Tower
 from ..budget import Budget
 from ..errors import UnsupportedCallError
 from ..policies.base import Policy
 from ..tower import Encoder
+from .towers import Parts
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Joins the last dimension of a tensor over the tensor-parallel ranks."""
@@ -41,30 +40,25 @@ class ServedEncoder(Encoder):
     """Encoder hooks on the modules of a vLLM model.
 
     Args:
-        tower: vLLM's modules; ``attentions`` are its encoder attention modules, called with query, key and value
-            ``(tiles, tokens, heads * head size)``.
-        stack: the module that runs the tower's layers and returns their last hidden states.
-        projector: as in `adapters.base.Anatomy`.
-        heads: of a tower layer, over all tensor-parallel ranks.
-        gather: used where a rank holds a share of the heads.
+        parts: where they are.
+        gather: used where a tensor-parallel rank holds a share of the heads.
         policy: of the encode stage.
     """
 
-    def __init__(
-        self, tower: Tower, stack: nn.Module, projector: nn.Module, heads: int, gather: Gather, policy: Policy
-    ):
-        super().__init__(tower, projector, [policy], Budget(ratio=1.0), _NoReceipt())
-        self.heads, self.gather = heads, gather
+    def __init__(self, parts: Parts, gather: Gather, policy: Policy):
+        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), _NoReceipt())
+        self.heads, self.gather = parts.heads, gather
+        tower = parts.tower
         self.active = False
         handles: list[Any] = []
         handles.append(tower.module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
-        handles.append(stack.register_forward_hook(self.leave_stack, always_call=True))
+        handles.append(parts.stack.register_forward_hook(self.leave_stack, always_call=True))
         for number, layer in enumerate(tower.layers):
             handles.append(layer.register_forward_hook(partial(self.leave_layer, number)))
         for number in range(min(self.asked, default=len(tower.layers)), len(tower.layers)):
             self._watch(tower.attentions[number], number)
-        handles.append(projector.register_forward_pre_hook(self.enter_projector))
-        handles.append(projector.register_forward_hook(self.leave_projector, always_call=True))
+        handles.append(parts.projector.register_forward_pre_hook(self.enter_projector))
+        handles.append(parts.projector.register_forward_hook(self.leave_projector, always_call=True))
 
     @contextmanager
     def keeping(self, units: int) -> Iterator[None]:
@@ -91,21 +85,22 @@ class ServedEncoder(Encoder):
         """Show what an attention module computes with to `see_attention`, and let ragged tiles mask their fill."""
         stock = attention.forward
 
-        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **kwargs: Any) -> Any:
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **kwargs: Any
+        ) -> Any:
             if not self.active:
                 return stock(query, key, value, *more, **kwargs)
-            size = attention.head_size
-            local = [x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (query, key, value)]
-            shown = local
-            if number in self.asked and local[0].shape[1] < self.heads:
+            states = torch.stack([query, key, value])
+            own = states.unflatten(-1, (-1, attention.head_size)).transpose(2, 3)
+            seen = own
+            if number in self.asked and own.shape[2] < self.heads:
                 # every rank needs the scores of all heads: they have to agree on which tokens stay
-                whole = self.gather(torch.stack([query, key, value]))
-                shown = list(whole.unflatten(-1, (-1, size)).transpose(2, 3).unbind(0))
-            live = self.see_attention(number, *shown, attention.scale)
+                seen = self.gather(states).unflatten(-1, (-1, attention.head_size)).transpose(2, 3)
+            live = self.see_attention(number, seen[0], seen[1], seen[2], attention.scale)
             if live is None:
                 return stock(query, key, value, *more, **kwargs)
             output = nn.functional.scaled_dot_product_attention(
-                *local, attn_mask=live[:, None, None], scale=attention.scale
+                own[0], own[1], own[2], attn_mask=live[:, None, None], scale=attention.scale
             )
             return output.transpose(1, 2).flatten(2)
 
@@ -122,8 +117,8 @@ def live_rows(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
     counts = set(live.sum(-1).tolist())
     if counts != {tokens}:
         raise UnsupportedCallError(
-            f"The policy kept {sorted(counts)} tokens of the tiles of a batch where the prompt has room for {tokens} each. "
-            "In vLLM a policy has to keep exactly its budget; let the Hugging Face model decide instead and send its "
-            "embeddings (vlm_prune.serving.image_embeds). If tokens became NaN, load the model in bfloat16."
+            f"The policy kept {sorted(counts)} tokens of the tiles of a batch where the prompt has room for {tokens} "
+            "each. In vLLM a policy has to keep exactly its budget; let the Hugging Face model decide instead and send "
+            "its embeddings (vlm_prune.serving.image_embeds). If tokens became NaN, load the model in bfloat16."
         )
     return stream.compact(embeds, stream.live_order(live, tokens))

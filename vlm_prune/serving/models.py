@@ -1,9 +1,8 @@
-"""vLLM's model classes, with pruning where an engine asks for it. Without ``hf_overrides`` they are the stock classes."""
+"""vLLM's model classes, with pruning where an engine asks for it; stock classes where none does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +36,7 @@ class Pruned:
         check_engine(vllm_config)
         parts = type(self).parts(self, plan.tiles)
         self.plan = plan
-        self.encoder = ServedEncoder(*parts, gather=_gather, policy=plan.policy)
+        self.encoder = ServedEncoder(parts, _gather, plan.policy)
         # no more images at once than an unpruned engine would encode, for whose towers memory is set aside
         self.at_once = max(1, vllm_config.scheduler_config.max_num_encoder_input_tokens // plan.tiles.tokens)
 
@@ -53,13 +52,15 @@ class Pruned:
         for budget in dict.fromkeys(budgets):
             numbers = [number for number, other in enumerate(budgets) if other == budget]
             for some in self.batches(numbers, **kwargs):
-                for number, embeds in zip(some, self._encode(budget, some, kwargs), strict=True):
+                for number, embeds in zip(some, self._encode(self.plan, budget, some, kwargs), strict=True):
                     found[number] = embeds
         return found
 
-    def _encode(self, budget: int, numbers: list[int], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def _encode(
+        self, plan: Plan, budget: int, numbers: list[int], kwargs: Mapping[str, Any]
+    ) -> list[torch.Tensor]:
         pixels, tiles = self.pixels(numbers, **kwargs)
-        with self.encoder.keeping(budget):
+        with self.encoder.keeping(plan.units(budget)):
             rows = live_rows(self.features(pixels), budget)
         return [image.flatten(0, 1) for image in rows.split(tiles)]
 
@@ -79,7 +80,7 @@ class Pruned:
 
     def batches(self, numbers: list[int], **kwargs: Any) -> list[list[int]]:
         """Images divided into batches of `at_once` tiles or one image."""
-        counts, found = self.tile_counts(**kwargs), [[]]
+        counts, found = self.tile_counts(**kwargs), list[list[int]]([[]])
         for number in numbers:
             if found[-1] and sum(counts[other] for other in found[-1]) + counts[number] > self.at_once:
                 found.append([])
@@ -107,7 +108,7 @@ class Pruned:
         weight = next(self.encoder.projector.parameters())
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, 3, *self.encoder.tower.image_size, generator=generator)
-        with self.encoder.keeping(plan.tokens()):
+        with self.encoder.keeping(plan.units(plan.tokens())):
             features = self.features(noise.to(weight))
         live_rows(features, plan.tokens())
         check_ranks_agree(features.isnan()[..., 0], get_tensor_model_parallel_world_size())

@@ -85,7 +85,11 @@ class Plan:
         """
         budget = self.budget
         if request is not None:
-            if not isinstance(request, Mapping) or len(request) != 1 or not request.keys() <= {"tokens", "ratio"}:
+            if (
+                not isinstance(request, Mapping)
+                or len(request) != 1
+                or not request.keys() <= {"tokens", "ratio"}
+            ):
                 raise BudgetError(
                     f'mm_processor_kwargs={{"{KEY}": {request!r}}}: a request sets its own budget by {{"tokens": 64}} '
                     'or {"ratio": 0.25}; the policy and its settings belong to the engine.'
@@ -93,11 +97,17 @@ class Plan:
             budget = self._checked(request.get("tokens"), request.get("ratio"), 1.0, self.tiles)
         return budget.units(self.tiles.tokens - self.tiles.extra) + self.tiles.extra
 
+    def units(self, tokens: int) -> int:
+        """Units that the tower keeps for ``tokens``, which count CLS where the model hands it on."""
+        return tokens - self.tiles.extra
+
     def identity(self, tokens: int) -> str:
         """All that decides which tokens of an image stay: what caches have to tell apart beside its pixels."""
         kind = type(self.policy)
         return json.dumps(
-            [f"{kind.__module__}.{kind.__qualname__}", asdict(self.policy), tokens], sort_keys=True, default=repr
+            [f"{kind.__module__}.{kind.__qualname__}", asdict(self.policy), tokens],
+            sort_keys=True,
+            default=repr,
         )
 
     @staticmethod
@@ -118,12 +128,15 @@ class Plan:
             return None
         if not isinstance(given, Mapping):
             raise PolicyError(
-                f'hf_overrides={{"{KEY}": {given!r}}}: a dictionary such as {{"policy": "flowcut", "tokens": 64}} is needed.'
+                f'hf_overrides={{"{KEY}": {given!r}}}: a dictionary such as {{"policy": "flowcut", "tokens": 64}} is '
+                "needed."
             )
         settings = dict(given)
         name, tokens, ratio = (settings.pop(key, None) for key in ("policy", "tokens", "ratio"))
         if not isinstance(name, str):
-            raise PolicyError(f'hf_overrides={{"{KEY}": {given!r}}}: "policy" has to name one, such as "flowcut".')
+            raise PolicyError(
+                f'hf_overrides={{"{KEY}": {given!r}}}: "policy" has to name one, such as "flowcut".'
+            )
         policies = make_policies(name, settings)
         for policy in policies:
             check_served(policy)
@@ -156,19 +169,19 @@ def check_served(policy: Policy) -> None:
     others = [stage for stage in policy.stages if stage != "encode"]
     if others:
         reason = {
-            "prefill": "vLLM's layers share one block table and the positions that were fixed at scheduling, so no layer "
-            "can hold fewer tokens than another",
+            "prefill": "vLLM's layers share one block table and the positions that were fixed at scheduling, so no "
+            "layer can hold fewer tokens than another",
             "decode": "vLLM's layers share one block table, so a layer cannot lose keys on its own",
             "modulate": "vLLM's attention kernels show no head outputs or probabilities to edit",
         }[others[0]]
         raise PolicyError(
-            f'policy="{policy.name}" acts in the {others[0]} stage, inside the language model: {reason}. Choose a policy '
-            "that acts in the encode stage alone, such as flowcut, visionzip, agilepruner or divprune."
+            f'policy="{policy.name}" acts in the {others[0]} stage, inside the language model: {reason}. Choose a '
+            "policy that acts in the encode stage alone, such as flowcut, visionzip, agilepruner or divprune."
         )
     if type(policy).tower_grid is not Policy.tower_grid:
         raise PolicyError(
-            f'policy="{policy.name}" shows the tower a smaller image, which vLLM\'s towers do not take, and keeps as many '
-            "tokens as come out even. Send smaller images, or choose pool, which averages tokens to any budget."
+            f'policy="{policy.name}" shows the tower a smaller image, which vLLM\'s towers do not take, and keeps as '
+            "many tokens as come out even. Send smaller images, or choose pool, which averages tokens to any budget."
         )
     if policy.positions != "compact":
         raise PolicyError(

@@ -34,8 +34,8 @@ def shorten(content: Any, dense: int, tokens: int) -> PromptUpdateDetails:
     tiles, rest = divmod(sum(embeds), dense)
     if rest or not tiles:
         raise UnsupportedCallError(
-            f"An image takes {sum(embeds)} placeholders, which are no tiles of {dense}: this model's processor lays images "
-            "out in a way that vlm_prune does not know."
+            f"An image takes {sum(embeds)} placeholders, which are no tiles of {dense}: this model's processor lays "
+            "images out in a way that vlm_prune does not know."
         )
     left, kept = tiles * tokens, []
     for token, is_embed in zip(full, embeds, strict=True):
@@ -100,7 +100,11 @@ class Pruning:
         stock, tokens = self._split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, stock, out_mm_kwargs)  # type: ignore[misc]
         # images that come as embeddings lack the field: the client has decided
-        if tokens is None or self.plan is None or not any(FIELD in item for item in out_mm_kwargs.get("image", ())):
+        if (
+            tokens is None
+            or self.plan is None
+            or not any(FIELD in item for item in out_mm_kwargs.get("image", ()))
+        ):
             return updates
         dense = self.plan.tiles.tokens
         return [

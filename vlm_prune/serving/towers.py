@@ -11,7 +11,15 @@ from .plan import Tiles
 
 
 class Parts(NamedTuple):
-    """The modules of a vLLM model that pruning touches, see `encoder.ServedEncoder`."""
+    """The modules of a vLLM model that pruning touches.
+
+    Attributes:
+        tower: its ``attentions`` are vLLM's encoder attention modules, called with query, key and value
+            ``(tiles, tokens, heads * head size)``.
+        stack: runs the tower's layers and returns their last hidden states, CLS in front.
+        projector: takes the tower's features ``(tiles, units, channels)``.
+        heads: of a tower layer, over all tensor-parallel ranks.
+    """
 
     tower: Tower
     stack: nn.Module

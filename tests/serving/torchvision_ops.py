@@ -1,7 +1,7 @@
 """Lets torchvision be imported beside a torch that its compiled part was not built for.
 
-`prepare.py` copies this file into the environment, with a ``.pth`` file that runs it at start. torchvision's Python code
-asks for two operators when it is imported; they are declared, never implemented: image transforms do not use them.
+`prepare.py` copies this file into the environment, with a ``.pth`` file that runs it at start. torchvision's Python
+code asks for two operators when it is imported; they are declared, never implemented: image transforms need neither.
 """
 
 import sys

@@ -27,7 +27,9 @@ def main() -> None:
         (site / "declare_torchvision_ops.pth").write_text("import declare_torchvision_ops\n")
     for module in ("torchvision", "vllm", "vlm_prune"):
         if not imports(module):
-            sys.exit(f"{module} cannot be imported by {sys.executable}: run `{sys.executable} -c 'import {module}'`.")
+            sys.exit(
+                f"{module} cannot be imported by {sys.executable}: run `{sys.executable} -c 'import {module}'`."
+            )
 
 
 if __name__ == "__main__":
