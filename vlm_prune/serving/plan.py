@@ -183,7 +183,7 @@ def check_served(policy: Policy) -> None:
             f'policy="{policy.name}" shows the tower a smaller image, which vLLM\'s towers do not take, and keeps as '
             "many tokens as come out even. Send smaller images, or choose pool, which averages tokens to any budget."
         )
-    if policy.positions != "compact":
+    if policy.positions == "original":
         raise PolicyError(
             f'policy="{policy.name}" with positions={policy.positions!r}: vLLM numbers the tokens of a prompt without '
             'gaps. Use positions="compact".'
