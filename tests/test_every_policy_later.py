@@ -105,23 +105,26 @@ def helper(family):
     return make(family)
 
 
-KNOWN = pytest.mark.xfail(
-    raises=AssertionError, reason="assisted decoding hands in its first drafts as the end of the prompt"
-)
-ASSISTED = [pytest.param(name, marks=KNOWN) for name in ("fastv", "vhr")]
-ASSISTED += [name for name in sorted(TABLE) if TABLE[name].text_blind]
-
-
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("policy", ASSISTED)
+@pytest.mark.parametrize("drafts", ["an-assistant", "prompt-lookup"])
+@alone
 @families
-def test_assisted_decoding_says_the_same(policy, family):
-    model, batch = tiny(family), prompt(family, [(3, -1, 5)])
-    more = {"max_new_tokens": 8, "output_logits": False}
+def test_drafts_say_the_same(policy, family, drafts):
+    """The first call brings drafts along with the image; a policy must not take them for the prompt."""
+    model, batch = tiny(family), prompt(family, [(3, -1, 9)])
+    batch.ids[0, -9:] = torch.tensor([11, 12, 13, 14, 11, 12, 13, 11, 12])  # what repeats can be looked up
+    chosen = (
+        {"assistant_model": helper(family)} if drafts == "an-assistant" else {"prompt_lookup_num_tokens": 3}
+    )
+    more = {"max_new_tokens": 8, "output_logits": False, "output_hidden_states": True}
     with pruned(model, **options(policy)):
         greedy = generate(model, batch.inputs, **more)
-        drafted = generate(model, batch.inputs, assistant_model=helper(family), **more)
+        receipt = model.pruning.receipt
+        drafted = generate(model, batch.inputs, **more, **chosen)
+        assert model.pruning.receipt.kept == receipt.kept
     assert torch.equal(drafted.sequences, greedy.sequences)
+    for ours, theirs in zip(drafted.hidden_states[0], greedy.hidden_states[0], strict=True):
+        torch.testing.assert_close(ours[:, : theirs.shape[1]], theirs, **CLOSE)
 
 
 LATER = {

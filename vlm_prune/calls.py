@@ -124,6 +124,8 @@ class ForwardCall:
         observed: what the current layer's attention computed with.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         probing: True during that pass without the image.
+        drafts: tokens at the end that are an assistant's and not the prompt's.
+        prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
         deepstack: features that stock code adds behind the decoder's first layers.
         owner: whose forward this is; ``outer`` is the call of another model around it.
     """
@@ -142,6 +144,8 @@ class ForwardCall:
     observed: dict[str, Any] = field(default_factory=dict)
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     probing: bool = False
+    drafts: int = 0
+    prompt: Any = None
     deepstack: Deepstack | None = None
     stopwatch: Stopwatch | None = None
     owner: Any = None
@@ -264,6 +268,13 @@ def begin_forward(call: ForwardCall) -> None:
     outer = _forward.get()
     # a forward is never inside another of the same model: that one was interrupted, and Ctrl-C runs no hooks
     call.outer = outer if outer is None or outer.owner is not call.owner else outer.outer
+    _forward.set(call)
+
+
+def next_forward(call: ForwardCall) -> None:
+    """Go on with ``call`` in place of the current one."""
+    if (before := _forward.get()) is not None:
+        call.owner, call.outer = before.owner, before.outer
     _forward.set(call)
 
 

@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache
 
 from . import stream
 from .cache import PrunedLayer, pruned_layers, record_turn, spare_slots
-from .calls import ForwardCall, current_forward, leave_live_rows
+from .calls import ForwardCall, current_forward, leave_live_rows, next_forward
 from .deepstack import Deepstack, shorten
+from .drafts import join, split
 from .layers import DecoderLayers
 from .masks import behind, join_masks, padding_mask, past_mask, slot_mask, slots_of
 from .rows import Rows
@@ -48,13 +49,16 @@ class Decoder:
         embeds, past = kwargs.get("inputs_embeds"), cache_of(kwargs)
         if embeds is None or call.probing:
             return None
+        if call.drafts and call.has_visual_tokens():
+            kwargs, call = self._compute_prompt(call, kwargs)
+            embeds = kwargs["inputs_embeds"]
         continued = pruned_layers(past)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
         holes = call.may_have_holes(embeds)
         inside = embeds.shape[1] > 1 and self.layers is not None and call.has_visual_tokens()
         if not (holes or inside or continued):
-            return None
+            return (args, kwargs) if call.prompt is not None else None
         kwargs = dict(kwargs)
         if not (holes or inside):
             self._continue(call, kwargs, past)
@@ -69,6 +73,17 @@ class Decoder:
         if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
+
+    def _compute_prompt(
+        self, call: ForwardCall, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], ForwardCall]:
+        """Compute the prompt in front of drafts by itself; returns what is left to compute, and its call."""
+        prompt, drafts = split(kwargs, call.drafts)
+        call.image_masks = [mask[:, : -call.drafts] for mask in call.image_masks]
+        call.drafts = 0
+        step = ForwardCall(prompt=self.module(**prompt))
+        next_forward(step)
+        return drafts, step
 
     def _continue(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache) -> None:
         """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
@@ -172,7 +187,7 @@ class Decoder:
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, cache)
             encoded.receipt.trace = call.trace(number)
             encoded.receipt._prefill_ms = call.stopwatch.stop() if call.stopwatch else None
-        return output
+        return output if call.prompt is None else join(call.prompt, output)
 
 
 def _caches(kwargs: dict[str, Any], module: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import weakref
 from typing import Any
@@ -15,6 +16,7 @@ from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
 from .checks import check_forward
 from .config import to_config
+from .drafts import expect_drafts, take_drafts
 from .errors import StateError, UnsupportedCallError
 from .language import Decoder
 from .layers import DecoderLayers, check_decoder
@@ -24,6 +26,7 @@ from .policies.base import Policy
 from .receipt import Receipt
 from .saving import Saver
 from .tower import Encoder
+from .versions import cache_of
 
 
 class Pruning:
@@ -111,6 +114,8 @@ class Pruning:
         # what the user saves is the model, or the PEFT model around it
         self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
         self._handles.append(Loss(self._model))
+        if self._layers is not None:
+            self._handles.append(self._model.register_forward_pre_hook(self._see_drafts, with_kwargs=True))
         self._handles += [
             base.register_forward_pre_hook(self._enter, with_kwargs=True),
             base.register_forward_hook(self._leave, always_call=True),
@@ -159,10 +164,20 @@ class Pruning:
 
     # --- hooks around a forward ---
 
+    def _see_drafts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell a prompt with drafts behind it from others: assisted decoding asks for the logits of each draft."""
+        keep, given = kwargs.get("logits_to_keep"), kwargs.get("mm_encoder_outputs") or {}
+        encoded = any(hasattr(output, RIDE) for output in given.values())
+        if not encoded and "mm_encoder_outputs" not in inspect.signature(module.forward).parameters:
+            encoded = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
+        known = encoded and type(keep) is int and cache_of(kwargs) is not None
+        expect_drafts(max(keep - 1, 0) if known else 0)
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
         call = ForwardCall(owner=self)
         begin_forward(call)
+        call.drafts = take_drafts() if self._layers is not None else 0
         check_forward(self._anatomy, kwargs)
         if self._layers is not None:
             self._layers.check_recompute()
