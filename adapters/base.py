@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..versions import flat_tower
+
+Pack = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+"""From what the projector returns, ``(tiles, units, channels)``, and the row that stands for a newline,
+``(channels,)``, to the rows ``(rows, channels)`` of each image."""
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -20,7 +26,7 @@ class Tower:
         attentions: the attention module of each layer.
         patch_grid: from the pixel height and width to the rows and columns of patches.
         image_size: height and width the processor prepares tiles at.
-        feature_layer: 0-based number of the layer whose output the model consumes.
+        feature_layers: 0-based numbers of the layers whose outputs the model consumes; several are concatenated.
         has_cls: whether token 0 is CLS.
         keeps_cls: whether CLS is handed to the language model too (``vision_feature_select_strategy="full"``).
         merge: side of the square of patches that a pixel shuffle turns into one token (1: no shuffle).
@@ -32,11 +38,16 @@ class Tower:
     attentions: list[nn.Module]
     patch_grid: Callable[[int, int], tuple[int, int]]
     image_size: tuple[int, int]
-    feature_layer: int
+    feature_layers: tuple[int, ...]
     has_cls: bool
     keeps_cls: bool
     merge: int
     resizing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def feature_layer(self) -> int:
+        """The last of `feature_layers`."""
+        return max(self.feature_layers)
 
     def unit_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of language-model tokens that a tile of this size in pixels gives."""
@@ -121,6 +132,34 @@ class PackedTower:
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """How the tiles of one call become rows of the language model, where that takes more than one tile after another.
+
+    Attributes:
+        images: tiles of each image, or frames of each video, in order.
+        pack: the stock model's own code between projector and language model.
+        merge: side of the square of patches that is pooled to one token between tower and projector.
+        frame_grid: rows and columns of tokens of a video's frame behind `pack`; ``None`` for images.
+    """
+
+    images: list[int]
+    pack: Pack
+    merge: int = 1
+    frame_grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class FeatureCall:
+    """A method of a model's base module that turns pixels into features, by way of tower and projector.
+
+    ``arrange`` takes the method's arguments by name and says how it will arrange their tiles.
+    """
+
+    method: str
+    arrange: Callable[[Mapping[str, Any]], Arrangement]
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of a vision-language model that pruning touches.
 
@@ -135,6 +174,7 @@ class Anatomy:
             one than images, it comes last.
         tile: what one row of ``pixel_values`` is to the user ("image", "tile").
         mrope: whether a visual token's position is its place in the image, not in the sequence.
+        features: the methods of ``base`` that arrange tiles; empty where rows are simply one tile after another.
     """
 
     family: str
@@ -146,6 +186,7 @@ class Anatomy:
     image_tokens: tuple[int, ...]
     tile: str
     mrope: bool = False
+    features: tuple[FeatureCall, ...] = ()
 
 
 def square(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -155,11 +196,33 @@ def square(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def feature_layer(setting: int | list[int], layers: int, family: str) -> int:
-    """0-based number of the consumed layer, from ``config.vision_feature_layer`` (an index into hidden states)."""
-    if not isinstance(setting, int):
+def feature_layers(setting: int | list[int] | tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """0-based numbers of the consumed layers, from ``config.vision_feature_layer`` (indices into hidden states)."""
+    settings = (setting,) if isinstance(setting, int) else tuple(setting)
+    return tuple((s if s >= 0 else layers + 1 + s) - 1 for s in settings)
+
+
+CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+"""Towers that the LLaVA families come with, and whether their first token is CLS."""
+
+
+def clip_like_tower(base: Any, config: Any, family: str, keeps_cls: bool) -> Tower:
+    """The CLIP or SigLIP tower of a LLaVA-like model. ``keeps_cls``: it hands on what CLS is, if there is one."""
+    tower, vision = base.vision_tower, config.vision_config
+    if vision.model_type not in CLS:
         raise ValueError(
-            f"{family} with vision_feature_layer={setting!r}: features of several layers are concatenated, and after "
-            "an in-tower cut these layers would hold different tokens. Set config.vision_feature_layer to one layer."
+            f"{family} with a {vision.model_type!r} tower: this adapter knows {' and '.join(CLS)} only."
         )
-    return (setting if setting >= 0 else layers + 1 + setting) - 1
+    patch, layers = vision.patch_size, list(flat_tower(tower).encoder.layers)
+    return Tower(
+        module=tower,
+        layers=layers,
+        attentions=[layer.self_attn for layer in layers],
+        patch_grid=lambda height, width: (height // patch, width // patch),
+        image_size=square(vision.image_size),
+        feature_layers=feature_layers(config.vision_feature_layer, vision.num_hidden_layers),
+        has_cls=CLS[vision.model_type],
+        keeps_cls=keeps_cls and CLS[vision.model_type],
+        merge=1,
+        resizing={"interpolate_pos_encoding": True},
+    )

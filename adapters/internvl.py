@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Anatomy, Tower, feature_layer, square
+from .base import Anatomy, Tower, feature_layers, square
 
 
 def anatomy(model: Any) -> Anatomy:
@@ -26,7 +26,7 @@ def anatomy(model: Any) -> Anatomy:
             attentions=[layer.attention for layer in tower.encoder.layer],
             patch_grid=lambda height, width: (height // patch_height, width // patch_width),
             image_size=square(vision.image_size),
-            feature_layer=feature_layer(config.vision_feature_layer, vision.num_hidden_layers, "internvl"),
+            feature_layers=feature_layers(config.vision_feature_layer, vision.num_hidden_layers),
             has_cls=True,
             keeps_cls=False,
             merge=round(1 / config.downsample_ratio),

@@ -131,6 +131,7 @@ class AgilePruner(Policy):
     name: ClassVar[str] = "agilepruner"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 64 / 576
+    late: ClassVar[bool] = True
     after_projector: ClassVar[bool] = True
 
     erank_avg: float | None = None

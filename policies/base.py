@@ -47,6 +47,36 @@ class Keep:
         index = (~mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
         return cls(index, mask.gather(1, index))
 
+    def sparing(self, spared: list[bool], units: int) -> Keep | None:
+        """The same, but of the rows ``spared`` all of their ``units`` stay; ``None`` if that is all rows."""
+        if not any(spared):
+            return self
+        if all(spared):
+            return None
+        mask = self._mask(units)
+        return Keep.from_mask(mask | torch.tensor(spared, device=mask.device)[:, None], units)
+
+    def among(self, chosen: torch.Tensor, features: torch.Tensor) -> Keep:
+        """As an answer for all rows of ``features`` ``(batch, units, channels)``, where it is one for those ``chosen``.
+
+        Of the others, all units stay.
+        """
+        batch, units, _ = features.shape
+        mask = torch.ones(batch, units, dtype=torch.bool, device=chosen.device)
+        mask[chosen] = self._mask(units)
+        keep = Keep.from_mask(mask, units)
+        if self.rows is None:
+            return keep
+        rows = features.gather(1, keep.index[..., None].expand_as(features))
+        rows[chosen, : self.rows.shape[1]] = self.rows.to(rows.dtype)
+        return replace(keep, rows=rows)
+
+    def _mask(self, units: int) -> torch.Tensor:
+        """Bool ``(batch, units)``, True where they survive."""
+        mask = torch.zeros(len(self.index), units, dtype=torch.bool, device=self.index.device)
+        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+        return mask.scatter(1, self.index, valid)
+
     def tolist(self) -> list[list[int]]:
         """The kept units of each row. Waits for the device."""
         index = self.index.tolist()
@@ -75,6 +105,13 @@ class Policy:
     """Whether `encode_final` is asked behind the projector, about projected features, instead of before it."""
     single_patches: ClassVar[bool] = False
     """Whether `encode` chooses among single patches where the model merges several into one token."""
+    late: ClassVar[bool] = False
+    """Whether `encode_final` can choose among other tokens than those that its tower layers saw: those of a resized
+    grid, or of all tiles of an image at once. What it leaves in ``carry`` then comes resized as the features do."""
+    per_image: ClassVar[bool] = False
+    """Whether its budget is one of a whole image although it cuts each tile by itself, to `tile_target` units."""
+    drops_newlines: ClassVar[bool] = False
+    """Whether newline tokens go with the first dropped token, and not only with the last one of their line."""
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
     reads_hidden: ClassVar[bool] = False
@@ -94,6 +131,10 @@ class Policy:
     def prunes(self) -> bool:
         """Whether it drops tokens, and so takes a budget."""
         return self.stages != ("modulate",)
+
+    def tile_target(self, target: int) -> int:
+        """Units to keep of each tile of an image of which ``target`` shall be left in the end, if `per_image`."""
+        raise NotImplementedError(f"{self.name} has a budget per image, but does not share it out")
 
     def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int] | None:
         """Rows and columns of units that the tower shall see of a smaller image, instead of ``grid``.

@@ -49,6 +49,7 @@ class Identity(Policy):
     name: ClassVar[str] = "none"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 1.0
+    late: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Random(Policy):
     name: ClassVar[str] = "random"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
+    late: ClassVar[bool] = True
 
     seed: int = 0
 
@@ -78,6 +80,7 @@ class Uniform(Policy):
     name: ClassVar[str] = "uniform"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
+    late: ClassVar[bool] = True
 
     def encode_final(self, view: FeaturesView) -> Keep:
         """The same grid for every tile."""

@@ -51,6 +51,7 @@ class DivPrune(Policy):
     name: ClassVar[str] = "divprune"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 0.098
+    late: ClassVar[bool] = True
     after_projector: ClassVar[bool] = True
 
     def encode_final(self, view: FeaturesView) -> Keep:

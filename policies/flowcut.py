@@ -15,7 +15,7 @@ import torch
 
 from .base import Keep, Policy
 from .scores import global_attention, global_similarity
-from .views import TowerView
+from .views import FeaturesView, TowerView
 
 
 def information_score(
@@ -92,6 +92,7 @@ class FlowCut(Policy):
     name: ClassVar[str] = "flowcut"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
+    late: ClassVar[bool] = True
 
     compat: Literal["official"] | None = None
 
@@ -159,6 +160,10 @@ class FlowCut(Policy):
         self, attention: torch.Tensor, alive: list[int], target: int, remaining: int
     ) -> list[int]:
         return drop_counts(attention, alive, target, remaining, self.compat == "official")
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """Choose by the scores of all layers, where the cuts inside the tower had to be left out."""
+        return Keep.top(view.carry["flow"], view.target) if "flow" in view.carry else None
 
     def _layer_scores(self, view: TowerView) -> tuple[torch.Tensor, torch.Tensor]:
         """CLS attention and information score of this layer, per unit: two ``(batch, units)``."""

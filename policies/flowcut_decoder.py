@@ -96,5 +96,25 @@ class FlowCutQwen(FlowCut):
         return [int(n) for n in wanted_drops(alive[0], target, remaining, flatness).round().tolist()]
 
 
-RELEASED: dict[str, type[FlowCut]] = {"qwen2_vl": FlowCutQwen}
+@dataclass(frozen=True)
+class FlowCutNext(FlowCut):
+    """FlowCut on LLaVA-NeXT as released (encode and prefill stage).
+
+    The budget is one of a whole image: half of it leaves the tower for every tile, padding is taken off, no newlines
+    are put in, and exactly the budget is left by the cut in the decoder, if there is more.
+    """
+
+    per_image: ClassVar[bool] = True
+    drops_newlines: ClassVar[bool] = True
+    reads_attention: ClassVar[bool] = True
+
+    prefill_layers = FlowCutDecoder.prefill_layers
+    prefill = FlowCutDecoder.prefill  # type: ignore[assignment]
+
+    def tile_target(self, target: int) -> int:
+        """Half of it, rounded down."""
+        return target // 2
+
+
+RELEASED: dict[str, type[FlowCut]] = {"llava_next": FlowCutNext, "qwen2_vl": FlowCutQwen}
 """Model families for which the released code differs."""

@@ -96,6 +96,7 @@ class Pool(Policy):
     name: ClassVar[str] = "pool"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 0.25
+    late: ClassVar[bool] = True
 
     def encode_final(self, view: FeaturesView) -> Keep:
         """The same cells for every tile."""

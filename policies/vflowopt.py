@@ -78,6 +78,7 @@ class VFlowOpt(Policy):
     name: ClassVar[str] = "vflowopt"
     stages: ClassVar[tuple[str, ...]] = ("encode", "prefill")
     default_ratio: ClassVar[float] = 0.25
+    late: ClassVar[bool] = True
     after_projector: ClassVar[bool] = True
 
     positions: Positions = "original"

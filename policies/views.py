@@ -81,7 +81,8 @@ class FeaturesView:
         grid: rows and columns of a tile's units.
         target: units wanted, per tile.
         content_key: ``(batch,)`` int64, a number that depends on a tile's pixels alone.
-        pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
+        pixels: ``(batch, 3, height, width)``, the normalised input of the tower; ``None`` once
+            tiles are arranged to images.
         carry: what the policy left in `TowerView.carry`.
     """
 
@@ -89,7 +90,7 @@ class FeaturesView:
     grid: tuple[int, int]
     target: int
     content_key: torch.Tensor
-    pixels: torch.Tensor
+    pixels: torch.Tensor | None
     carry: dict[str, torch.Tensor]
 
 

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class Budget:
     """Visual tokens to keep per tile: a number (``tokens``) or a share (``ratio``) of what the tile has.
 
+    A ``joint`` budget is one of all tiles of an image together: its tiles compete for it.
     ``extra`` tokens of a tile are always kept and count towards ``tokens`` (a CLS row handed to the language model).
     """
 
     tokens: int | None = None
     ratio: float | None = None
     extra: int = 0
+    joint: bool = False
 
     @classmethod
     def checked(
@@ -33,6 +35,7 @@ class Budget:
         available: int | None,
         tile: str,
         extra: int = 0,
+        joint: bool = False,
     ) -> Budget:
         """Validate what the user asked for.
 
@@ -50,17 +53,17 @@ class Budget:
                     f"tokens={tokens}: this model has {available + extra} visual tokens per {tile}, and the budget is "
                     f"per {tile} too. Choose {1 + extra} to {available + extra}, or give ratio= instead."
                 )
-            return cls(tokens=tokens, extra=extra)
+            return cls(tokens=tokens, extra=extra, joint=joint)
         ratio = default if ratio is None else ratio
         if not _is_share(ratio):
             raise BudgetError(f"ratio={ratio!r}: choose a share above 0 and up to 1, such as 0.25.")
-        return cls(ratio=float(ratio), extra=extra)
+        return cls(ratio=float(ratio), extra=extra, joint=joint)
 
-    def units(self, available: int) -> int:
-        """Units to keep of ``available``, at least one."""
+    def units(self, available: int, tiles: int = 1) -> int:
+        """Units to keep of ``available``, at least one. They stand for ``tiles`` tiles."""
         if self.ratio is not None:
             return max(1, min(available, round(available * self.ratio)))
-        return min(available, (self.tokens or 1) - self.extra)
+        return min(available, (self.tokens or 1) * tiles - self.extra)
 
     def of_visual(self, base: torch.Tensor, call: ForwardCall) -> torch.Tensor:
         """Visual tokens to keep in each prompt of a batch, int64 ``(batch,)``, of the ``base`` ``(batch,)`` there are.
@@ -69,7 +72,12 @@ class Budget:
         """
         if self.ratio is not None:
             return (base * self.ratio).round().long().clamp(min=1).minimum(base)
-        return call.per_sequence(lambda rows: min(self.tokens or 1, rows)).minimum(base)
+        tokens = self.tokens or 1
+
+        def wanted(tiles: list[int]) -> int:
+            return min(tokens, sum(tiles)) if self.joint else sum(min(tokens, rows) for rows in tiles)
+
+        return call.per_sequence(wanted).minimum(base)
 
 
 def _is_share(value: Any) -> bool:

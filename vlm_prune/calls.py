@@ -21,13 +21,16 @@ from .survivors import DecoderTrace
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
+    from .adapters.base import Arrangement
     from .deepstack import Deepstack
+    from .packing import Packing
     from .policies.base import Keep
     from .receipt import Receipt
     from .rows import Rows
 
 _forward: ContextVar[ForwardCall | None] = ContextVar("vlm_prune_forward", default=None)
 _encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
+_arrangement: ContextVar[Arrangement | None] = ContextVar("vlm_prune_arrangement", default=None)
 _live_rows: ContextVar[Rows | None] = ContextVar("vlm_prune_live_rows", default=None)
 
 RIDE = "vlm_prune"
@@ -51,7 +54,9 @@ class EncodeCall:
             tower that takes tiles of one size has one group, a tower of packed images one group per image.
         tower_tokens: tokens that each tower layer computed of the tile with most.
         tower_keeps: the units among them, as `keeps`.
-        carry: ``(rows of all tiles,)``, what the policy left for the decoder's stages; 0 at holes.
+        carry: ``(rows for the language model,)``, what the policy left for the decoder's stages; 0 at holes.
+        arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
+        packings: what comes of it, image by image.
     """
 
     grids: list[tuple[int, int]]
@@ -66,6 +71,8 @@ class EncodeCall:
     tower_tokens: list[int] = field(default_factory=list)
     tower_keeps: list[list[Keep] | None] = field(default_factory=list)
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    arrangement: Arrangement | None = None
+    packings: list[Packing] = field(default_factory=list)
 
     @property
     def tiles(self) -> int:
@@ -79,8 +86,40 @@ class EncodeCall:
 
     @property
     def rows(self) -> list[int]:
-        """Rows of the language model that stand for each tile before anything is dropped."""
+        """Rows behind the projector that stand for each tile before anything is dropped."""
         return [units + self.extra for units in self.units]
+
+    @property
+    def spans(self) -> list[tuple[int, list[int]]]:
+        """The rows of the language model that stand together, and those of each tile that went into them."""
+        if self.arrangement is None:
+            return [(rows, [rows]) for rows in self.rows]
+        rows = self.rows
+        return [(len(p.source), rows[p.tiles.start : p.tiles.stop]) for p in self.packings]
+
+    @property
+    def late(self) -> list[bool]:
+        """Of each tile, whether its tokens are chosen behind the arranging."""
+        return [packing.late for packing in self.packings for _ in packing.tiles] or [False] * self.tiles
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The visual token that each row of the language model is, counted from 1 through the receipt's grids.
+
+        int64 ``(rows,)`` on the host; 0 for rows that no budget counts: CLS, newlines.
+        """
+        number, parts = 0, []
+        if self.arrangement is None:
+            for units in self.units:
+                parts += [
+                    torch.zeros(self.extra, dtype=torch.int64),
+                    torch.arange(number + 1, number + units + 1),
+                ]
+                number += units
+        for packing in self.packings:
+            parts.append(torch.where(packing.numbers > 0, packing.numbers + number, 0))
+            number += sum(rows * columns for rows, columns in packing.grids)
+        return torch.cat(parts)
 
     @property
     def whole(self) -> bool:
@@ -90,6 +129,8 @@ class EncodeCall:
     @property
     def dropped(self) -> int | None:
         """Units dropped in all tiles together, if that is known without asking the device."""
+        if self.arrangement is not None:  # padding goes too, and lines that end where nothing is left
+            return 0 if self.whole else None
         if self.keeps is None:
             return 0
         if any(keep.valid is not None for keep in self.keeps):
@@ -105,6 +146,16 @@ def current_encode() -> EncodeCall | None:
 def set_encode(call: EncodeCall | None) -> None:
     """Begin (or, with ``None``, end) an encode call."""
     _encode.set(call)
+
+
+def current_arrangement() -> Arrangement | None:
+    """How the tiles that go through the tower now in this thread will be arranged, if they will."""
+    return _arrangement.get()
+
+
+def set_arrangement(arrangement: Arrangement | None) -> None:
+    """Say so, or with ``None`` end it."""
+    _arrangement.set(arrangement)
 
 
 @dataclass
@@ -183,7 +234,7 @@ class ForwardCall:
         for name in {name for call in self.encoded for name in call.carry}:
             some = next(call.carry[name] for call in self.encoded if name in call.carry)
             carry[name] = self._spread(
-                [call.carry.get(name, some.new_zeros(sum(call.rows))) for call in self.encoded]
+                [call.carry.get(name, some.new_zeros(len(call.numbers))) for call in self.encoded]
             )
         return replace(rows, visual=mask, carry=carry)
 
@@ -198,17 +249,16 @@ class ForwardCall:
         return DecoderTrace(
             masks=self.image_masks,
             kinds=[call.kind for call in self.encoded],
-            rows=[sum(call.rows) for call in self.encoded],
+            numbers=[call.numbers for call in self.encoded],
             number=number,
-            extra=self.encoded[number].extra,
             layers=[(rows.order, rows.valid) for rows in self.layer_rows],
         )
 
-    def per_sequence(self, wanted: Callable[[int], int]) -> torch.Tensor:
-        """``wanted(rows of a tile)`` summed over the tiles of each prompt: int64 ``(batch,)``."""
+    def per_sequence(self, wanted: Callable[[list[int]], int]) -> torch.Tensor:
+        """``wanted(rows of each tile)`` summed over the images of each prompt: int64 ``(batch,)``."""
         device, values = self.image_masks[0].device, []
         for call in self.encoded:
-            first = [n for rows in call.rows for n in (wanted(rows), *[0] * (rows - 1))]
+            first = [n for rows, tiles in call.spans for n in (wanted(tiles), *[0] * (rows - 1))]
             values.append(torch.tensor(first, device=device))
         return self._spread(values).sum(-1)
 

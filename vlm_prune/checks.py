@@ -53,9 +53,10 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
     if ids is None or ids.device.type != "cpu":  # else counting would wait for the device
         return
     rides = [ride for output in given.values() if (ride := getattr(output, RIDE, None)) is not None]
-    need = fresh = anatomy.tower.placeholders(kwargs)
+    # where tiles are arranged to images, stock code counts their rows as soon as it has them
+    need = fresh = None if anatomy.features else anatomy.tower.placeholders(kwargs)
     if need is None and rides:
-        need = [rows for ride in rides for rows in ride.rows]
+        need = [rows for ride in rides for rows, _ in ride.spans]
     if need is None:
         return
     found, total = int(torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).sum()), sum(need)

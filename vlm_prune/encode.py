@@ -45,6 +45,26 @@ class EncodeStage:
         )
         self.sites: list[Site] = []
 
+    @property
+    def shares_late(self) -> bool:
+        """Whether the tiles of an image compete for one budget, so that tokens are chosen when it is complete."""
+        return self.budget.joint and not any(policy.per_image for policy in self.policies)
+
+    def tile_targets(self, available: int, images: list[int]) -> list[int]:
+        """Units to keep of each tile, of ``available`` each; ``images`` are the tiles of each image.
+
+        Tiles that compete for a budget have an even share of it each.
+        """
+        if not self.budget.joint:
+            return [self.budget.units(available)] * sum(images)
+        owner = next((policy for policy in self.policies if policy.per_image), None)
+
+        def of_tile(tiles: int) -> int:
+            target = self.budget.units(available * tiles)
+            return owner.tile_target(target) if owner is not None else round(target / tiles)
+
+        return [min(available, max(1, of_tile(tiles))) for tiles in images for _ in range(tiles)]
+
     def check_recompute(self) -> None:
         """Refuse to train a tower in which tokens are cut and whose layers run again in the backward pass."""
         cut = [self.layers[number] for number in self.asked]
@@ -67,10 +87,10 @@ class EncodeStage:
             answers = [policy.encode(view) for policy in asked]
         return [keep for keep in answers if keep is not None]
 
-    def ask_final(self, view: FeaturesView, after_projector: bool) -> Keep | None:
-        """What the first policy answers that chooses at this side of the projector."""
+    def ask_final(self, view: FeaturesView, after_projector: bool | None = None) -> Keep | None:
+        """What the first policy answers that chooses at this side of the projector, or at any."""
         for policy in self.policies:
-            if policy.after_projector != after_projector:
+            if after_projector not in (None, policy.after_projector):
                 continue
             with _exact(view.features):
                 keep = policy.encode_final(view)

@@ -41,6 +41,10 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "qwen2_5_vl": "vlm_prune.adapters.qwen_vl:anatomy",
     "qwen2_vl": "vlm_prune.adapters.qwen_vl:anatomy",
     "qwen3_vl": "vlm_prune.adapters.qwen_vl:anatomy",
+    "llava_next": "vlm_prune.adapters.llava_next:next_anatomy",
+    "llava_next_video": "vlm_prune.adapters.llava_next:next_video_anatomy",
+    "llava_onevision": "vlm_prune.adapters.llava_next:onevision_anatomy",
+    "vipllava": "vlm_prune.adapters.llava:vip_anatomy",
 }
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
 

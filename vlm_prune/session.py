@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .adapters.base import Anatomy, PackedTower
+from .arranger import Arranger
 from .budget import Budget
 from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
 from .checks import check_forward
@@ -121,6 +122,7 @@ class Pruning:
             base.register_forward_hook(self._leave, always_call=True),
         ]
         self._encoder.install(self._handles)
+        self._handles += [Arranger(base, feature, self._encoder) for feature in self._anatomy.features]
         self._decoder.install(self._handles)
         if self._layers is not None:
             self._layers.install(self._handles)

@@ -32,28 +32,24 @@ class DecoderTrace:
     Attributes:
         masks: for each kind of placeholder, bool ``(batch, length)``: where they are in the prompts.
         kinds: of each encode call of the forward.
-        rows: visual tokens of each encode call, dropped ones included.
+        numbers: of each encode call, the visual token that each row is, see `calls.EncodeCall.numbers`.
         number: which of these calls this is about.
-        extra: rows of each tile in front of its units.
         layers: for each decoder layer, the rows that it computed: ``order`` and ``valid`` of `rows.Rows`.
     """
 
     masks: Sequence[torch.Tensor]
     kinds: Sequence[int]
-    rows: Sequence[int]
+    numbers: Sequence[torch.Tensor]
     number: int
-    extra: int
     layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 
     def units(self, grids: Grids) -> list[Units]:
         """For each decoder layer, the units of each tile that it computed."""
-        # tokens are numbered through all tiles, from 1: 0 stands for text, and for what is not a unit of these tiles
-        numbers, first = [], [1]
+        first = [1]
         for rows, columns in grids:
-            numbers += [0] * self.extra + list(range(first[-1], first[-1] + rows * columns))
             first.append(first[-1] + rows * columns)
-        values = [torch.zeros(count, dtype=torch.int64) for count in self.rows]
-        values[self.number] = torch.tensor(numbers)
+        # 0 stands for text, and for the tokens of other calls
+        values = [x if i == self.number else torch.zeros_like(x) for i, x in enumerate(self.numbers)]
         where = stream.lay_out(values, self.kinds, [mask.cpu() for mask in self.masks])
         known: dict[int, Units] = {}
         for order, valid in self.layers:

@@ -8,7 +8,7 @@ live rows only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,13 @@ from . import stream
 from .adapters.base import Tower
 from .attention import Site
 from .budget import Budget
-from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
+from .calls import RIDE, EncodeCall, current_arrangement, current_encode, current_forward, set_encode
 from .encode import EncodeStage, content_key
+from .errors import UnsupportedCallError
+from .packing import read_packing
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
+from .registry import POLICIES, policy_class
 from .timing import Stopwatch
 
 
@@ -32,7 +35,8 @@ class TowerState:
 
     ``units`` ``(tiles, alive)`` are the original unit numbers in the order in which they stand in the sequence;
     ``slots`` ``(tiles, alive, patches per unit)`` says where their patches stand (``None``: one patch per unit, in the
-    same order); ``valid`` marks the real ones where tiles keep different numbers.
+    same order); ``valid`` marks the real ones where tiles keep different numbers. ``merge`` is the side of the square
+    of patches that makes a unit, ``consumed`` where things stood behind each layer whose output is consumed.
     """
 
     grid: tuple[int, int]
@@ -41,6 +45,8 @@ class TowerState:
     valid: torch.Tensor | None
     attention: AttentionView | None
     carry: dict[str, torch.Tensor]
+    merge: int
+    consumed: dict[int, TowerState] = field(default_factory=dict)
 
 
 class Encoder(EncodeStage):
@@ -74,28 +80,32 @@ class Encoder(EncodeStage):
         """Begin an encode call."""
         self.check_recompute()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
+        arrangement, merge = current_arrangement(), self.tower.merge
+        merge = merge if arrangement is None else merge * arrangement.merge
         patches = self.tower.patch_grid(*pixels.shape[-2:])
-        grid = self.tower.unit_grid(*pixels.shape[-2:])
-        count, target = grid[0] * grid[1], self.budget.units(grid[0] * grid[1])
-        grids, targets = [grid] * len(pixels), [target] * len(pixels)
+        grid = (patches[0] // merge, patches[1] // merge)
+        count, images = grid[0] * grid[1], [1] * len(pixels) if arrangement is None else arrangement.images
+        grids, targets = [grid] * len(pixels), self.tile_targets(count, images)
         call = EncodeCall(
             grids=grids,
             targets=targets,
+            arrangement=arrangement,
             pixels=pixels,
             extra=int(self.tower.keeps_cls),
             stopwatch=Stopwatch(pixels.device),
             receipt=self.session.new_receipt(grids, targets),
         )
-        if target < count or self.observes:
+        if arrangement is not None:
+            call.packings = read_packing(arrangement, grid, self.shares_late)
+            self._check_late(call)
+        if not call.whole or self.observes:
             units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
             slots = None
-            if self.tower.merge > 1:
-                slots = stream.unit_patches(patches, self.tower.merge, pixels.device).expand(
-                    len(pixels), -1, -1
-                )
-            call.state = TowerState(patches, units, slots, None, None, {})
+            if merge > 1:
+                slots = stream.unit_patches(patches, merge, pixels.device).expand(len(pixels), -1, -1)
+            call.state = TowerState(patches, units, slots, None, None, {}, merge)
         set_encode(call)
-        shapes = (policy.tower_grid(grid, target) for policy in self.policies) if target < count else ()
+        shapes = (policy.tower_grid(grid, targets[0]) for policy in self.policies if not call.whole)
         small = next((shape for shape in shapes if shape is not None), None)
         if small is None:
             return None
@@ -108,7 +118,7 @@ class Encoder(EncodeStage):
         from .policies.pooling import grid_places, shrink  # importing the package imports no policy
 
         state: TowerState = call.state
-        (height, width), merge, device = call.pixels.shape[-2:], self.tower.merge, call.pixels.device
+        (height, width), merge, device = call.pixels.shape[-2:], state.merge, call.pixels.device
         (rows, columns), *_ = call.grids
         places = torch.tensor(grid_places((rows, columns), small), device=device)
         state.units = places.expand(call.tiles, -1)
@@ -116,6 +126,17 @@ class Encoder(EncodeStage):
             slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)
             state.slots = slots.expand(call.tiles, -1, -1)
         return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
+
+    def _check_late(self, call: EncodeCall) -> None:
+        """Raise if tokens have to be chosen behind the arranging by a policy that cannot."""
+        unable = [p.name for p in self.policies if "encode" in p.stages and not p.late]
+        if any(call.late) and not call.whole and unable:
+            able = ", ".join(name for name in POLICIES if policy_class(name).late)
+            raise UnsupportedCallError(
+                f"{unable[0]} chooses among the tokens of the vision tower, but the model resizes their grid "
+                "afterwards (a large image, or a video), or all tiles of an image share one budget. Choose a policy "
+                f"that can choose later ({able}), a smaller image, or a budget per tile."
+            )
 
     def see_attention(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -137,7 +158,7 @@ class Encoder(EncodeStage):
         """``valid`` of each token, CLS in front."""
         if state.valid is None:
             return None
-        valid = state.valid.repeat_interleave(self.tower.merge**2, dim=1)
+        valid = state.valid.repeat_interleave(state.merge**2, dim=1)
         return torch.nn.functional.pad(valid, (int(self.tower.has_cls), 0), value=True)
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -149,8 +170,18 @@ class Encoder(EncodeStage):
         call.tower_tokens.append(hidden.shape[1])
         state: TowerState | None = call.state
         call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
-        if state is None or state.attention is None:
+        if state is None:
             return None
+        if state.attention is not None:
+            hidden = self._ask(number, hidden, call, state, state.attention)
+        if number in self.tower.feature_layers:
+            state.consumed[number] = replace(state)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _ask(
+        self, number: int, hidden: torch.Tensor, call: EncodeCall, state: TowerState, attention: AttentionView
+    ) -> torch.Tensor:
+        """Ask the policies about layer ``number``; returns its output without the units that they drop."""
         view = TowerView(
             layer=number,
             feature_layer=self.tower.feature_layer,
@@ -158,7 +189,7 @@ class Encoder(EncodeStage):
             grid=call.grids[0],
             units=state.units,
             hidden=hidden[:, int(self.tower.has_cls) :],
-            attention=state.attention,
+            attention=attention,
             slots=state.slots,
             valid=state.valid,
             pixels=call.pixels,
@@ -166,12 +197,14 @@ class Encoder(EncodeStage):
         )
         state.attention = None
         for keep in self.ask_layer(number, view, call.whole):
-            hidden = self._cut(hidden, state, keep)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            spared = keep.sparing(call.late, state.units.shape[1])
+            if spared is not None:
+                hidden = self._cut(hidden, state, spared)
+        return hidden
 
     def _cut(self, hidden: torch.Tensor, state: TowerState, keep: Keep) -> torch.Tensor:
         """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and of all that goes with them."""
-        cls, per_unit = int(self.tower.has_cls), self.tower.merge**2
+        cls, per_unit = int(self.tower.has_cls), state.merge**2
         index = keep.index
         if per_unit > 1:
             slots = state.slots
@@ -202,16 +235,17 @@ class Encoder(EncodeStage):
         if state is not None:
             # once more behind the projector, where policies may merge
             call.carry = self._carried(call, state)
-        if state is None or state.units.numel() == sum(call.units):
+        if state is None or (state.valid is None and state.units.numel() == sum(call.units)):
             return
         call.keeps = [Keep(state.units, state.valid)]
-        consumed = self.tower.feature_layer + 1
-        hidden_states = getattr(output, "hidden_states", None)
-        if hidden_states is not None and hidden_states[consumed] is not None:
-            opened = self._reopen(hidden_states[consumed], state)
-            output.hidden_states = (*hidden_states[:consumed], opened, *hidden_states[consumed + 1 :])
-        if consumed == len(self.tower.layers):
-            output.last_hidden_state = self._reopen(output.last_hidden_state, state)
+        hidden_states = list(getattr(output, "hidden_states", None) or ())
+        for layer, then in state.consumed.items():
+            if hidden_states and hidden_states[layer + 1] is not None:
+                hidden_states[layer + 1] = self._reopen(hidden_states[layer + 1], then)
+            if layer + 1 == len(self.tower.layers):
+                output.last_hidden_state = self._reopen(output.last_hidden_state, then)
+        if hidden_states:
+            output.hidden_states = tuple(hidden_states)
 
     def _carried(self, call: EncodeCall, state: TowerState) -> dict[str, torch.Tensor]:
         """What policies left per unit, laid out as the rows that the language model gets: ``(rows of all tiles,)``."""
@@ -223,7 +257,7 @@ class Encoder(EncodeStage):
         return carried
 
     def _reopen(self, hidden: torch.Tensor, state: TowerState) -> torch.Tensor:
-        cls, merge = int(self.tower.has_cls), self.tower.merge
+        cls, merge = int(self.tower.has_cls), state.merge
         table = stream.unit_patches(state.grid, merge, hidden.device)
         index, valid = table[state.units].flatten(1), self._valid_tokens(state)
         if state.slots is not None:
@@ -255,19 +289,24 @@ class Encoder(EncodeStage):
         state: TowerState | None = call.state
         if call.keeps is not None or state is None or call.whole:
             return None
-        view = FeaturesView(
-            features[:, call.extra :],
-            call.grids[0],
-            call.targets[0],
-            content_key(call.pixels),
-            call.pixels,
-            state.carry,
+        late, cls, features = call.late, features[:, : call.extra], features[:, call.extra :]
+        if all(late):
+            return None
+        early = (
+            None
+            if not any(late)
+            else torch.tensor([i for i, x in enumerate(late) if not x]).to(features.device)
         )
+        shown = (features, content_key(call.pixels), call.pixels, *state.carry.values())
+        some, keys, pixels, *carry = shown if early is None else (x[early] for x in shown)
+        notes = dict(zip(state.carry, carry, strict=True))
+        view = FeaturesView(some, call.grids[0], call.targets[0], keys, pixels, notes)
         keep = self.ask_final(view, after_projector)
         if keep is None:
             return None
+        keep = keep if early is None else keep.among(early, features)
         call.keeps = [keep]
-        return None if keep.rows is None else torch.cat([features[:, : call.extra], keep.rows], 1)
+        return None if keep.rows is None else torch.cat([cls, keep.rows], 1)
 
     def _rows(self, keep: Keep) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
@@ -283,7 +322,8 @@ class Encoder(EncodeStage):
         call = current_encode()
         if call is None:
             return None
-        set_encode(None)
+        if call.arrangement is None or output is None:
+            set_encode(None)
         if output is None:
             return None
         projected = call.keeps is not None
@@ -292,9 +332,8 @@ class Encoder(EncodeStage):
             call.carry, call.state = self._carried(call, call.state), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
         call.receipt.record_tower(call, segments, segments[:1] * len(segments))
-        self.session.publish(call.receipt)
-        if (forward := current_forward()) is not None:
-            forward.add_encoded(call)
+        if call.arrangement is None:  # else `arranger.Arranger` ends the call
+            self.end(call)
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0])
@@ -303,3 +342,9 @@ class Encoder(EncodeStage):
                 output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
             )
         return stream.open_holes(output, index, call.rows[0], valid)
+
+    def end(self, call: EncodeCall) -> None:
+        """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
+        self.session.publish(call.receipt)
+        if (forward := current_forward()) is not None:
+            forward.add_encoded(call)
