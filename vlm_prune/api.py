@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .adapters.base import Anatomy
 from .budget import Budget
 from .config import load_config
 from .errors import BudgetError, PolicyError, StateError, UnsupportedModelError
@@ -27,6 +28,7 @@ def prune(
     *,
     tokens: int | None = None,
     ratio: float | None = None,
+    per: str = "tile",
     config: Mapping[str, Any] | str | Path | None = None,
     **settings: Any,
 ) -> Model:
@@ -39,6 +41,9 @@ def prune(
             order: ``"flowcut+vhr"``, or a list of objects.
         tokens: visual tokens to keep per image (per tile where a model cuts images into tiles).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
+        per: what the budget is one of: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
+            itself, as in the papers; or ``"image"``, all tiles of an image (or frames of a video) together. They
+            compete for it then, and tokens are chosen behind the tower.
         config: policy, budget and settings, instead of all these: what ``model.pruning.config`` of another model
             is, a JSON file with it, or a folder to which a pruned model was saved.
         settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each
@@ -51,7 +56,7 @@ def prune(
         StateError: the model is pruned already.
     """
     if config is not None:
-        if settings or tokens is not None or ratio is not None or policy != "flowcut":
+        if settings or tokens is not None or ratio is not None or per != "tile" or policy != "flowcut":
             raise PolicyError(f"config={config!r} holds policy, budget and settings: give nothing beside it.")
         return prune(model, **load_config(config))
     if getattr(model, "pruning", None) is not None:
@@ -70,7 +75,9 @@ def prune(
         )
     extra = int(anatomy.tower.keeps_cls)
     default = owner.default_ratio if owner is not None else 1.0
-    budget = Budget.checked(tokens, ratio, default, anatomy.tower.units, anatomy.tile, extra)
+    joint = check_per(per, anatomy)
+    available = None if joint and anatomy.features else anatomy.tower.units
+    budget = Budget.checked(tokens, ratio, default, available, anatomy.tile, extra, joint)
     try:
         pruning = Pruning(stock, anatomy, policies, budget, None if model is stock else model)
     except ValueError as error:  # a policy that does not fit this model, say by a layer that it has not
@@ -108,6 +115,7 @@ def from_pretrained(
     *,
     tokens: int | None = None,
     ratio: float | None = None,
+    per: str = "tile",
     config: Mapping[str, Any] | str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -118,6 +126,7 @@ def from_pretrained(
         policy: a policy's name or object, instead of what the model's ``vlm_prune.json`` says.
         tokens: its budget, see `prune`.
         ratio: its budget, see `prune`.
+        per: what that is a budget of, see `prune`.
         config: another config, instead; see `prune`.
         kwargs: for ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
@@ -134,10 +143,10 @@ def from_pretrained(
     elif config is not None:
         raise PolicyError(f"config={config!r} holds policy, budget and settings: give nothing beside it.")
     else:
-        chosen = {"policy": policy, "tokens": tokens, "ratio": ratio}
+        chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per}
     # a mistake in them shall not cost the loading of a large model
     make_policies(
-        chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio")}
+        chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio", "per")}
     )
     return prune(AutoModelForImageTextToText.from_pretrained(path, **kwargs), **chosen)
 
@@ -152,6 +161,18 @@ def stock_model(model: Any) -> Any:
             "an adapter that changes weights, such as LoRA."
         )
     return model.get_base_model()
+
+
+def check_per(per: str, anatomy: Anatomy) -> bool:
+    """Whether tiles share a budget. Raises if they cannot."""
+    if per not in ("tile", "image"):
+        raise BudgetError(f'per={per!r}: choose "tile" or "image".')
+    if per == "image" and anatomy.tile != "image" and not anatomy.features:
+        raise BudgetError(
+            f'per="image": {anatomy.family} hands its tower tiles without a word which of them form one image. Give '
+            'the budget per="tile".'
+        )
+    return per == "image"
 
 
 def check_hookable(model: nn.Module) -> None:

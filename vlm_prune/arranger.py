@@ -26,16 +26,18 @@ class Arranger:
 
     def __init__(self, base: Any, feature: FeatureCall, encoder: Encoder):
         self.base, self.feature, self.encoder = base, feature, encoder
-        object.__setattr__(base, feature.method, self.encode)
+        # generate reads off the signature which arguments are the method's
+        self.__signature__ = inspect.signature(getattr(base, feature.method))
+        object.__setattr__(base, feature.method, self)
 
     def remove(self) -> None:
         """Give the module its own method back."""
         object.__delattr__(self.base, self.feature.method)
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
         stock = partial(getattr(type(self.base), self.feature.method), self.base)
-        given = inspect.signature(stock).bind(*args, **kwargs).arguments
+        given = self.__signature__.bind(*args, **kwargs).arguments
         set_arrangement(self.feature.arrange({**given.pop("kwargs", {}), **given}))
         try:
             output = stock(*args, **kwargs)

@@ -6,7 +6,7 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about`` for people to read.
+budget, ``per`` what it is one of. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about`` for people to read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE = "vlm_prune.json"
 """Name of the file beside a pruned model's weights."""
 
 VERSION = 1
-KEYS = ("version", "policy", "tokens", "ratio", "settings", "similarity", "about")
+KEYS = ("version", "policy", "tokens", "ratio", "per", "settings", "similarity", "about")
 
 
 def to_config(policies: Sequence[Policy], budget: Budget) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def to_config(policies: Sequence[Policy], budget: Budget) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if any(policy.prunes for policy in policies):
         kept = {"ratio": budget.ratio} if budget.tokens is None else {"tokens": budget.tokens}
+        kept |= {"per": "image"} if budget.joint else {}
     settings = fields if len(fields) > 1 else fields[names[0]]
     return {"version": VERSION, "policy": "+".join(names), **kept, "settings": settings}
 
@@ -81,9 +82,9 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             "needed."
         )
     for name in settings:
-        if name in ("model", "policy", "tokens", "ratio", "config"):
+        if name in ("model", "policy", "tokens", "ratio", "per", "config"):
             raise PolicyError(f"{where}: {name} stands beside settings, not in them.")
-    budget = {name: config[name] for name in ("tokens", "ratio") if config.get(name) is not None}
+    budget = {name: config[name] for name in ("tokens", "ratio", "per") if config.get(name) is not None}
     return {
         "policy": config["policy"],
         **budget,

@@ -180,6 +180,8 @@ class Pruning:
         call = ForwardCall(owner=self)
         begin_forward(call)
         call.drafts = take_drafts() if self._layers is not None else 0
+        if args:
+            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         check_forward(self._anatomy, kwargs)
         if self._layers is not None:
             self._layers.check_recompute()
