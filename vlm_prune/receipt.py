@@ -54,6 +54,7 @@ class Receipt:
     kv_bytes_dense: int | None = None
     keeps: list[Keep] | None = field(default=None, repr=False)
     tower_keeps: list[list[Keep] | None] = field(default_factory=list, repr=False)
+    tower_grids: list[tuple[int, int]] = field(default_factory=list, repr=False)
     trace: DecoderTrace | None = field(default=None, repr=False)
     tower_size: tuple[int, int] = (0, 0)
     text_config: Any = field(default=None, repr=False)
@@ -88,7 +89,7 @@ class Receipt:
     @property
     def tower_units(self) -> list[Units]:
         """For each tower layer, per tile, the raster numbers of the visual tokens whose patches it computed."""
-        return [tile_units(keeps, self.grids) for keeps in self.tower_keeps]
+        return [tile_units(keeps, self.tower_grids) for keeps in self.tower_keeps]
 
     @property
     def decoder_units(self) -> list[Units]:
@@ -123,7 +124,7 @@ class Receipt:
     def record_tower(self, call: EncodeCall, segments: list[list[int]], dense: list[list[int]]) -> None:
         """Note what the tower did; see `tower_segments` and `tower_segments_dense`."""
         self.keeps, self.tower_tokens = call.keeps, call.tower_tokens
-        self.tower_keeps = call.tower_keeps
+        self.tower_keeps, self.tower_grids = call.tower_keeps, call.grids
         self.tower_segments, self.tower_segments_dense = segments, dense
         self._tower_ms = call.stopwatch.stop()
 
