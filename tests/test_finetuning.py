@@ -1,4 +1,4 @@
-"""Training with pruning on: gradients of every policy, with and without gradient checkpointing, and a loss that falls."""
+"""Training with pruning on: gradients of every policy, gradient checkpointing, and a loss that falls."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import nn
 from .adapters.base import Anatomy
 from .budget import Budget
 from .config import load_config
-from .errors import BudgetError, PolicyError, StateError, UnsupportedModelError
+from .errors import BudgetError, PolicyError, PruningError, StateError, UnsupportedModelError
 from .policies.base import Policy
 from .registry import find_anatomy, make_policies
 from .saving import find_config
@@ -75,11 +75,14 @@ def prune(
         )
     extra = int(anatomy.tower.keeps_cls)
     default = owner.default_ratio if owner is not None else 1.0
-    joint = check_per(per, anatomy)
-    available = None if joint and anatomy.features else anatomy.tower.units
-    budget = Budget.checked(tokens, ratio, default, available, anatomy.tile, extra, joint)
     try:
+        fitted = [p.for_family(anatomy.family, anatomy.mrope) for p in policies]
+        joint = check_per(per, anatomy) or any(p.per_image for p in fitted)
+        available = None if joint and anatomy.features else anatomy.tower.units
+        budget = Budget.checked(tokens, ratio, default, available, anatomy.tile, extra, joint)
         pruning = Pruning(stock, anatomy, policies, budget, None if model is stock else model)
+    except PruningError:
+        raise
     except ValueError as error:  # a policy that does not fit this model, say by a layer that it has not
         raise PolicyError(f"{'+'.join(p.name for p in policies)} on {anatomy.family}: {error}") from error
     # a plain attribute: nn.Module would list a module here, and nothing of ours may enter the state dict

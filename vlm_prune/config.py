@@ -6,7 +6,8 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget, ``per`` what it is one of. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about`` for people to read.
+budget, ``per`` what it is one of. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about``
+for people to read.
 """
 
 from __future__ import annotations
