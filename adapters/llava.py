@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Anatomy, clip_like_tower
+from .base import CLS, Anatomy, clip_like_tower
 
 
 def anatomy(model: Any) -> Anatomy:
     """The parts of a ``LlavaForConditionalGeneration``."""
-    return _anatomy(model, "llava", model.config.vision_feature_select_strategy == "full")
+    vision, strategy = model.config.vision_config.model_type, model.config.vision_feature_select_strategy
+    if strategy != "full" and vision in CLS and not CLS[vision]:
+        raise ValueError(
+            f"llava with a {vision!r} tower and vision_feature_select_strategy={strategy!r}: the model would take the "
+            'first patch for the CLS token that only a CLIP tower has. Set it to "full".'
+        )
+    return _anatomy(model, "llava", strategy == "full")
 
 
 def vip_anatomy(model: Any) -> Anatomy:

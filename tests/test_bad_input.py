@@ -165,10 +165,6 @@ BAD_MODELS = {
     "plain module": (lambda: nn.Linear(2, 2), ["Linear", "config.model_type", "AutoModelForImageTextToText"]),
     "without head": (lambda: make("llava").model, ["LlavaModel", "language-modelling head"]),
     "other tower": (siglip_llava, ["siglip_vision_model", "CLIP"]),
-    "several feature layers": (
-        lambda: changed("llava", vision_feature_layer=[-2, -1]),
-        ["[-2, -1]", "one layer"],
-    ),
     "shuffle with CLS": (
         lambda: changed("internvl", vision_feature_select_strategy="full"),
         ["full", "default"],
