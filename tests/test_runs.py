@@ -1,0 +1,254 @@
+"""A run: complete on disk, resumable after a kill without repeating a sample, the same over two processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vlm_prune.eval.models import model_path
+from vlm_prune.eval.runs import RunFolder, asking, run
+from vlm_prune.eval.runs.parts import add_part, read_parts
+from vlm_prune.eval.runs.yaml_file import parse_config
+
+pytestmark = pytest.mark.skipif(
+    not (model_path("tiny-llava") / "model.safetensors").exists(),
+    reason="the package was installed without the weights of the test models",
+)
+
+TEXT = """\
+models: [tiny-llava]
+policies: [flowcut, {policy: random, settings: {seed: 3}}]
+ratios: [0.25]
+tasks:
+  - {task: pope, data: &scenes {scenes: 4}, splits: [adversarial, random], max_new_tokens: 2}
+  - {task: chair, data: *scenes, max_new_tokens: 24}
+batch_size: 4
+output: OUTPUT
+"""
+SPEED = "tasks:\n  - {task: speed, data: {scenes: 2}, rounds: 1, prompts: 1}\n"
+
+
+def config(output: Path, text: str = TEXT):
+    return parse_config(text.replace("OUTPUT", str(output)), "run.yaml")
+
+
+def execute(output: Path, text: str = TEXT, **options) -> tuple[run.Run, str]:
+    screen = io.StringIO()
+    return run.execute(
+        config(output, text), Console(file=screen, width=200), text, **options
+    ), screen.getvalue()
+
+
+def start(folder: Path, output: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """The command in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(TEXT.replace("OUTPUT", str(output)))
+    command = [sys.executable, "-m", "vlm_prune", "run", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What must not differ from one run of a config to another."""
+    names = ["results.json", *(str(p.relative_to(folder)) for p in folder.glob("cells/*/samples.jsonl"))]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    execute(folder)
+    return folder
+
+
+def test_rows_and_records_are_complete(whole):
+    folder = RunFolder(whole)
+    rows = folder.rows()
+    assert [(row["policy"], row["kind"], row["n"]) for row in rows] == [
+        ("flowcut", "pope", 48), ("flowcut", "chair", 4), ("random", "pope", 48), ("random", "chair", 4),
+    ]  # fmt: skip
+    for row in rows:
+        assert (row["tokens"], row["visual_tokens"], row["budget"]) == (64, 256, {"ratio": 0.25})
+        records = folder.samples(row["cell"])
+        assert len({record["id"] for record in records}) == len(records) == row["n"]
+        for record in records:
+            (tile,) = record["tiles"]
+            assert (tile["box"], tile["grid"], len(tile["kept"])) == ([0, 0, 128, 128], [16, 16], 64)
+            assert folder.image(record).size == tuple(record["image"]["size"])
+            for mention in record["scores"].get("mentions", ()):
+                begin, end = mention["span"]
+                assert record["answer"][begin:end].startswith(mention["word"])
+        if row["kind"] == "pope":
+            right = sum(record["scores"]["correct"] for record in records)
+            assert row["metrics"]["accuracy"] == pytest.approx(right / row["n"])
+    assert (whole / "config.yaml").read_text() == TEXT
+    assert "## tiny-llava" in (whole / "results.md").read_text()
+    assert not list(whole.glob("cells/*/part-*")) + list(whole.glob("**/*.new"))
+
+
+def test_a_finished_run_asks_nothing_again(whole, monkeypatch):
+    before = contents(whole)
+    monkeypatch.setattr(run, "load", lambda *given: pytest.fail("a model was loaded"))
+    done, screen = execute(whole)
+    assert "4 cells, 4 of them finished already" in screen
+    assert contents(whole) == before
+    assert not done.failed
+
+
+def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    process = start(tmp_path, output)
+    wanted = random.Random(os.getpid()).randint(
+        1, 17
+    )  # of 18 batches of POPE in the first cell and two of CHAIR
+
+    def on_disk() -> int:
+        done = [
+            json.loads(line)
+            for p in output.glob("cells/*/samples.jsonl")
+            for line in p.read_text().splitlines()
+        ]
+        return len(done) + sum(len(read_parts(path)) for path in output.glob("cells/*"))
+
+    until = time.monotonic() + 120
+    while on_disk() < 3 * wanted and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # a cell's samples are on disk before its parts go, so between the two they count twice
+    known = {
+        (path.name, name)
+        for path in output.glob("cells/*")
+        for name in [*read_parts(path), *(r["id"] for r in _finished(path))]
+    }
+    assert known, "killed too early to mean anything"
+
+    asked: list[str] = []
+    ask = asking.ask
+    monkeypatch.setattr(
+        run,
+        "ask",
+        lambda loaded, batch, *rest: asked.extend(s.id for s in batch) or ask(loaded, batch, *rest),
+    )
+    execute(output)
+    assert contents(output) == contents(whole)
+    assert len(asked) == 104 - len(known)
+
+
+def _finished(cell: Path) -> list[dict]:
+    path = cell / "samples.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text().splitlines()] if (cell / "row.json").exists() else []
+    )
+
+
+def test_two_processes_are_as_good_as_one(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    output = tmp_path / "run"
+    both = [start(tmp_path / rank, output, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+    try:
+        for process in both:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()
+    finally:
+        for process in both:
+            process.kill()
+    assert contents(output) == contents(whole)
+    assert not list(output.glob("cells/*/part-*"))
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_run_killed_over_and_over(whole, tmp_path):
+    path, output = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(TEXT.replace("OUTPUT", str(output)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*command, "-m", "vlm_prune", "run", str(path)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert contents(output) == contents(whole)
+    for number in range(8):
+        again = tmp_path / f"again-{number}"
+        draw = random.Random(number)
+        while True:
+            process = start(tmp_path / "again", again)
+            try:
+                process.communicate(timeout=draw.uniform(4, 14))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                continue
+            break
+        assert process.returncode == 0
+        assert contents(again) == contents(whole)
+
+
+def test_batch_size_changes_nothing(whole, tmp_path):
+    execute(tmp_path, TEXT.replace("batch_size: 4", "batch_size: 32"))
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_torn_line_is_no_record(tmp_path):
+    add_part(tmp_path, 0, [{"id": "a"}, {"id": "b"}])
+    with (tmp_path / "part-0.jsonl").open("a") as file:
+        file.write('\n[{"id": "c"}, {"i')
+    add_part(tmp_path, 0, [{"id": "d"}])
+    add_part(tmp_path, 1, [{"id": "e"}])
+    assert sorted(read_parts(tmp_path)) == ["a", "b", "d", "e"]
+
+
+def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path):
+    text = TEXT.replace("[flowcut,", "[{policy: flowcut, tokens: [999]}, none,").replace(
+        "models: [tiny-llava]", f"models: [{{model: {tmp_path}/missing, label: gone}}, tiny-llava]"
+    )
+    text = text[: text.index("tasks:")] + SPEED + "output: OUTPUT\n"
+    done, screen = execute(tmp_path / "run", text)
+    folder = RunFolder(tmp_path / "run")
+    assert [(row["model"], row["policy"]) for row in folder.rows()] == [
+        ("tiny-llava", "none"),
+        ("tiny-llava", "random"),
+    ]
+    failed = json.loads((tmp_path / "run" / "failed.json").read_text())
+    assert [(row["model"], row["policy"]) for row in failed] == [
+        ("gone", "flowcut"), ("gone", "none"), ("gone", "random"), ("tiny-llava", "flowcut"),
+    ]  # fmt: skip
+    assert "BudgetError" in failed[-1]["error"]
+    assert "Traceback" in failed[-1]["traceback"]
+    assert "2 of 6 cells" in screen
+    assert "4 failed" in screen
+    assert len(done.failed) == 4
+
+
+def test_times_are_kept_apart_and_can_be_taken_again(tmp_path):
+    text = TEXT[: TEXT.index("tasks:")] + SPEED + "output: OUTPUT\n"
+    execute(tmp_path, text)
+    folder = RunFolder(tmp_path)
+    before, times = (tmp_path / "results.json").read_bytes(), folder.times()
+    assert b"_ms" not in before
+    for row in folder.rows():
+        assert 0 < row["metrics"]["kv_bytes"] < row["metrics"]["kv_bytes_dense"]
+        assert 0 < row["metrics"]["flops"] < row["metrics"]["flops_dense"]
+        assert 0 < times[row["cell"]]["prefill_ms"] < times[row["cell"]]["answer_ms"]
+    execute(tmp_path, text)
+    assert folder.times() == times
+    done, _ = execute(tmp_path, text, retime=True)
+    assert folder.times() != times
+    assert (tmp_path / "results.json").read_bytes() == before
+    (line, _) = done.lines()
+    assert line["kv_ratio"] < 0.5
+    assert line["prefill_ms"] == folder.times()[folder.rows()[0]["cell"]]["prefill_ms"]

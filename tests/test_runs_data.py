@@ -1,0 +1,290 @@
+"""Where a run's samples come from: scenes, jsonl, COCO, data sets on disk; and what each task makes of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from vlm_prune.eval.models import load_model, model_path
+from vlm_prune.eval.runs import RunFolder, run
+from vlm_prune.eval.runs.asking import batches
+from vlm_prune.eval.runs.images import Picture
+from vlm_prune.eval.runs.samples import Sample, build_samples
+from vlm_prune.eval.runs.tiles import Tiles
+from vlm_prune.eval.runs.yaml_file import parse_config
+from vlm_prune.eval.scenes import make_scenes
+from vlm_prune.eval.vqa import exact_accuracy, normalised, vqa_accuracy
+
+weights = pytest.mark.skipif(
+    not (model_path("tiny-internvl") / "model.safetensors").exists(),
+    reason="the package was installed without the weights of the test models",
+)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Ten scenes as files, and what is in them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    scenes = list(make_scenes(10, 7, [(128, 128), (160, 128)], min_names=3))
+    for number, scene in enumerate(scenes):
+        scene.image.save(folder / f"{number}.png")
+    return folder, scenes
+
+
+def samples(task: str, **where) -> list[Sample]:
+    text = f"models: [m]\npolicies: [none]\ntasks:\n  - {task}\noutput: out\n".replace("\\n", "\\\\n")
+    for name, value in where.items():
+        text = text.replace(name, str(value))
+    config = parse_config(text, "run.yaml")
+    return build_samples(config.tasks[0], "m", config.seed)
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_pope_of_question_files(images, tmp_path):
+    folder, _ = images
+    for split in ("random", "popular"):
+        rows = [
+            {
+                "question_id": i,
+                "image": f"{i}.png",
+                "text": f"Is there a {split}?",
+                "label": ("Yes", "no")[i % 2],
+            }
+            for i in range(4)
+        ]
+        write_lines(tmp_path / f"coco_pope_{split}.json", rows)
+    found = samples(
+        "{task: pope, data: {jsonl: [FILE1, FILE2], images: IMAGES, limit: 3}, prompt: '{question} One word.'}",
+        FILE1=tmp_path / "coco_pope_random.json", FILE2=tmp_path / "coco_pope_popular.json", IMAGES=folder,
+    )  # fmt: skip
+    assert [sample.id for sample in found] == [f"{s}/{i}" for s in ("random", "popular") for i in range(3)]
+    assert found[1].question == "Is there a random? One word."
+    assert [sample.label for sample in found[:3]] == ["yes", "no", "yes"]
+    assert found[2].picture.file == (folder / "2.png").resolve()
+
+
+def test_splits_of_one_file_are_told_by_its_category(images, tmp_path):
+    rows = [
+        {
+            "question_id": i,
+            "image": "0.png",
+            "question": "?",
+            "answer": "no",
+            "category": ("random", "popular")[i % 2],
+        }
+        for i in range(4)
+    ]
+    path = write_lines(tmp_path / "q.jsonl", rows)
+    found = samples(
+        "{task: pope, data: {jsonl: FILE, images: IMAGES, limit: 1}}", FILE=path, IMAGES=images[0]
+    )
+    assert [(sample.split, sample.id) for sample in found] == [
+        ("random", "random/0"),
+        ("popular", "popular/1"),
+    ]
+
+
+def coco(folder: Path, scenes, also: int = 0) -> Path:
+    """Annotation files about the scenes, and about images that are not there."""
+    annotations = folder.parent / "annotations"
+    annotations.mkdir()
+    words = ["person", "dog", "car", "cat", "bus", "chair", "cup", "bowl", "book", "clock", "vase", "boat"]
+    names = sorted({name for scene in scenes for name in scene.names})
+    listed = [{"id": i, "file_name": f"{i}.png"} for i in range(len(scenes) + also)]
+    objects = [
+        {"image_id": i, "category_id": names.index(name)}
+        for i, scene in enumerate(scenes)
+        for name in scene.names
+    ]
+    categories = [{"id": i, "name": word} for i, word in enumerate(words[: len(names)])]
+    instances = {"images": listed, "annotations": objects, "categories": categories}
+    (annotations / "instances_val2014.json").write_text(json.dumps(instances))
+    captions = [{"image_id": i, "caption": "A zebra."} for i in range(len(scenes))]
+    (annotations / "captions_val2014.json").write_text(
+        json.dumps({"images": listed, "annotations": captions})
+    )
+    return annotations
+
+
+def test_coco_for_both_scores(images):
+    folder, scenes = images
+    annotations = coco(folder, scenes, also=3)
+    where = {"COCO": annotations, "IMAGES": folder}
+    asked = samples("{task: pope, data: {coco: COCO, images: IMAGES, count: 4}}", **where)
+    assert len(asked) == 3 * 4 * 6
+    assert len({sample.picture.file for sample in asked}) == 4
+    assert not [sample for sample in asked if "zebra" in sample.question and sample.label == "no"]
+    described = samples("{task: chair, data: {coco: COCO, images: IMAGES, count: 4}}", **where)
+    assert [sample.picture.file for sample in described] == [
+        sample.picture.file
+        for sample in samples("{task: chair, data: {coco: COCO, images: IMAGES, count: 4}}", **where)
+    ]
+    assert all("zebra" in sample.label and len(sample.label) >= 4 for sample in described)
+    (annotations / "ids.json").write_text("[3, 1]")
+    listed = samples("{task: chair, data: {coco: COCO, images: IMAGES, image_ids: COCO/ids.json}}", **where)
+    assert [sample.id for sample in listed] == ["3", "1"]
+    (annotations / "ids.json").write_text("[11]")
+    with pytest.raises(ValueError, match="there is no image"):
+        samples("{task: chair, data: {coco: COCO, images: IMAGES, image_ids: COCO/ids.json}}", **where)
+
+
+def test_a_data_set_on_disk_keeps_its_images(images, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    _, scenes = images
+    table = datasets.Dataset.from_dict(
+        {
+            "questionId": [7, 8],
+            "picture": [scene.image for scene in scenes[:2]],
+            "query": ["How many?", "What?"],
+            "answers": [["2", "two"], ["star"]],
+        },
+        features=datasets.Features(
+            {
+                "questionId": datasets.Value("int64"),
+                "picture": datasets.Image(),
+                "query": datasets.Value("string"),
+                "answers": datasets.Sequence(datasets.Value("string")),
+            }
+        ),
+    )
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(str(tmp_path / "set"))
+    task = "{task: vqa, data: {disk: DISK, split: train, columns: {image: picture}}}"
+    found = samples(task, DISK=tmp_path / "set")
+    assert [(sample.id, sample.label) for sample in found] == [("7", ["2", "two"]), ("8", ["star"])]
+    assert found[0].question.startswith("How many?\n")
+    assert np.array_equal(np.asarray(found[1].picture.load()), np.asarray(scenes[1].image))
+    kept = found[1].picture.keep(tmp_path / "run")
+    assert kept.startswith("images/")
+    assert Image.open(tmp_path / "run" / kept).size == scenes[1].image.size
+    with pytest.raises(ValueError, match="train, test"):
+        samples("{task: vqa, data: {disk: DISK}}", DISK=tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("{task: pope, data: {jsonl: none.jsonl}}", "does not exist"),
+        ("{task: pope, data: {jsonl: FILE, images: IMAGES}}", "label 'maybe', 'yes' or 'no' is needed"),
+        ("{task: chair, data: {jsonl: FILE, images: IMAGES}}", "objects is 'None', list is needed"),
+        ("{task: vqa, data: {jsonl: FILE, images: IMAGES, columns: {answer: reply}}}", "no column 'reply'"),
+        ("{task: vqa, data: {jsonl: FILE, images: IMAGES/nowhere}}", "there is no image"),
+        (
+            "{task: vqa, data: {jsonl: FILE, images: IMAGES, columns: {id: image}}}",
+            "ids stand in several rows",
+        ),
+        ("{task: vqa, data: {scenes: 4}}", "scenes have no questions"),
+        ("{task: vqa, data: {coco: IMAGES, images: IMAGES}}", "hold no questions"),
+        ("{task: chair, data: {coco: IMAGES, images: IMAGES}}", "holds no instances_"),
+        ("{task: vqa, data: {disk: IMAGES/nowhere}}", "is no folder"),
+    ],
+)
+def test_missing_data_are_named(task, message, images, tmp_path):
+    rows = [{"question_id": i, "image": "0.png", "question": "?", "answer": "maybe"} for i in range(2)]
+    path = write_lines(tmp_path / "q.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        samples(task, FILE=path, IMAGES=images[0])
+
+
+def test_the_hub_cannot_be_reached_here(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*given, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match="lmms-lab/POPE could not be loaded"):
+        samples("{task: pope, data: {hub: lmms-lab/POPE}}")
+
+
+@weights
+def test_a_model_folder_answers_a_file_of_questions(images, tmp_path):
+    folder, scenes = images
+    rows = [
+        {"id": f"q{i}", "image": f"{i}.png", "question": "Is there a star in the image?", "answer": answer}
+        for i, answer in enumerate("Yes" if "star" in scene.names else ["no", "none"] for scene in scenes)
+    ]
+    path = write_lines(tmp_path / "q.jsonl", rows)
+    text = f"""\
+models: [{{model: {model_path("tiny-internvl")}, label: folder, dtype: bfloat16}}]
+policies: [flowcut]
+tokens: [16]
+tasks:
+  - {{task: vqa, data: {{jsonl: {path}, images: {folder}}}, prompt: "{{question}}", max_new_tokens: 2}}
+  - {{task: speed, label: time, data: {{jsonl: {path}, images: {folder}}}, prompts: 1, rounds: 1}}
+output: {tmp_path / "run"}
+"""
+    done = run.execute(parse_config(text, "run.yaml"), Console(file=io.StringIO()))
+    assert not done.failed, done.failed
+    row, speed = RunFolder(tmp_path / "run").rows()
+    assert row["n"] == 10
+    assert row["metrics"]["accuracy"] > 0.7
+    assert row["intervals"]["accuracy"][0] <= row["metrics"]["accuracy"] <= row["intervals"]["accuracy"][1]
+    records = RunFolder(tmp_path / "run").samples(row["cell"])
+    assert {record["scores"]["accuracy"] for record in records} <= {0.0, 1.0}
+    assert all(len(tile["kept"]) == 16 for record in records for tile in record["tiles"])
+    assert records[0]["image"]["path"] == str((folder / "0.png").resolve())
+    assert speed["task"] == "time"
+    (line,) = done.lines()
+    assert line["vqa_accuracy"] == row["metrics"]["accuracy"]
+    assert line["time_prefill_ms"] > 0
+    assert "| 16 tokens |" in (tmp_path / "run" / "results.md").read_text()
+
+
+@weights
+@pytest.mark.parametrize(
+    ("name", "size", "boxes"),
+    [
+        ("tiny-llava", (128, 128), [[0, 0, 128, 128]]),
+        ("tiny-llava", (256, 128), [[64, 0, 192, 128]]),
+        ("tiny-llava", (100, 300), [[0, 100, 100, 200]]),
+        ("tiny-internvl", (256, 128), [[0, 0, 128, 128], [128, 0, 256, 128], [0, 0, 256, 128]]),
+        ("tiny-internvl", (80, 240), [[0, 0, 80, 80], [0, 80, 80, 160], [0, 160, 80, 240], [0, 0, 80, 240]]),
+    ],
+)
+def test_tiles_show_what_the_processor_makes_of_an_image(name, size, boxes):
+    _, processor = load_model(name)
+    found = Tiles(processor).boxes(size)
+    assert np.abs(np.array(found) - np.array(boxes)).max() <= 1
+
+
+def test_a_batch_holds_one_split_and_similar_prompts(tmp_path):
+    def sample(number: int, split: str, width: int, words: int) -> Sample:
+        image = Image.new("RGB", (width, 64))
+        return Sample(str(number), split, Picture.of(image, None, "here"), "a " * words, None)
+
+    given = [sample(0, "a", 64, 9), sample(1, "a", 32, 5), sample(2, "a", 64, 1), sample(3, "a", 32, 2)]
+    given += [sample(4, "b", 32, 1)]
+    found = [[one.id for one in batch] for batch in batches(given, 3)]
+    assert found == [["3", "1", "2"], ["0"], ["4"]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain"),
+    [
+        ("The two dogs.", "2 dogs"), ("Yes!", "yes"), (" A\nred  car ", "red car"), ("1,000", "1000"), ("2.5", "2.5"),
+        ("it's", "it's"), ("", ""), ("none", "0"), ("blue/green", "blue green"), ("St. John", "st john"),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_in_a_plain_form(answer, plain):
+    assert normalised(answer) == plain
+
+
+def test_vqa_accuracy_is_that_of_ten_annotators():
+    assert exact_accuracy("Red.", ["red", "crimson"]) == 1
+    assert exact_accuracy("blue", ["red", "crimson"]) == 0
+    ten = ["red"] * 3 + ["blue"] * 7
+    assert vqa_accuracy("red", ten) == pytest.approx(0.9)  # 3 of the nines hold two reds, 7 hold three
+    assert vqa_accuracy("blue", ten) == 1
+    assert vqa_accuracy("green", ten) == 0
+    assert vqa_accuracy("red", ["red"]) == 1
