@@ -10,13 +10,14 @@ VENV := .venv
 WHEEL_VENV := .venv-wheel
 VERSIONS ?= 5.4 5.19 5.23 5.24
 TESTS ?= tests
+LMMS_VENV := .venv-lmms
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python -m
 # one thread a process: worker processes that share cores are slower with more
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all test-versions wheel typecheck demo demo-quick oracle results train-tiny card clean
+.PHONY: help venv lint test test-all test-versions test-lmms wheel typecheck demo demo-quick oracle results train-tiny card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -53,6 +54,20 @@ test-versions: $(VERSIONS:%=.venv-transformers-%/.ready) ## the same tests on tr
 	@for version in $(VERSIONS); do echo "transformers $$version"; OMP_NUM_THREADS=1 \
 		.venv-transformers-$$version/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TESTS) || exit 1; done
 
+# lmms-eval brings a hundred packages, so it lives in an environment of its own, which borrows torch and transformers
+# from the first and may not replace them.
+$(LMMS_VENV)/.ready: $(READY)
+	$(RUN) venv --clear --without-pip $(LMMS_VENV)
+	$(VENV)/bin/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> "$$($(LMMS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(RUN) pip list --format=freeze | grep -E '^(torch|torchvision|transformers|numpy)==' > $(LMMS_VENV)/constraints.txt
+	$(RUN) pip --python $(LMMS_VENV)/bin/python install --quiet --no-build-isolation \
+		--constraint $(LMMS_VENV)/constraints.txt --editable '.[lmms]'
+	@touch $@
+
+test-lmms: $(LMMS_VENV)/.ready ## lmms-eval with this package as a model, end to end and offline (about 5 minutes)
+	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest -p no:cacheprovider tests/test_lmms.py tests/test_lmms_eval.py
+
 # The four folders at the top become one package only when installed, so the type checker reads the installed wheel.
 # It is installed into an environment of its own that borrows the dependencies of the first one.
 wheel: $(READY) ## build the wheel and install it into .venv-wheel
@@ -88,4 +103,4 @@ card: $(READY) ## measure the shipped test models and write their cards
 	$(RUN) vlm_prune.eval.tiny.card
 
 clean: ## remove what was built; .venv and runs stay
-	rm -rf build dist *.egg-info $(WHEEL_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(WHEEL_VENV) $(LMMS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def manifests() -> list[Any]:
-    """What the entry point offers: model ``vlm_prune``, for chat messages and, with ``--force_simple``, for plain text."""
+    """The entry point: model ``vlm_prune`` for chat messages and, with ``--force_simple``, for plain text."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [

@@ -68,8 +68,8 @@ class Decoding:
         beams = int(others.get("num_beams", 1))
         if temperature < 0 or int(limit) < 1 or beams < 1:
             raise ValueError(
-                f"temperature={temperature}, max_new_tokens={limit}, num_beams={beams}: a temperature of 0 or more, and "
-                "at least one token and one beam are needed."
+                f"temperature={temperature}, max_new_tokens={limit}, num_beams={beams}: no temperature below 0, and "
+                "one token and one beam at least, are allowed."
             )
         if temperature > 0 and beams > 1:
             raise ValueError(
@@ -110,9 +110,7 @@ class Answer:
     output_tokens: int
 
 
-def batches(
-    jobs: Sequence[Job], size: int, window: int = 16
-) -> Iterator[tuple[list[int], list[Prompt]]]:
+def batches(jobs: Sequence[Job], size: int, window: int = 16) -> Iterator[tuple[list[int], list[Prompt]]]:
     """Numbers and prompts of jobs that go together: same decoding, similar length, the longest first.
 
     Texts are sorted first. Images are only opened for ``window`` batches at a time, and these sorted again.
@@ -144,7 +142,11 @@ def answer_batch(
     start = inputs["input_ids"].shape[1]
     ends = _as_list(model.generation_config.eos_token_id)
     # special tokens do not show in the text, so a task that ends an answer by one has to be told to generate
-    ends += [tokenizer.convert_tokens_to_ids(stop) for stop in decoding.until if stop in tokenizer.all_special_tokens]
+    ends += [
+        tokenizer.convert_tokens_to_ids(stop)
+        for stop in decoding.until
+        if stop in tokenizer.all_special_tokens
+    ]
     output = model.generate(
         **inputs,
         **dict(decoding.options),
@@ -156,7 +158,9 @@ def answer_batch(
         eos_token_id=sorted(set(ends)) or None,
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=_sampling(decoding, seeds),
-        stopping_criteria=StoppingCriteriaList([_Until(tokenizer, decoding.until, start)] if decoding.until else []),
+        stopping_criteria=StoppingCriteriaList(
+            [_Until(tokenizer, decoding.until, start)] if decoding.until else []
+        ),
     )
     new = output[:, start:]
     silent = torch.tensor([*ends, tokenizer.pad_token_id], device=new.device)
@@ -194,7 +198,10 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.stack(
-            [torch.empty(scores.shape[-1], dtype=torch.float64).exponential_(generator=g) for g in self.generators]
+            [
+                torch.empty(scores.shape[-1], dtype=torch.float64).exponential_(generator=g)
+                for g in self.generators
+            ]
         )
         return scores.double() - noise.log().to(scores.device)
 
@@ -210,4 +217,6 @@ class _Until(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         tail = input_ids[:, self.start :][:, -self.window :]
         texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
-        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+        return torch.tensor(
+            [any(stop in text for stop in self.stops) for text in texts], device=input_ids.device
+        )

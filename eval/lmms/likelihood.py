@@ -1,4 +1,4 @@
-"""How likely a model finds a given continuation, scored as it would generate it: token by token, on the pruned prompt."""
+"""How likely a continuation is, scored as the model would generate it: token by token, on the pruned prompt."""
 
 from __future__ import annotations
 

@@ -96,7 +96,9 @@ def _data(out: Path, name: str, source: str, rows: Any) -> dict[str, Any]:
     if path.is_dir():
         splits = path / "dataset_dict.json"
         if not splits.is_file():
-            raise ValueError(f"{path}: not a folder that DatasetDict.save_to_disk wrote (it has no {splits.name}).")
+            raise ValueError(
+                f"{path}: not a folder that DatasetDict.save_to_disk wrote (it has no {splits.name})."
+            )
         known = json.loads(splits.read_text(encoding="utf-8"))["splits"]
         return {
             "dataset_path": str(path.resolve()),

@@ -25,7 +25,6 @@ from vlm_prune.eval.lmms.generate import Decoding, Job, answer_batch, batches
 from vlm_prune.eval.lmms.likelihood import score_batch
 from vlm_prune.eval.lmms.prompts import PLACEHOLDER, Prompt, from_messages, from_text
 
-
 Following = Callable[[int, list[str], Any], "tuple[Callable[[], Prompt], list[str], Any] | None"]
 """From a round's number, the answers so far and the task's notes to the next prompt, answers and notes; None: over."""
 
@@ -39,6 +38,20 @@ class _Call:
     kwargs: dict[str, Any]
     first: Callable[[], Prompt]
     following: Following
+
+
+class Likelihood(tuple[float, bool], GenerationResult):
+    """A log-likelihood and whether its text is the greedy answer: the pair that lmms-eval documents.
+
+    A `GenerationResult` too, since the evaluator of lmms-eval 0.7 takes these apart but makes a string of other pairs.
+    """
+
+    def __new__(cls, total: float, greedy: bool) -> Likelihood:
+        """The pair."""
+        return super().__new__(cls, (total, greedy))
+
+    def __init__(self, total: float, greedy: bool):
+        GenerationResult.__init__(self, (total, greedy))
 
 
 class VlmPrune(lmms):
@@ -86,7 +99,7 @@ class VlmPrune(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.world_size > 1 and "device_map" in loading:
             raise ValueError(
-                f"device_map={loading['device_map']} in {self.world_size} processes: each process holds the model on one "
+                f"device_map={loading['device_map']} in {self.world_size} processes: each holds the model on one "
                 "device. Leave device_map out, or start one process."
             )
         path = checkpoint(pretrained)
@@ -130,7 +143,7 @@ class VlmPrune(lmms):
                     prompts[n], outputs[n], notes[n] = then
         return outputs
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[Likelihood]:
         """Sum of the log-probabilities of the continuation's tokens, and whether it is the greedy answer.
 
         Of requests of a ``multiple_choice`` task the sum comes with its sign turned: lmms-eval 0.7 scores those by the
@@ -147,12 +160,12 @@ class VlmPrune(lmms):
             task = getattr(visual, "__self__", None)
             signs.append(-1 if getattr(task, "OUTPUT_TYPE", None) == "multiple_choice" else 1)
             jobs.append(Job(partial(self._plain, context, visual, doc), len(context)))
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(jobs)
+        results: list[Likelihood] = [Likelihood(0.0, False)] * len(jobs)
         with tqdm(total=len(jobs), disable=self.rank != 0, desc=f"{self.pruning_name}: likelihoods") as bar:
             for numbers, prompts in batches(jobs, self.batch_size):
                 scored = score_batch(self.model, self.processor, prompts, [continuations[n] for n in numbers])
                 for n, (total, greedy) in zip(numbers, scored, strict=True):
-                    results[n] = (signs[n] * total, greedy)
+                    results[n] = Likelihood(signs[n] * total, greedy)
                 bar.update(len(numbers))
         return results
 
@@ -185,7 +198,7 @@ class VlmPrune(lmms):
                 bar.update(len(numbers))
         elapsed = perf_counter() - begin
         tokens = sum(result.token_counts.output_tokens or 0 for result in results if result.token_counts)
-        more = {"total_requests": len(jobs), "rank": self.rank}
+        more: dict[str, float] = {"total_requests": len(jobs)}
         if images:
             more["visual_tokens_per_image"] = kept / images
         log_metrics(elapsed, tokens, tokens / elapsed, additional_metrics=more)
@@ -194,7 +207,9 @@ class VlmPrune(lmms):
     def _tell_unknown(self, jobs: Iterable[Job]) -> None:
         names = {name for job in jobs for name in job.decoding.unknown} - self._unknown_told
         if names and self.rank == 0:
-            logger.warning(f"generation_kwargs {', '.join(sorted(names))}: generate has no such options; left out")
+            logger.warning(
+                f"generation_kwargs {', '.join(sorted(names))}: generate has no such options; left out"
+            )
         self._unknown_told |= names
 
     def _doc(self, task: str, split: str, doc_id: int) -> Any:

@@ -115,4 +115,6 @@ def _system(text: str) -> list[dict[str, Any]]:
 
 
 def _not_an_image(what: str) -> UnsupportedCallError:
-    return UnsupportedCallError(f"The task shows {what!r} to the model. vlm_prune takes images and text: no video, no audio.")
+    return UnsupportedCallError(
+        f"The task shows {what!r} to the model. vlm_prune takes images and text: no video, no audio."
+    )

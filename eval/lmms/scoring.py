@@ -49,7 +49,9 @@ def pope_results(doc: Doc, results: Sequence[str]) -> dict[str, Record]:
 
 def _pope_rate(rate: str) -> Callable[[Sequence[Record]], float]:
     def aggregate(records: Sequence[Record]) -> float:
-        result = score_pope(records, [{"question_id": r["question_id"], "answer": r["answer"]} for r in records])
+        result = score_pope(
+            records, [{"question_id": r["question_id"], "answer": r["answer"]} for r in records]
+        )
         if rate == "accuracy":  # once for all rates
             for warning in result.warnings:
                 logging.getLogger(__name__).warning("POPE: %s", warning)
@@ -86,7 +88,9 @@ def _chair_rate(rate: str) -> Callable[[Sequence[Record]], float]:
     def aggregate(records: Sequence[Record]) -> float:
         vocabularies = {record["vocabulary"] for record in records}
         if len(vocabularies) > 1:
-            raise ValueError(f"rows name different vocabularies, {sorted(map(str, vocabularies))}: one is needed")
+            raise ValueError(
+                f"rows name different vocabularies, {sorted(map(str, vocabularies))}: one is needed"
+            )
         captions = [(record["image_id"], record["caption"]) for record in records]
         truth = {record["image_id"]: record["objects"] for record in records}
         return score_captions(captions, truth, _reader(*vocabularies), samples=0).metrics[rate]
