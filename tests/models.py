@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.packed import PACKED, PackedPrompt, packed_prompt
+
 IMAGE, PAD, TEXT, VOCAB = 60, 0, range(3, 59), 64
 
 
@@ -82,6 +84,10 @@ FAMILIES = {
 }
 
 
+EVERY = [*FAMILIES, *PACKED]
+"""All families: those whose images are cut into tiles of one size, and those that pack images of any size."""
+
+
 @cache
 def shared(family: str, attention: str = "sdpa") -> nn.Module:
     """The model of `make`, made once: for tests that give it back as it was."""
@@ -90,7 +96,7 @@ def shared(family: str, attention: str = "sdpa") -> nn.Module:
 
 def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -> nn.Module:
     """A model of ``family`` in eval mode, with weights that make attention peaky and every token matter."""
-    model = FAMILIES[family].build(**changes)
+    model = PACKED[family]() if family in PACKED else FAMILIES[family].build(**changes)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -100,7 +106,7 @@ def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
             noise = 1 + 0.1 * noise
         elif weight.dim() == 1 or "position" in name:
             noise = 0.2 * noise
-        elif "q_proj" in name or "k_proj" in name:
+        elif "q_proj" in name or "k_proj" in name or "qkv" in name:
             noise = noise * 1.8 / weight[0].numel() ** 0.5
         elif weight.dim() > 1 and "embed" not in name:
             noise = noise * 1.2 / weight[0].numel() ** 0.5
@@ -139,11 +145,15 @@ class Prompt:
         ]
 
 
-def prompt(family: str, rows: list[tuple[int, ...]], pad: str = "left", seed: int = 1) -> Prompt:
+def prompt(
+    family: str, rows: list[tuple[Any, ...]], pad: str = "left", seed: int = 1
+) -> Prompt | PackedPrompt:
     """Prompts from a sketch: ``5`` stands for five text tokens, ``-2`` for an image of two tiles.
 
     Images differ in contrast, so that an adaptive policy treats each differently.
     """
+    if family in PACKED:
+        return packed_prompt(family, rows, pad, seed)
     generator = torch.Generator().manual_seed(seed)
     spec, sequences, tiles = FAMILIES[family], [], []
     number = 0

@@ -7,6 +7,7 @@ builds the inputs that the stock decoder would have been given had the dropped t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from tests.models import IMAGE, Prompt
+from tests.packed import PackedPrompt
+from tests.reference_packed import PackedKept, PackedShort, packed_choose, packed_shorten
 from vlm_prune.policies.baselines import random_ranking, uniform_index
 from vlm_prune.tower import content_key
 
@@ -45,6 +48,10 @@ class Short:
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         return {"inputs_embeds": self.embeds, "attention_mask": self.mask, "position_ids": self.positions}
+
+    def given(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What the decoder needs beside `inputs`: nothing, see `PackedShort.given`."""
+        return nullcontext()
 
 
 def shorten(model: nn.Module, prompt: Prompt, kept: Kept, positions: str) -> Short:
@@ -83,6 +90,9 @@ CASES = [
     ("flowcut", "internvl", "original"),
     ("random", "llava-gqa", "original"),
     ("uniform", "llava-full", "compact"),
+    ("flowcut", "qwen2_5_vl", "original"),
+    ("random", "qwen2_vl", "original"),
+    ("uniform", "qwen3_vl", "original"),
 ]
 """(policy, family, positions), for tests too slow for all of them: every policy, family and rule once."""
 
@@ -95,8 +105,14 @@ def budget(policy: str) -> dict[str, float]:
     return {} if policy == "none" else {"ratio": RATIO}
 
 
-def expect(model: nn.Module, prompt: Prompt, policy: str, positions: str = "compact") -> tuple[Kept, Short]:
+def expect(
+    model: nn.Module, prompt: Prompt | PackedPrompt, policy: str, positions: str | None = None
+) -> tuple[Kept, Short] | tuple[PackedKept, PackedShort]:
     """What ``prune(model, policy, positions=positions, **budget(policy))`` has to keep, and to compute with."""
+    if isinstance(prompt, PackedPrompt):
+        kept = packed_choose(model, prompt, policy, RATIO)
+        return kept, packed_shorten(model, prompt, kept)
+    positions = positions or "compact"
     kept = choose(model, prompt, policy, round(RATIO * _units(model)))
     return kept, shorten(model, prompt, kept, positions)
 

@@ -40,7 +40,8 @@ def test_decoding_method(method, policy, family, positions):
     model, batch, options = shared(family), prompt(family, LAYOUTS["ragged"]), METHODS[method]
     with torch.no_grad():
         _, short = expect(model, batch, policy, positions)
-    want = generate(model, short.inputs, **{**options, "use_cache": True})
+    with short.given(model):
+        want = generate(model, short.inputs, **{**options, "use_cache": True})
     with pruned(model, policy, positions=positions, **budget(policy)):
         output = generate(model, batch.inputs, **options)
     repeats = len(output) // len(batch.ids)
@@ -59,7 +60,8 @@ def test_scores_and_hidden_states_of_every_step(policy, family, positions):
     }
     with torch.no_grad():
         _, short = expect(model, batch, policy, positions)
-    want = generate(model, short.inputs, **options)
+    with short.given(model):
+        want = generate(model, short.inputs, **options)
     with pruned(model, policy, positions=positions, **budget(policy)):
         ours = generate(model, batch.inputs, **options)
     assert torch.equal(ours.sequences[:, batch.ids.shape[1] :], want.sequences)
@@ -98,7 +100,8 @@ def test_own_decoding_loop(policy, family, positions):
     model, batch = shared(family), prompt(family, LAYOUTS["ragged"], pad="right")
     with torch.no_grad():
         _, short = expect(model, batch, policy, positions)
-        want = generate(model, short.inputs)
+        with short.given(model):
+            want = generate(model, short.inputs)
         last = batch.mask.sum(-1) - 1
         with pruned(model, policy, positions=positions, **budget(policy)):
             cache, mask, tokens = DynamicCache(), batch.mask, []
