@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -84,7 +85,11 @@ FAMILIES = {
 }
 
 
-EVERY = [*FAMILIES, *PACKED]
+EVERY = [
+    *FAMILIES,
+    "qwen3_vl",
+    *(pytest.param(family, marks=pytest.mark.slow) for family in PACKED if family != "qwen3_vl"),
+]
 """All families: those whose images are cut into tiles of one size, and those that pack images of any size."""
 
 
@@ -117,6 +122,11 @@ def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
     return model.eval()
 
 
+def tower(model: nn.Module) -> nn.Module:
+    """A model's vision encoder."""
+    return model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
+
+
 @dataclass
 class Prompt:
     """A batch of prompts. ``tiles[b]`` are the numbers of the tiles of row ``b`` in ``pixels``."""
@@ -127,10 +137,14 @@ class Prompt:
     tiles: list[list[int]]
 
     @property
+    def media(self) -> dict[str, torch.Tensor]:
+        """The part of `inputs` that is not text."""
+        return {} if self.pixels is None else {"pixel_values": self.pixels}
+
+    @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments for the model, as a processor returns them."""
-        inputs = {"input_ids": self.ids, "attention_mask": self.mask}
-        return inputs if self.pixels is None else {**inputs, "pixel_values": self.pixels}
+        return {"input_ids": self.ids, "attention_mask": self.mask, **self.media}
 
     def rows(self) -> list[Prompt]:
         """Each row alone, without padding."""

@@ -8,7 +8,8 @@ import transformers
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from tests.models import IMAGE, LAYOUTS, PAD, VOCAB, Prompt, make, prompt, shared
+from tests.models import IMAGE, LAYOUTS, PACKED, PAD, VOCAB, Prompt, make, prompt, shared
+from tests.packed import VIDEO
 from tests.reference import CASES, budget, expect
 from vlm_prune import pruned
 from vlm_prune.versions import CACHE, cache_of
@@ -30,7 +31,7 @@ METHODS = {
 def generate(model, inputs, **options):
     torch.manual_seed(7)
     # a random model may say <image>, which stock code would take for a placeholder without features
-    fixed = {"max_new_tokens": 6, "pad_token_id": PAD, "suppress_tokens": [IMAGE]}
+    fixed = {"max_new_tokens": 6, "pad_token_id": PAD, "suppress_tokens": [IMAGE, VIDEO]}
     return model.generate(**inputs, **fixed | options)
 
 
@@ -106,6 +107,7 @@ def test_own_decoding_loop(policy, family, positions):
         with pruned(model, policy, positions=positions, **budget(policy)):
             cache, mask, tokens = DynamicCache(), batch.mask, []
             logits = model(**batch.inputs, **{CACHE: cache}).logits[torch.arange(len(last)), last]
+            moved = model.model.rope_deltas if family in PACKED else 0
             for step in range(6):
                 logits[:, IMAGE] = -torch.inf
                 tokens.append(logits.argmax(-1))
@@ -113,7 +115,7 @@ def test_own_decoding_loop(policy, family, positions):
                 logits = model(
                     input_ids=tokens[-1][:, None],
                     attention_mask=mask,
-                    position_ids=(last + 1 + step)[:, None],
+                    position_ids=(last + 1 + step)[:, None] + moved,
                     **{CACHE: cache},
                 ).logits[:, -1]
     assert torch.stack(tokens, 1).tolist() == want.tolist()

@@ -152,7 +152,7 @@ def test_receipts_are_per_thread():
         assert model.pruning.receipt is mine
 
 
-@cases
+@pytest.mark.parametrize(("policy", "family", "positions"), [case for case in CASES if case[1] in FAMILIES])
 def test_printed_form(policy, family, positions):
     model, batch = shared(family), prompt(family, LAYOUTS["several-images"])
     with pruned(model, policy, positions=positions, **budget(policy)):

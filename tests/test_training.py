@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import FAMILIES, IMAGE, LAYOUTS, make, prompt, shared
+from tests.models import FAMILIES, IMAGE, LAYOUTS, make, prompt, shared, tower
 from tests.reference import CASES, POLICIES, budget, expect
 from vlm_prune import UnsupportedCallError, pruned
 
@@ -102,7 +102,8 @@ def test_gradients(policy, family, positions):
     model, batch = make(family), prompt(family, LAYOUTS["ragged"])
     labels = text(batch)
     _, short = expect(model, batch, policy, positions)
-    want = gradients(model, model(**short.inputs, labels=short_labels(labels, short)).loss)
+    with short.given(model):
+        want = gradients(model, model(**short.inputs, labels=short_labels(labels, short)).loss)
     with pruned(model, policy, positions=positions, **budget(policy)):
         ours = gradients(model, model(**batch.inputs, labels=labels).loss)
     assert want.keys() == ours.keys()
@@ -125,7 +126,7 @@ def test_gradient_checkpointing(policy, family, positions):
                 UnsupportedCallError, match=r"gradient checkpointing.*Turn it off for the tower"
             ):
                 model(**inputs)
-            model.model.vision_tower.eval()
+            tower(model).eval()
         ours = gradients(model, model(**inputs).loss)
     assert want.keys() == ours.keys()
     for name, gradient in ours.items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.models import Prompt, prompt, shared
+from tests.models import IMAGE, PACKED, Prompt, prompt, shared
+from tests.packed import PackedPrompt
 from tests.reference import budget
 from tests.test_generate import cases, generate
 from vlm_prune import pruned
@@ -21,10 +23,29 @@ def follow_up(output, mask, rows, family, seed):
     return new, torch.cat([output, new.ids], 1), torch.cat([mask, answered, new.mask], 1)
 
 
-def all_pixels(turns: list[Prompt]):
-    """Pixels of a conversation in the order of its placeholders."""
-    tiles = [turn.pixels[turn.tiles[b]] for b in range(len(turns[0].ids)) for turn in turns if turn.tiles[b]]
-    return torch.cat(tiles) if tiles else None
+def said(family, ids, mask):
+    """The text part of a call."""
+    kinds = {"mm_token_type_ids": (ids == IMAGE).int()} if family in PACKED else {}
+    return {"input_ids": ids, "attention_mask": mask, **kinds}
+
+
+def all_media(turns: list[Prompt | PackedPrompt]):
+    """Images of a conversation in the order of its placeholders."""
+    first, rows = turns[0], range(len(turns[0].ids))
+    if isinstance(first, PackedPrompt):
+        return replace(first, visuals=[[v for turn in turns for v in turn.visuals[b]] for b in rows]).media
+    tiles = [turn.pixels[turn.tiles[b]] for b in rows for turn in turns if turn.tiles[b]]
+    return {"pixel_values": torch.cat(tiles)} if tiles else {}
+
+
+def new_media(model, turns: list[Prompt | PackedPrompt]):
+    """Images of the last turn. M-RoPE positions need the sizes of all images, so there the new ones come encoded."""
+    turn = turns[-1]
+    if not turn.media or not isinstance(turn, PackedPrompt):
+        return turn.media
+    encoded = model.get_image_features(**turn.media, return_dict=True)
+    sizes = all_media(turns)["image_grid_thw"]
+    return {"mm_encoder_outputs": {"image": encoded}, "image_grid_thw": sizes}
 
 
 CONVERSATIONS = {
@@ -47,15 +68,11 @@ def test_a_cache_carried_over_turns_gives_what_a_fresh_prompt_gives(conversation
         for number, rows in enumerate(later):
             turn, ids, mask = follow_up(output.sequences, mask, rows, family, seed=number + 5)
             turns.append(turn)
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            fresh = (
-                {**inputs, "pixel_values": pixels} if (pixels := all_pixels(turns)) is not None else inputs
+            inputs = said(family, ids, mask)
+            want = generate(model, {**inputs, **all_media(turns)}, **options)
+            output = generate(
+                model, {**inputs, **new_media(model, turns), CACHE: cache_of(output)}, **options
             )
-            want = generate(model, fresh, **options)
-            carried = {**inputs, CACHE: cache_of(output)}
-            if turn.pixels is not None:
-                carried["pixel_values"] = turn.pixels
-            output = generate(model, carried, **options)
             assert torch.equal(output.sequences, want.sequences)
             for a, b in zip(output.logits, want.logits, strict=True):
                 torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-3)
@@ -71,8 +88,8 @@ def test_a_prefix_is_computed_once_and_continued_twice(policy, family, positions
         prefix = cache_of(model(**batch.inputs))
         for end in ends:
             ids = torch.cat([batch.ids, end], 1)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            want = model.generate(**inputs, pixel_values=batch.pixels, max_new_tokens=4)
+            inputs = said(family, ids, torch.ones_like(ids))
+            want = model.generate(**inputs, **batch.media, max_new_tokens=4)
             ours = model.generate(**inputs, **{CACHE: copy.deepcopy(prefix)}, max_new_tokens=4)
             assert torch.equal(ours, want)
         assert prefix.get_seq_length() == batch.ids.shape[1]

@@ -155,18 +155,22 @@ class DecoderLayers:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Attention mask, position ids and rotary embeddings for this call's rows behind those of layer ``number``."""
-        rows = call.rows
-        positions = kwargs["position_ids"] if rows is None else rows.positions
-        # those of a step are what stock code made for layer 0
-        if rows is None and first is not None and first.shift is not None:
-            positions = positions + first.shift[:, None]
-        if layer is not None and layer.shift is not None:
-            positions = positions - layer.shift[:, None]
-        text, places = stream.split_positions(positions)
+        shifts = [x.shift for x in (first, layer) if x is not None and x.shift is not None]
+        # those of a step are what stock code made for layer 0, and good for all where no layer was renumbered
+        moved = call.rows is not None or bool(shifts)
+        positions = kwargs.get("position_ids") if call.rows is None else call.rows.positions
+        if moved and positions is not None:
+            if call.rows is None and first is not None and first.shift is not None:
+                positions = positions + first.shift[:, None]
+            if layer is not None and layer.shift is not None:
+                positions = positions - layer.shift[:, None]
+        text, places = (None, None) if positions is None else stream.split_positions(positions)
         if call.slots is not None and layer is not None:
             mask: torch.Tensor | None = slots_of(call.slots, layer, first)
         else:
             mask = self._mask(call, number, hidden, layer, text, cache_of(kwargs))
+        if not moved:
+            return {"attention_mask": mask}
         return {
             "attention_mask": mask,
             "position_ids": text,
