@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -67,6 +68,13 @@ def traces(model):
 def answers(model, batch):
     with torch.no_grad():
         return model(**batch.inputs).logits, model.generate(**batch.inputs, max_new_tokens=4)
+
+
+@pytest.fixture(autouse=True)
+def _tidy():
+    """Let go of models that are still pruned, for tests that look at what all of them share."""
+    yield
+    gc.collect()
 
 
 @orders
