@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..versions import flat_tower
-
 Pack = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 """From what the projector returns, ``(tiles, units, channels)``, and the row that stands for a newline,
 ``(channels,)``, to the rows ``(rows, channels)`` of each image."""
@@ -208,6 +206,10 @@ CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
 def clip_like_tower(base: Any, config: Any, family: str, keeps_cls: bool) -> Tower:
     """The CLIP or SigLIP tower of a LLaVA-like model. ``keeps_cls``: it hands on what CLS is, if there is one."""
+    from ..versions import (
+        flat_tower,
+    )  # with parts of transformers that a bare `import vlm_prune` does without
+
     tower, vision = base.vision_tower, config.vision_config
     if vision.model_type not in CLS:
         raise ValueError(

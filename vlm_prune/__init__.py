@@ -1,5 +1,7 @@
 """vlm_prune: visual-token pruning for stock Hugging Face vision-language models, without retraining."""
 
+from typing import TYPE_CHECKING, Any
+
 from .api import from_pretrained, prune, pruned, unprune
 from .errors import (
     BudgetError,
@@ -10,8 +12,10 @@ from .errors import (
     UnsupportedModelError,
 )
 from .policies.base import Keep, Policy
-from .receipt import Receipt
 from .registry import ADAPTERS, POLICIES, register_policy
+
+if TYPE_CHECKING:
+    from .receipt import Receipt
 
 __version__ = "0.1.0"
 
@@ -33,3 +37,12 @@ __all__ = [
     "register_policy",
     "unprune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # the engine brings seconds of transformers' and torch's modules, which are there anyway once a model is
+    if name == "Receipt":
+        from .receipt import Receipt
+
+        return Receipt
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from .errors import BudgetError, PolicyError, PruningError, StateError, Unsuppor
 from .policies.base import Policy
 from .registry import find_anatomy, make_policies
 from .saving import find_config
-from .session import Pruning
+
+if TYPE_CHECKING:
+    from .session import Pruning
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,6 +75,10 @@ def prune(
             f"{'+'.join(p.name for p in policies)} drops no tokens, so tokens= and ratio= have no meaning. Leave them "
             'out, or compose it with a policy that prunes, such as "flowcut+...".'
         )
+    from .session import (
+        Pruning,
+    )  # the engine, with parts of transformers that take seconds and are here by now
+
     extra = int(anatomy.tower.keeps_cls)
     default = owner.default_ratio if owner is not None else 1.0
     try:
