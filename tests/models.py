@@ -22,9 +22,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.arranged import ARRANGED, ArrangedPrompt, arranged_prompt
 from tests.packed import PACKED, PackedPrompt, packed_prompt
 
 IMAGE, PAD, TEXT, VOCAB = 60, 0, range(3, 59), 64
@@ -61,6 +64,18 @@ def _llava(text: Any, strategy: str = "default", size: int = 24, **vision: Any) 
     return LlavaForConditionalGeneration(config)
 
 
+def _vipllava(text: Any, size: int = 24, **vision: Any) -> nn.Module:
+    tower = CLIPVisionConfig(**_vision(image_size=size, **vision))
+    config = VipLlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_id=IMAGE,
+        vision_feature_layer=[-2, -4, 1],
+        image_seq_length=(size // 4) ** 2,
+    )
+    return VipLlavaForConditionalGeneration(config)
+
+
 def _internvl(text: Any, size: int = 32, **vision: Any) -> nn.Module:
     tower = InternVLVisionConfig(**_vision(image_size=size, **{"num_hidden_layers": 4, **vision}))
     config = InternVLConfig(
@@ -82,15 +97,17 @@ FAMILIES = {
     "llava-gqa": Family(lambda **kw: _llava(_qwen2(), **kw), 24, 36),
     "llava-full": Family(lambda **kw: _llava(_text(LlamaConfig), "full", **kw), 24, 37),
     "internvl": Family(lambda **kw: _internvl(_qwen2(), **kw), 32, 16),
+    "vipllava": Family(lambda **kw: _vipllava(_text(LlamaConfig), **kw), 24, 36),
 }
 
 
+QUICK = ("llava_next", "qwen3_vl")
 EVERY = [
     *FAMILIES,
-    "qwen3_vl",
-    *(pytest.param(family, marks=pytest.mark.slow) for family in PACKED if family != "qwen3_vl"),
+    *(f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in (*ARRANGED, *PACKED)),
 ]
-"""All families: those whose images are cut into tiles of one size, and those that pack images of any size."""
+"""All families: those with one tile per image or tiles of one grid, those that arrange tiles to images, and those that
+pack images of any size. The quick tests take one of each kind."""
 
 
 @cache
@@ -101,7 +118,8 @@ def shared(family: str, attention: str = "sdpa") -> nn.Module:
 
 def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -> nn.Module:
     """A model of ``family`` in eval mode, with weights that make attention peaky and every token matter."""
-    model = PACKED[family]() if family in PACKED else FAMILIES[family].build(**changes)
+    others = {**PACKED, **ARRANGED}
+    model = others[family]() if family in others else FAMILIES[family].build(**changes)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -161,13 +179,15 @@ class Prompt:
 
 def prompt(
     family: str, rows: list[tuple[Any, ...]], pad: str = "left", seed: int = 1
-) -> Prompt | PackedPrompt:
+) -> Prompt | PackedPrompt | ArrangedPrompt:
     """Prompts from a sketch: ``5`` stands for five text tokens, ``-2`` for an image of two tiles.
 
     Images differ in contrast, so that an adaptive policy treats each differently.
     """
     if family in PACKED:
         return packed_prompt(family, rows, pad, seed)
+    if family in ARRANGED:
+        return arranged_prompt(family, rows, pad, seed)
     generator = torch.Generator().manual_seed(seed)
     spec, sequences, tiles = FAMILIES[family], [], []
     number = 0

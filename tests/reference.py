@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.arranged import ArrangedPrompt
 from tests.models import IMAGE, Prompt
 from tests.packed import PackedPrompt
 from tests.reference_packed import PackedKept, PackedShort, packed_choose, packed_shorten
@@ -53,6 +54,17 @@ class Short:
         """What the decoder needs beside `inputs`: nothing, see `PackedShort.given`."""
         return nullcontext()
 
+    @classmethod
+    def padded(cls, embeds: list[torch.Tensor], places: list[torch.Tensor], rows: list[list[int]]) -> Short:
+        """From each prompt's embeddings, positions and live rows, padded on the left to a batch."""
+        length = max(map(len, rows))
+
+        def pad(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x.new_zeros(length - len(x), *x.shape[1:]), x])
+
+        masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
+        return cls(*(torch.stack([pad(x) for x in part]) for part in (embeds, masks, places)), rows)
+
 
 def shorten(model: nn.Module, prompt: Prompt, kept: Kept, positions: str) -> Short:
     """The prompt's embeddings without dropped tokens and padding, padded on the left to a batch."""
@@ -72,17 +84,7 @@ def shorten(model: nn.Module, prompt: Prompt, kept: Kept, positions: str) -> Sho
         rows.append(live.nonzero()[:, 0].tolist())
         embeds.append(embedded[live])
         places.append(number[live] if positions == "original" else torch.arange(int(live.sum())))
-    length = max(map(len, rows))
-
-    def pad(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x.new_zeros(length - len(x), *x.shape[1:]), x])
-
-    return Short(
-        torch.stack([pad(x) for x in embeds]),
-        torch.stack([pad(torch.ones(len(row), dtype=torch.long)) for row in rows]),
-        torch.stack([pad(x) for x in places]),
-        rows,
-    )
+    return Short.padded(embeds, places, rows)
 
 
 CASES = [
@@ -106,13 +108,18 @@ def budget(policy: str) -> dict[str, float]:
 
 
 def expect(
-    model: nn.Module, prompt: Prompt | PackedPrompt, policy: str, positions: str | None = None
+    model: nn.Module, prompt: Any, policy: str, positions: str | None = None
 ) -> tuple[Kept, Short] | tuple[PackedKept, PackedShort]:
     """What ``prune(model, policy, positions=positions, **budget(policy))`` has to keep, and to compute with."""
     if isinstance(prompt, PackedPrompt):
         kept = packed_choose(model, prompt, policy, RATIO)
         return kept, packed_shorten(model, prompt, kept)
     positions = positions or "compact"
+    if isinstance(prompt, ArrangedPrompt):
+        from tests.reference_arranged import arranged_choose, arranged_shorten
+
+        kept = arranged_choose(model, prompt, policy, RATIO)
+        return kept, arranged_shorten(model, prompt, kept, positions)
     kept = choose(model, prompt, policy, round(RATIO * _units(model)))
     return kept, shorten(model, prompt, kept, positions)
 
@@ -136,79 +143,119 @@ def random(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int]
 
 def flowcut(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """FlowCut on one tile, by the paper's loop: the kept units and their projected features."""
-    layers, consumed, merge = _parts(model)
-    calls: list[Any] = []
-    handle = layers[0].register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-    _tower(model, tile[None])
-    handle.remove()
-    (entering, *others), named = calls[0]
-    side, group = int((entering.shape[1] - 1) ** 0.5), merge * merge
+    alive, features = flowcut_tower(model, tile, target, _parts(model)[2])
+    return alive, _live(model, features, alive)
+
+
+def flowcut_tower(
+    model: nn.Module, tile: torch.Tensor, target: int, merge: int
+) -> tuple[list[int], torch.Tensor]:
+    """The kept units, squares of ``merge`` patches, and the consumed features of all patches; zeros if dropped."""
+    layers, consumed, _ = _parts(model)
+    front, last = _front(model), max(consumed)
+    entering, others, named = _entering(model, tile)
+    side, group = int((entering.shape[1] - front) ** 0.5), merge * merge
     cells = torch.arange(side * side).view(side // merge, merge, side // merge, merge).transpose(1, 2)
     cells = cells.reshape(-1, group)
     # self-attention does not mind the order of its tokens, so let the patches of a unit stand together from the start
-    hidden = torch.cat([entering[:, :1], entering[:, 1:][:, cells.flatten()]], 1)
-    alive, flow = list(range(len(cells))), None
-    for number, layer in enumerate(layers[: consumed + 1]):
+    hidden = torch.cat([entering[:, :front], entering[:, front:][:, cells.flatten()]], 1)
+    alive, flow, seen = list(range(len(cells))), None, {}
+
+    def full() -> torch.Tensor:
+        x = hidden.new_zeros(1, front + side * side, hidden.shape[2])
+        x[:, :front] = hidden[:, :front]
+        x[:, front + cells[alive].flatten()] = hidden[:, front:]
+        return x
+
+    for number, layer in enumerate(layers[: last + 1]):
         before, hidden = hidden, _first(layer(hidden, *others, **named))
-        if len(alive) == target or number == consumed:
-            continue
-        attention, score = (x.view(-1, group).sum(-1) for x in _scores(layer, before))
+        if len(alive) != target and number != last:
+            attention, score = (x.view(-1, group).sum(-1) for x in _scores(layer, before, front))
+            flow = score if flow is None else (flow + score) / 2
+            remaining = last - 1 - number
+            drop = len(alive) - target if remaining % 2 == 0 else 0
+            if remaining and drop:
+                share = attention / attention.sum()
+                evenness = float(-(share * share.log()).sum().detach()) / float(
+                    torch.tensor(float(len(alive))).log()
+                )
+                drop = round(drop / remaining**0.5 * (1 - evenness**2))
+            if drop:
+                best = flow.topk(max(len(alive) - drop, target)).indices.sort().values
+                patches = hidden[:, front:].unflatten(1, (-1, group))[:, best].flatten(1, 2)
+                hidden, flow = torch.cat([hidden[:, :front], patches], 1), flow[best]
+                alive = [alive[int(i)] for i in best]
+        if number in consumed:
+            seen[number] = full()
+    return alive, torch.cat([seen[number] for number in consumed], -1)
+
+
+def flow_scores(model: nn.Module, tile: torch.Tensor) -> torch.Tensor:
+    """FlowCut's score of every patch of one tile, ``(patches,)``, averaged over the layers while nothing is cut."""
+    layers, consumed, _ = _parts(model)
+    hidden, others, named = _entering(model, tile)
+    flow = None
+    for layer in layers[: max(consumed)]:
+        score = _scores(layer, hidden, _front(model))[1]
         flow = score if flow is None else (flow + score) / 2
-        remaining = consumed - 1 - number
-        if remaining % 2:
-            continue
-        drop = len(alive) - target
-        if remaining:
-            share = attention / attention.sum()
-            evenness = float(-(share * share.log()).sum().detach()) / float(
-                torch.tensor(float(len(alive))).log()
-            )
-            drop = round(drop / remaining**0.5 * (1 - evenness**2))
-        best = flow.topk(max(len(alive) - drop, target)).indices.sort().values
-        patches = hidden[:, 1:].unflatten(1, (-1, group))[:, best].flatten(1, 2)
-        hidden, flow, alive = torch.cat([hidden[:, :1], patches], 1), flow[best], [alive[i] for i in best]
-    alive = [int(i) for i in alive]
-    full = hidden.new_zeros(1, 1 + side * side, hidden.shape[2])
-    full[:, :1] = hidden[:, :1]
-    full[:, 1 + cells[alive].flatten()] = hidden[:, 1:]
-    return alive, _live(model, full, alive)
+        hidden = _first(layer(hidden, *others, **named))
+    return flow
 
 
 POLICIES = {"flowcut": flowcut, "random": random, "uniform": uniform, "none": none}
 """Policy -> the kept units of one tile and their projected features. Adding a policy to the tests is one row."""
 
 
-def _scores(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of CLS to each patch, and FlowCut's information score, as an eager model would get them."""
+def _entering(model: nn.Module, tile: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """What the first vision layer is called with: hidden states, further arguments, named ones."""
+    calls: list[Any] = []
+    handle = _parts(model)[0][0].register_forward_pre_hook(
+        lambda _, *call: calls.append(call), with_kwargs=True
+    )
+    model.model.vision_tower(tile[None])
+    handle.remove()
+    (hidden, *others), named = calls[0]
+    return hidden, tuple(others), named
+
+
+def _scores(layer: nn.Module, hidden: torch.Tensor, front: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of CLS (or of the mean query) to each patch, and FlowCut's score, as eager code has them."""
     attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
     normed = (layer.layer_norm1 if hasattr(layer, "layer_norm1") else layer.layernorm_before)(hidden)[0]
     heads = attention.num_heads
     query, key, value = (
         getattr(attention, f"{name}_proj")(normed).unflatten(1, (heads, -1)).transpose(0, 1) for name in "qkv"
     )
-    full_map = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
-    attended = full_map[:, 0].mean(0)[1:]
+    asking = query[:, :1] if front else query.mean(1, keepdim=True)
+    attended = (asking @ key.mT * query.shape[-1] ** -0.5).softmax(-1)[:, 0].mean(0)[front:]
+    magnitude = value.mean(0)[front:].abs().sum(-1)
+    if not front:
+        return attended, attended * magnitude
     similar = (value[:, :1] @ value.mT).softmax(-1)[:, 0].mean(0)[1:]
-    magnitude = value.mean(0)[1:].abs().sum(-1)
     return attended, (attended / attended.sum() + similar / similar.sum()) * magnitude
 
 
-def _parts(model: nn.Module) -> tuple[list[nn.Module], int, int]:
-    """The vision layers, the number of the consumed one, and the side of a unit in patches."""
+def _parts(model: nn.Module) -> tuple[list[nn.Module], tuple[int, ...], int]:
+    """The vision layers, the numbers of the consumed ones, and the side of a unit in patches."""
     config = model.config
     layers = next(list(m) for m in model.model.vision_tower.modules() if isinstance(m, nn.ModuleList))
-    merge = round(1 / getattr(config, "downsample_ratio", 1))
-    return layers, range(len(layers) + 1)[config.vision_feature_layer] - 1, merge
+    merge, setting = round(1 / getattr(config, "downsample_ratio", 1)), config.vision_feature_layer
+    settings = [setting] if isinstance(setting, int) else setting
+    return layers, tuple(range(len(layers) + 1)[s] - 1 for s in settings), merge
 
 
 def _tower(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Hidden states behind the consumed layer."""
+    """Hidden states behind the consumed layers, side by side."""
     layers, consumed, _ = _parts(model)
-    leaving: list[Any] = []
-    handle = layers[consumed].register_forward_hook(lambda _, args, output: leaving.append(_first(output)))
+    leaving: dict[int, torch.Tensor] = {}
+    handles = [
+        layers[n].register_forward_hook(lambda _, args, output, n=n: leaving.update({n: _first(output)}))
+        for n in consumed
+    ]
     model.model.vision_tower(pixels)
-    handle.remove()
-    return leaving[0]
+    for handle in handles:
+        handle.remove()
+    return torch.cat([leaving[n] for n in consumed], -1)
 
 
 def _pick(model: nn.Module, tile: torch.Tensor, units: Iterable[int]) -> tuple[list[int], torch.Tensor]:
@@ -223,7 +270,7 @@ def _live(model: nn.Module, hidden: torch.Tensor, units: list[int]) -> torch.Ten
 
 def _project(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """From hidden states of all patches to tokens of the language model."""
-    features = hidden[:, 1 - _cls(model) :]
+    features = hidden[:, _front(model) - _cls(model) :]
     if hasattr(model.model, "pixel_shuffle"):
         side = int(features.shape[1] ** 0.5)
         features = model.model.pixel_shuffle(features.view(len(features), side, side, -1))
@@ -235,13 +282,20 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _front(model: nn.Module) -> int:
+    """Tokens in front of the patches: CLS, or none."""
+    return int("siglip" not in model.config.vision_config.model_type)
+
+
 def _cls(model: nn.Module) -> int:
-    return int(model.config.vision_feature_select_strategy == "full")
+    return int(getattr(model.config, "vision_feature_select_strategy", "") == "full") * _front(model)
 
 
 def _placeholders(model: nn.Module) -> int:
-    return int(model.config.image_seq_length)
+    return _units(model) + _cls(model)
 
 
 def _units(model: nn.Module) -> int:
-    return _placeholders(model) - _cls(model)
+    vision = model.config.vision_config
+    size, patch = (x if isinstance(x, int) else x[0] for x in (vision.image_size, vision.patch_size))
+    return (size // patch // _parts(model)[2]) ** 2

@@ -118,13 +118,13 @@ ENCODE = {"agilepruner": agilepruner, "divprune": divprune, "visionzip": visionz
 
 def seen(model: nn.Module, tile: torch.Tensor) -> tuple[list[float], torch.Tensor, torch.Tensor]:
     """CLS attention and keys of each unit in the consumed layer, and the features that enter the projector."""
-    layers, consumed, merge = reference._parts(model)
+    layers, (consumed,), merge = reference._parts(model)
     entering: list[torch.Tensor] = []
     handle = layers[consumed].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
     hidden = reference._tower(model, tile[None])
     handle.remove()
     layer = layers[consumed]
-    attended, _ = reference._scores(layer, entering[0])
+    attended, _ = reference._scores(layer, entering[0], 1)
     attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
     norm = layer.layer_norm1 if hasattr(layer, "layer_norm1") else layer.layernorm_before
     keys = attention.k_proj(norm(entering[0]))[0, 1:].unflatten(1, (attention.num_heads, -1)).mean(1)
