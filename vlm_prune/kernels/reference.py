@@ -1,0 +1,118 @@
+"""Every op of this package in plain torch: the ground truth of the kernels, and what runs where there is no GPU."""
+
+from __future__ import annotations
+
+import torch
+
+Closed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def live_order(live: torch.Tensor, length: int) -> torch.Tensor:
+    """Where the rows of the shortened sequence come from: int64 ``(batch, length)``.
+
+    ``live`` is bool ``(batch, full length)``. Live rows keep their order and stand at the right; rows with fewer than
+    ``length`` of them are filled up on the left with dead rows, each named once.
+    """
+    return live.to(torch.int8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
+
+
+def gather_rows(
+    x: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None = None, fill: float = 0.0
+) -> torch.Tensor:
+    """See `vlm_prune.kernels.gather_rows`."""
+    rows = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return rows if valid is None else rows.masked_fill(~valid[..., None], fill)
+
+
+def place_rows(
+    rows: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, length: int, fill: float
+) -> torch.Tensor:
+    """See `vlm_prune.kernels.place_rows`."""
+    if valid is not None:
+        rows = rows.masked_fill(~valid[..., None], fill)
+    full = rows.new_full((rows.shape[0], length, rows.shape[2]), fill)
+    return full.scatter(1, index[..., None].expand_as(rows), rows)
+
+
+def close_holes(
+    x: torch.Tensor,
+    live: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    gone: torch.Tensor | None,
+    length: int,
+    ragged: bool = True,
+) -> Closed:
+    """See `vlm_prune.kernels.close_holes`."""
+    batch = len(x)
+    order = live_order(live, length)
+    valid = live.gather(1, order) if ragged or mask is None else None
+    rows = gather_rows(x, order, valid if ragged else None)
+    if mask is None:
+        kept = valid
+    else:
+        kept = mask.gather(1, order) if valid is None else mask.gather(1, order) & valid
+    shift = order.new_zeros(batch)
+    if gone is not None:
+        before = gone.cumsum(-1)
+        positions, shift = positions - before, before[:, -1].clone()
+    positions = positions.expand(*positions.shape[:-2], batch, -1)
+    index = order.expand(*positions.shape[:-2], -1, -1)
+    return rows, order, kept, positions.gather(-1, index), shift
+
+
+def merge_rows(x: torch.Tensor, into: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:
+    """See `vlm_prune.kernels.merge_rows`."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    joins = into >= 0
+    weighted = (x.to(exact) * weight.to(exact)[..., None]).masked_fill(~joins[..., None], 0)
+    index = into.clamp(min=0)[..., None].expand_as(weighted)
+    return weighted.new_zeros(len(x), count, x.shape[2]).scatter_add(1, index, weighted)
+
+
+def gather_kv(
+    keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `vlm_prune.kernels.gather_kv`."""
+    index = index[:, None, :, None]
+    return (
+        keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3])),
+        values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3])),
+    )
+
+
+def attention_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    index: torch.Tensor,
+    votes: torch.Tensor,
+    valid: torch.Tensor | None,
+    scaling: float,
+    chunk: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `vlm_prune.kernels.attention_mass`; ``chunk`` rows of the map exist at a time."""
+    (batch, heads, rows, dim), (shared, keys) = query.shape, key.shape[1:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key, past = key.to(dtype).mT, keys - rows
+    total = key.new_zeros(batch, rows)
+    peak = total.clone()
+    for some, vote in zip(index.split(chunk, dim=1), votes.split(chunk, dim=1), strict=True):
+        asked = query.gather(2, some[:, None, :, None].expand(-1, heads, -1, dim)).to(dtype)
+        logits = ((asked.reshape(batch, shared, -1, dim) @ key) * scaling).view(batch, heads, -1, keys)
+        seen = torch.arange(keys, device=some.device) <= some[..., None] + past
+        if valid is not None:
+            seen = seen & valid[:, None]
+        paid = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[..., past:]
+        paid = paid.masked_fill(~vote[..., None], 0)
+        total += paid.sum(1)
+        peak = torch.maximum(peak, paid.amax(1))
+    return total, peak
+
+
+def overwrite_rows(
+    output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor
+) -> None:
+    """See `vlm_prune.kernels.overwrite_rows`."""
+    index = rows[..., None, None].expand_as(new)
+    chosen = torch.where(changed.transpose(1, 2)[..., None], new.to(output.dtype), output.gather(1, index))
+    output.scatter_(1, index, chosen)
