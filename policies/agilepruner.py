@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..kernels import gather_rows
 from .base import Keep, Policy
 from .scores import cosine_distance, global_attention
 from .settings import check_choice, check_number
@@ -166,7 +167,7 @@ class AgilePruner(Policy):
         distance = cosine_distance(features.detach(), features.dtype if official else None)
         order = view.carry["cls_attention"].argsort(dim=-1, descending=True, stable=not official)
         index = pick(order, distance, self._thresholds(view), view.target).sort(dim=-1).values
-        rows = features.gather(1, index[..., None].expand(-1, -1, features.shape[2])) if centred else None
+        rows = gather_rows(features, index) if centred else None
         return Keep(index, rows=rows)
 
     def _thresholds(self, view: FeaturesView) -> torch.Tensor:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from ..kernels import overwrite_rows
 from .base import Policy
-from .rows import BLOCK, all_rows, final_row, overwrite, row_probabilities, weighted_values
+from .rows import BLOCK, all_rows, final_row, row_probabilities, weighted_values
 from .scores import global_attention
 from .settings import check_choice, check_number
 
@@ -171,6 +172,6 @@ class Paint(Policy):
         output = view.output
         for rows in chosen.split(BLOCK, dim=1):
             new = weighted_values(row_probabilities(view, rows, edits), view.value)
-            output = overwrite(output, rows, new, lifted)
+            output = overwrite_rows(output, rows, new, lifted)
         view.logit_edits.append(edit)
         return output

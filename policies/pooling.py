@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from ..kernels import merge_rows
 from .base import Keep, Policy
 from .views import FeaturesView
 
@@ -55,8 +56,11 @@ def pool(features: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor
     ``cell`` int64 ``(units,)`` says which cell a unit belongs to; every cell has one at least.
     """
     exact = torch.promote_types(features.dtype, torch.float32)
-    member = (cell == torch.arange(cells, device=cell.device)[:, None]).to(exact)
-    return (member / member.sum(1, keepdim=True) @ features.to(exact)).to(features.dtype)
+    size = torch.zeros(cells, dtype=exact, device=cell.device).scatter_add(
+        0, cell, torch.ones_like(cell).to(exact)
+    )
+    into, weight = (x.expand(len(features), -1) for x in (cell, 1 / size[cell]))
+    return merge_rows(features, into, weight, cells).to(features.dtype)
 
 
 def smaller_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..kernels import gather_rows, merge_rows
 from .base import Keep
 
 
@@ -77,14 +78,15 @@ def count_to_merge(order: torch.Tensor, cells: Cells, keep: int) -> torch.Tensor
 
 
 def group_mean(
-    features: torch.Tensor, scores: torch.Tensor, member: torch.Tensor, guarded: bool = True
+    features: torch.Tensor, scores: torch.Tensor, group: torch.Tensor, groups: int, guarded: bool = True
 ) -> torch.Tensor:
     """Mean features of each group, weighted by score: ``(batch, groups, channels)`` in fp32 or better.
 
     Args:
         features: ``(batch, tokens, channels)``.
         scores: ``(batch, tokens)``. Weights are scores divided by their sum over the group.
-        member: bool ``(batch, groups, tokens)``. An empty group gives 0, or NaN if not guarded.
+        group: int64 ``(batch, tokens)``, the group of each token, -1 for none.
+        groups: how many there are. An empty one gives 0.
         guarded: take NaN and negative scores for 0, and weight a group of zeros evenly. Without it, negative scores
             make weights beyond 1 and a NaN spreads over its group, as in the released code.
     """
@@ -92,13 +94,18 @@ def group_mean(
     scores = scores.to(exact)
     if guarded:
         scores = scores.nan_to_num(nan=0.0).clamp(min=0)
-    weight = torch.where(member, scores[:, None], 0)
-    total = weight.sum(-1, keepdim=True)
-    weight = weight / total
+    place, inside = group.clamp(min=0), group >= 0
+
+    def over_group(x: torch.Tensor) -> torch.Tensor:
+        """The sum of ``x`` over the group of each token."""
+        total = x.new_zeros(len(x), groups).scatter_add(1, place, torch.where(inside, x, 0))
+        return total.gather(1, place)
+
+    total = over_group(scores)
+    weight = scores / total
     if guarded:
-        even = member.to(exact) / member.sum(-1, keepdim=True).clamp(min=1)
-        weight = torch.where(total > torch.finfo(exact).tiny, weight, even)
-    return weight @ features.to(exact)
+        weight = torch.where(total > torch.finfo(exact).tiny, weight, 1 / over_group(torch.ones_like(scores)))
+    return merge_rows(features, group, weight, groups)
 
 
 def recycle(
@@ -126,7 +133,8 @@ def recycle(
     device = features.device
     low = order.argsort(dim=-1) < merge
     member = (cells.number == torch.arange(cells.count, device=device)[:, None]) & low[:, None]
-    merged = group_mean(features, scores, member, guarded).to(features.dtype)
+    group = torch.where(low, cells.number, -1)
+    merged = group_mean(features, scores, group, cells.count, guarded).to(features.dtype)
     # by rising score, so that of equals the same one is chosen as in the released code
     rising = member.gather(2, order[:, None].expand_as(member))
     top = torch.where(rising, scores.gather(1, order)[:, None], -torch.inf).argmax(-1)
@@ -135,10 +143,9 @@ def recycle(
 
     mask = heads | ~low
     keep = Keep.from_mask(mask, int(mask.sum(-1).max()) if width is None else width)
-    index = keep.index[..., None].expand(-1, -1, features.shape[2])
-    cell = cells.number.expand_as(mask).gather(1, keep.index)[..., None].expand_as(index)
+    cell = cells.number.expand_as(mask).gather(1, keep.index)
     rows = torch.where(
-        heads.gather(1, keep.index)[..., None], merged.gather(1, cell), features.gather(1, index)
+        heads.gather(1, keep.index)[..., None], gather_rows(merged, cell), gather_rows(features, keep.index)
     )
     return Keep(keep.index, keep.valid if width is None else None, rows)
 

@@ -71,19 +71,6 @@ def row_probabilities(
     return masked_softmax(logits, rows + view.key.shape[2] - queries, view.valid)
 
 
-def overwrite(
-    output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor
-) -> torch.Tensor:
-    """``output`` with ``new`` in place of its ``rows`` where ``changed``; the rest stays bit by bit.
-
-    ``output`` is ``(batch, queries, heads, head_dim)``, ``new`` ``(batch, rows, heads, head_dim)`` and ``changed`` a
-    bool that broadcasts to ``(batch, heads, rows)``.
-    """
-    index = rows[..., None, None].expand_as(new)
-    chosen = torch.where(changed.transpose(1, 2)[..., None], new.to(output.dtype), output.gather(1, index))
-    return output.scatter(1, index, chosen)
-
-
 def all_rows(view: ModulateView) -> torch.Tensor:
     """The numbers of all rows of a call."""
     return torch.arange(view.query.shape[2], device=view.query.device).expand(len(view.query), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import kernels
 from .views import AttentionView
 
 
@@ -54,11 +55,11 @@ def last_row(valid: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def attention_mass(
-    view: AttentionView, voters: torch.Tensor, width: int | None = None, chunk: int = 128
+    view: AttentionView, voters: torch.Tensor, width: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How much attention the ``voters`` pay to each row in a decoder layer: sum and maximum, two ``(batch, rows)``.
 
-    Only the voters' rows of the attention map exist, ``chunk`` of them at a time. Each is a causal softmax over all
+    Only the voters' rows of the attention map exist, some of them at a time. Each is a causal softmax over all
     valid keys, in fp32 or better, averaged over the query heads.
 
     Args:
@@ -67,29 +68,11 @@ def attention_mass(
             ``valid`` is ``(batch, keys)`` or ``None``.
         voters: bool ``(batch, rows)``, the rows that pay. A sequence without voters gets zeros.
         width: how many voters the fullest sequence has; ``None`` waits for the device to find out.
-        chunk: voters per step.
     """
-    (batch, heads, rows, _), (shared, keys) = view.query.shape, view.key.shape[1:3]
-    dtype = torch.promote_types(view.query.dtype, torch.float32)
-    key, past = view.key.to(dtype).mT, keys - rows
     width = int(voters.sum(-1).max()) if width is None else width
     index = (~voters).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
-    total = key.new_zeros(batch, rows)
-    peak = total.clone()
-    for some in index.split(chunk, dim=1):
-        query = view.query.gather(2, some[:, None, :, None].expand(-1, heads, -1, view.query.shape[3])).to(
-            dtype
-        )
-        logits = (query.reshape(batch, shared, -1, query.shape[3]) @ key) * view.scaling
-        logits = logits.view(batch, heads, -1, keys)
-        seen = torch.arange(keys, device=some.device) <= some[..., None] + past
-        if view.valid is not None:
-            seen = seen & view.valid[:, None]
-        paid = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[..., past:]
-        paid = paid.masked_fill(~voters.gather(1, some)[..., None], 0)
-        total += paid.sum(1)
-        peak = torch.maximum(peak, paid.amax(1))
-    return total, peak
+    votes = voters.gather(1, index)
+    return kernels.attention_mass(view.query, view.key, index, votes, view.valid, view.scaling)
 
 
 def top_mask(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:

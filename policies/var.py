@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from ..kernels import overwrite_rows
 from .base import Policy
-from .rows import BLOCK, overwrite, row_probabilities, rows_where, weighted_values
+from .rows import BLOCK, row_probabilities, rows_where, weighted_values
 from .settings import check_choice, check_number
 from .sinks import default_tau, first_token_dims, known_sink_dims, sink_score
 
@@ -179,7 +180,7 @@ class VAR(Policy):
             )
             selected = selected & text.gather(1, rows)[:, None]
             new = redistribute(probabilities, sinks, view.visual, selected, self.move)
-            output = overwrite(output, rows, weighted_values(new, view.value), selected)
+            output = overwrite_rows(output, rows, weighted_values(new, view.value), selected)
         return output
 
     def _find_sinks(self, view: ModulateView) -> torch.Tensor | None:

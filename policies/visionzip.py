@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..kernels import gather_rows, merge_rows
 from .base import Keep, Policy
 from .scores import global_attention
 from .settings import check_choice, check_number
@@ -56,11 +57,13 @@ def merge(
         index: int64 ``(batch, kept)``, the tokens that stay. One that no other goes into does not change.
         combine: ``"add"`` adds the mean of those that go into a token to it, ``"mean"`` averages them all.
     """
-    exact = features.to(torch.promote_types(features.dtype, torch.float32))
-    own = exact.gather(1, index[..., None].expand(-1, -1, exact.shape[2]))
-    itself = torch.arange(into.shape[1], device=into.device) == index[..., None]
-    joins = ((into[:, None] == index[..., None]) & ~itself).to(exact.dtype)
-    count, total = joins.sum(-1, keepdim=True), joins @ exact
+    own = gather_rows(features, index).to(torch.promote_types(features.dtype, torch.float32))
+    place = torch.arange(index.shape[1], device=into.device).expand_as(index)
+    slot = torch.full_like(into, -1).scatter(1, index, place).gather(1, into.clamp(min=0))
+    leaves = (into >= 0) & (into != torch.arange(into.shape[1], device=into.device))
+    slot, one = slot.masked_fill(~leaves, -1), leaves.to(own.dtype)
+    total = merge_rows(features, slot, one, index.shape[1])
+    count = own.new_zeros(index.shape).scatter_add(1, slot.clamp(min=0), one * (slot >= 0))[..., None]
     merged = (own + total) / (1 + count) if combine == "mean" else own + total / count.clamp(min=1)
     return merged.to(features.dtype)
 

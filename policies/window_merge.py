@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import gather_rows
 from .base import Keep
 
 
@@ -118,7 +119,7 @@ def merge_alike(
     if min(left) == count:
         return merged, None
     keep = Keep.from_mask(survivors(merged, cells, count), max(left))
-    rows = _pick(merge_means(hidden, cells, merged), keep.index)
+    rows = gather_rows(merge_means(hidden, cells, merged), keep.index)
     return merged, Keep(keep.index, keep.valid if min(left) < max(left) else None, rows)
 
 
@@ -134,9 +135,4 @@ def merge_as_released(hidden: torch.Tensor, cells: torch.Tensor, threshold: floa
     merged = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, windows, True)
     order = released_order(windows, cells, hidden.shape[1])
     index = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return Keep(index, None, _pick(merge_means(hidden, cells, merged), order))
-
-
-def _pick(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows ``index`` ``(batch, some)`` of ``(batch, all, channels)``."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+    return Keep(index, None, gather_rows(merge_means(hidden, cells, merged), order))

@@ -5,6 +5,7 @@ import torch
 
 from tests.models import LAYOUTS, make, prompt
 from vlm_prune import pruned
+from vlm_prune.kernels import reference
 from vlm_prune.policies.fastv import FastV
 from vlm_prune.policies.scores import attention_mass, last_row, top_mask
 from vlm_prune.policies.views import AttentionView, PrefillView
@@ -35,13 +36,14 @@ def whole_map(view: AttentionView) -> torch.Tensor:
 @pytest.mark.parametrize("past", [0, 4])
 @pytest.mark.parametrize("shared", [1, 2, 6])
 @pytest.mark.parametrize("chunk", [1, 3, 128])
-def test_mass_equals_whole_map(shared, past, chunk):
+def test_mass_equals_whole_map(shared, past, chunk, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", chunk)
     valid = torch.ones(3, past + 13, dtype=torch.bool)
     valid[1, past : past + 4] = False
     view = random_view(shared=shared, past=past, valid=valid)
     voters = torch.zeros(3, 13, dtype=torch.bool)
     voters[0, 9:], voters[1, [6, 12]] = True, True  # the third sequence has none
-    total, peak = attention_mass(view, voters, chunk=chunk)
+    total, peak = attention_mass(view, voters)
     full = whole_map(view)[..., past:] * voters[..., None]
     torch.testing.assert_close(total.double(), full.sum(1), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(peak.double(), full.amax(1), atol=1e-6, rtol=1e-5)

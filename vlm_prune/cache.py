@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import storage
 from .errors import UnsupportedCallError
+from .kernels import gather_kv
 from .masks import join_masks, past_mask
 from .rows import Rows
 
@@ -270,13 +271,11 @@ def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
     past = torch.arange(physical - rows.count, device=index.device).expand(len(index), -1)
     index = torch.cat([past, index], 1)
     layer.marks = {name: x.gather(1, index) for name, x in layer.marks.items()}
-    kept = [
-        x.gather(2, index[:, None, :, None].to(x.device).expand(-1, x.shape[1], -1, x.shape[3]))
-        for x in storage.read(layer.inner, physical)
-    ]
+    keys, values = storage.read(layer.inner, physical)
+    keys, values = gather_kv(keys, values, index.to(keys.device))
     if smaller := layer.spared is not None and physical == rows.count:
         layer.shorten(rows.length - final.count)
-    storage.write(layer.inner, kept[0], kept[1], layer.slots if smaller else None)
+    storage.write(layer.inner, keys, values, layer.slots if smaller else None)
 
 
 def kv_bytes(cache: Cache) -> tuple[int, int]:

@@ -148,12 +148,12 @@ class Decoder:
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
         live = alive & now if now is not None and batch > 1 else alive
         count, even = call.live_rows(alive, live)
-        order = stream.live_order(live, count)
-        valid = None if even else live.gather(1, order)
-        kwargs["inputs_embeds"] = rows.pick(embeds, order, valid)
+        gone = ~alive if self.positions == "compact" else None
+        rows, kwargs["inputs_embeds"], order = rows.close(embeds, live, count, not even, gone)
         if features:
-            self._note_deepstack(call, kwargs, *shorten(kwargs["visual_pos_masks"], features, order, valid))
-        return rows.cut(order, valid, ~alive if self.positions == "compact" else None)
+            masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
+            self._note_deepstack(call, kwargs, *masks)
+        return rows
 
     def _note_deepstack(
         self, call: ForwardCall, kwargs: dict[str, Any], visual: torch.Tensor, features: list[torch.Tensor]

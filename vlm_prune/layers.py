@@ -81,13 +81,13 @@ class DecoderLayers:
         if not self.needs_text_only or rows is None or rows.visual is None:
             return
         text = ~rows.visual if rows.mask is None else ~rows.visual & rows.mask
-        order = stream.live_order(text, int(text.sum(-1).max()))
-        valid = text.gather(1, order)
+        alone, embeds = rows.close(kwargs["inputs_embeds"], text, int(text.sum(-1).max()), True, None)
+        valid = alone.valid
         call.probing = True
         try:
             with torch.no_grad():
                 self.decoder(
-                    inputs_embeds=rows.pick(kwargs["inputs_embeds"], order, valid),
+                    inputs_embeds=embeds,
                     attention_mask=valid,
                     position_ids=(valid.cumsum(-1) - 1).clamp(min=0),
                     use_cache=False,
@@ -278,16 +278,15 @@ class DecoderLayers:
         *counts, dropped = torch.cat([live.sum(-1), gone.sum()[None]]).tolist()
         if not dropped:
             return hidden
-        order = stream.live_order(live, max(counts))
-        valid = None if min(counts) == max(counts) else live.gather(1, order)
-        call.rows = rows.cut(order, valid, closed_up)
         call.observed.pop("attention", None)
+        if call.deepstack is not None and call.deepstack.stock:
+            call.deepstack.take_over()
+            hidden = call.deepstack.add(number, hidden)
+        ragged = min(counts) < max(counts)
+        call.rows, hidden, order = rows.close(hidden, live, max(counts), ragged, closed_up)
         if call.deepstack is not None:
-            if call.deepstack.stock:
-                call.deepstack.take_over()
-                hidden = call.deepstack.add(number, hidden)
-            call.deepstack.cut(order, valid)
-        return rows.pick(hidden, order, valid)
+            call.deepstack.cut(order, call.rows.valid)
+        return hidden
 
     # --- attention ---
 

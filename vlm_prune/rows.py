@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import stream
+from .kernels import close_holes
 
 
 @dataclass(frozen=True)
@@ -65,35 +66,33 @@ class Rows:
         """``(batch, rows, channels)`` at full length, zeros where tokens were dropped."""
         return stream.restore(x, self.order, self.length, self.valid)
 
-    def pick(self, x: torch.Tensor, order: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """Rows ``order`` of ``x`` ``(batch, rows, channels)``; zeros in fill rows, which may point at holes."""
-        x = stream.compact(x, order)
-        return x if valid is None else x.masked_fill(~valid[..., None], 0)
+    def close(
+        self, x: torch.Tensor, live: torch.Tensor, count: int, ragged: bool, gone: torch.Tensor | None
+    ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+        """The ``live`` rows of these, of ``x`` ``(batch, rows, channels)``, and which ones they are, by number.
 
-    def cut(self, order: torch.Tensor, valid: torch.Tensor | None, gone: torch.Tensor | None) -> Rows:
-        """The rows ``order`` ``(batch, fewer rows)`` of these.
-
-        ``gone`` bool ``(batch, rows)`` marks dropped rows whose places the others close up ("compact" positions);
-        ``None`` lets positions be ("original").
+        ``live`` is bool ``(batch, rows)``. The sequence is then ``count`` rows long; ``ragged`` says that some have
+        fewer, which are filled up with zeros on the left. ``gone`` bool ``(batch, rows)`` marks dropped rows whose
+        places the others close up ("compact" positions); ``None`` lets positions be ("original").
         """
-        positions, shift = self.positions, self.shift
+        x, order, kept, positions, moved = close_holes(
+            x, live, self.positions, self.mask, gone, count, ragged
+        )
+        valid = kept if ragged else None
+        shift = self.shift
         if gone is not None:
-            before = gone.cumsum(-1)
-            positions = positions - before
-            shift = before[:, -1] if shift is None else shift + before[:, -1]
-        mask = valid
-        if mask is None and self.mask is not None:
-            mask = self.mask.gather(1, order)
-        return replace(
+            shift = moved if shift is None else shift + moved
+        rows = replace(
             self,
             order=self.order.gather(1, order),
-            positions=stream.pick_positions(positions, order),
+            positions=positions,
             valid=valid,
-            mask=mask,
+            mask=None if self.mask is None and valid is None else kept,
             shift=shift,
             visual=None if self.visual is None else _picked(self.visual, order, valid),
-            carry={name: _picked(x, order, valid) for name, x in self.carry.items()},
+            carry={name: _picked(carried, order, valid) for name, carried in self.carry.items()},
         )
+        return rows, x, order
 
 
 def _picked(x: torch.Tensor, order: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

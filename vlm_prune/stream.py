@@ -1,8 +1,7 @@
 """The token stream as pure tensor functions: opening holes, closing them, and undoing it.
 
 A dropped visual token is a *hole*: a row of NaN where its features would be. Stock code carries holes along like any
-features; the language model's entry closes them (`live_order`, `compact`) and its exit restores the full length
-(`restore`).
+features; the language model's entry closes them (`Rows.close`) and its exit restores the full length (`restore`).
 """
 
 from __future__ import annotations
@@ -10,6 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from .kernels import live_order, place_rows
+
+__all__ = [
+    "compact",
+    "find_holes",
+    "live_order",
+    "open_holes",
+    "restore",
+    "retarget",
+    "split_positions",
+    "unit_patches",
+]
 
 
 def open_holes(
@@ -19,10 +31,7 @@ def open_holes(
 
     Where ``valid`` ``(batch, kept)`` is False the row stays a hole; such entries of ``index`` must name dropped rows.
     """
-    if valid is not None:
-        rows = rows.masked_fill(~valid[..., None], torch.nan)
-    full = rows.new_full((rows.shape[0], length, rows.shape[2]), torch.nan)
-    return full.scatter(1, index[..., None].expand_as(rows), rows)
+    return place_rows(rows, index, valid, length, torch.nan)
 
 
 def find_holes(embeds: torch.Tensor) -> torch.Tensor:
@@ -30,27 +39,11 @@ def find_holes(embeds: torch.Tensor) -> torch.Tensor:
     return embeds[..., 0].isnan()
 
 
-def live_order(live: torch.Tensor, length: int) -> torch.Tensor:
-    """Where the rows of the shortened sequence come from: int64 ``(batch, length)``.
-
-    ``live`` is bool ``(batch, full length)``. Live rows keep their order and stand at the right; rows with fewer than
-    ``length`` of them are filled up on the left with dead rows, each named once.
-    """
-    return live.to(torch.int8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
-
-
 def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Pick rows ``order`` ``(batch, length)`` of ``x`` ``(batch or 1, full length, ...)``."""
     x = x.expand(order.shape[0], *x.shape[1:])
     index = order.view(*order.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand(*order.shape, *x.shape[2:]))
-
-
-def pick_positions(positions: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Rows ``order`` ``(batch, length)`` of positions ``([axes,] batch or 1, full length)``."""
-    axes = positions.shape[:-2]
-    wide = positions.expand(*axes, len(order), positions.shape[-1])
-    return wide.gather(-1, order.expand(*axes, *order.shape))
 
 
 def split_positions(positions: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -65,10 +58,7 @@ def split_positions(positions: torch.Tensor) -> tuple[torch.Tensor | None, torch
 
 def restore(x: torch.Tensor, order: torch.Tensor, length: int, valid: torch.Tensor | None) -> torch.Tensor:
     """Inverse of `compact`: ``(batch, length, channels)`` with zeros in every row that ``x`` does not hold."""
-    if valid is not None:
-        x = x.masked_fill(~valid[..., None], 0)
-    full = x.new_zeros((x.shape[0], length, x.shape[2]))
-    return full.scatter(1, order[..., None].expand_as(x), x)
+    return place_rows(x, order, valid, length, 0.0)
 
 
 def lay_out(

@@ -22,6 +22,7 @@ from .budget import Budget
 from .calls import RIDE, EncodeCall, current_arrangement, current_encode, current_forward, set_encode
 from .encode import EncodeStage, content_key
 from .errors import UnsupportedCallError
+from .kernels import gather_rows
 from .packing import read_packing
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
@@ -220,7 +221,7 @@ class Encoder(EncodeStage):
         state.valid = keep.valid
         if keep.rows is not None:
             return torch.cat([hidden[:, :cls], keep.rows], 1)
-        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+        return gather_rows(hidden, index)
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
@@ -279,10 +280,11 @@ class Encoder(EncodeStage):
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0])
-        live = (
-            features.gather(1, index[..., None].expand(-1, -1, features.shape[2])) if rows is None else rows
-        )
-        return (live if valid is None else live.masked_fill(~valid[..., None], 0), *args[1:])
+        if rows is None:
+            rows = gather_rows(features, index, valid)
+        elif valid is not None:
+            rows = rows.masked_fill(~valid[..., None], 0)
+        return (rows, *args[1:])
 
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
         """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
@@ -338,9 +340,7 @@ class Encoder(EncodeStage):
             return None
         index, valid = self._rows(call.keeps[0])
         if not projected:
-            output = (
-                output.gather(1, index[..., None].expand(-1, -1, output.shape[2])) if rows is None else rows
-            )
+            output = gather_rows(output, index) if rows is None else rows
         return stream.open_holes(output, index, call.rows[0], valid)
 
     def end(self, call: EncodeCall) -> None:

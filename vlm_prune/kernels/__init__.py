@@ -174,8 +174,8 @@ def attention_mass(
 
 def overwrite_rows(
     output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor
-) -> None:
-    """Write ``new`` over ``rows`` of ``output``, in place, where ``changed``; the rest stays bit by bit.
+) -> torch.Tensor:
+    """``output`` with ``new`` in place of its ``rows`` where ``changed``; the rest stays bit by bit. Differentiable.
 
     Args:
         output: ``(batch, queries, heads, head_dim)``, any strides.
@@ -183,7 +183,6 @@ def overwrite_rows(
         new: ``(batch, some, heads, head_dim)``, cast to the dtype of ``output``.
         changed: bool that broadcasts to ``(batch, heads, some)``.
     """
-    ops = _kernels(output)
-    if ops is None or new.dtype not in DTYPES or output.requires_grad or new.requires_grad:
+    if (ops := _kernels(output)) is None or new.dtype not in DTYPES:
         return reference.overwrite_rows(output, rows, new, changed)
     return ops.overwrite_rows(output, rows, new, changed)

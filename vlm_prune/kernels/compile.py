@@ -1,7 +1,7 @@
-"""Compile every kernel for GPUs that need not be here, and say what each takes: ``python -m vlm_prune.kernels.compile``.
+"""Compile every kernel for GPUs that need not be here, and say what each takes.
 
-For each kernel, dtype and architecture (sm_80, sm_90, sm_100): registers a thread, shared memory, and bytes spilled. A
-spill, or a kernel that does not compile, is an error.
+``python -m vlm_prune.kernels.compile`` prints for each kernel, dtype and architecture (sm_80, sm_90, sm_100) the
+registers of a thread, the shared memory, and the bytes spilled. A spill, or a kernel that does not compile, is an error.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def main() -> int:
     spilled = 0
     for c in compile_all():
         target = f"sm_{c.architecture}"
-        print(
-            f"{c.kernel:18}{c.dtype:10}{target:>8}{c.registers:11}{c.shared:10}{c.spilled:11}", flush=True
-        )
+        print(f"{c.kernel:18}{c.dtype:10}{target:>8}{c.registers:11}{c.shared:10}{c.spilled:11}", flush=True)
         spilled += c.spilled
     if spilled:
         print(f"{spilled} bytes spilled: choose smaller blocks", file=sys.stderr)

@@ -130,7 +130,9 @@ def close_kernel(
     where = x + b * x_batch + s[:, None].to(tl.int64) * x_row + c[None, :].to(tl.int64) * x_channel
     rows = tl.load(where, mask=(stays & (flag != 0))[:, None] & (c < channels)[None, :], other=0.0)
     place = b * length + spot
-    tl.store(out + place[:, None] * channels + c[None, :], rows, mask=stays[:, None] & (c < channels)[None, :])
+    tl.store(
+        out + place[:, None] * channels + c[None, :], rows, mask=stays[:, None] & (c < channels)[None, :]
+    )
     if tl.program_id(1) == 0:
         tl.store(order + place, s.to(tl.int64), mask=stays)
         may = flag
@@ -245,11 +247,12 @@ def overwrite_kernel(
 
 def overwrite_rows(
     output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor
-) -> None:
-    """Launch `overwrite_kernel`."""
+) -> torch.Tensor:
+    """Launch `overwrite_kernel` on a copy."""
     batch, some, heads, dim = new.shape
+    output = output.clone()
     if not new.numel():
-        return
+        return output
     changed = changed.expand(batch, heads, some)
     block = min(8, triton.next_power_of_2(heads))
     overwrite_kernel[batch * some, triton.cdiv(heads, block)](
@@ -257,3 +260,4 @@ def overwrite_rows(
         *output.stride(), *new.stride(), *changed.stride(),
         HEADS=block, DIM=triton.next_power_of_2(dim),
     )  # fmt: skip
+    return output

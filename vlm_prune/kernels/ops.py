@@ -22,7 +22,7 @@ _library.define(
     "attention_mass(Tensor query, Tensor key, Tensor index, Tensor votes, Tensor? valid, float scaling)"
     " -> (Tensor, Tensor)"
 )
-_library.define("overwrite_rows(Tensor(a!) output, Tensor rows, Tensor new, Tensor changed) -> ()")
+_library.define("overwrite_rows(Tensor output, Tensor rows, Tensor new, Tensor changed) -> Tensor")
 
 for _name, _kernels in (
     ("gather_rows", moves),
@@ -88,8 +88,8 @@ def _(
 
 
 @torch.library.register_fake("vlm_prune::overwrite_rows")
-def _(output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor) -> None:
-    return None
+def _(output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(output)
 
 
 # --- gradients ---
@@ -157,7 +157,23 @@ def _save_kv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _kv_backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
     full = (g.new_zeros(*g.shape[:2], ctx.rows, g.shape[3]) for g in grads)
-    return *(x.scatter_add(2, index[:, None, :, None].expand_as(g), g) for x, g in zip(full, grads, strict=True)), None
+    return *(
+        x.scatter_add(2, index[:, None, :, None].expand_as(g), g) for x, g in zip(full, grads, strict=True)
+    ), None
+
+
+def _save_overwrite(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, rows, new, changed = inputs
+    ctx.dtype = new.dtype
+    ctx.save_for_backward(rows, changed)
+
+
+def _overwrite_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    rows, changed = ctx.saved_tensors
+    index = rows[..., None, None].expand(-1, -1, *grad.shape[2:])
+    asked, changed = grad.gather(1, index), changed.transpose(1, 2)[..., None]
+    kept = _ops.overwrite_rows(grad, rows, torch.zeros_like(asked), changed.squeeze(-1).transpose(1, 2))
+    return kept, None, asked.masked_fill(~changed, 0).to(ctx.dtype), None
 
 
 for _name, _backward, _save in (
@@ -166,6 +182,7 @@ for _name, _backward, _save in (
     ("close_holes", _close_backward, _save_close),
     ("merge_rows", _merge_backward, _save_merge),
     ("gather_kv", _kv_backward, _save_kv),
+    ("overwrite_rows", _overwrite_backward, _save_overwrite),
 ):
     torch.library.register_autograd(f"vlm_prune::{_name}", _backward, setup_context=_save)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+CHUNK = 128
+"""Rows of the attention map that exist at a time."""
+
 Closed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -46,12 +49,10 @@ def close_holes(
     """See `vlm_prune.kernels.close_holes`."""
     batch = len(x)
     order = live_order(live, length)
-    valid = live.gather(1, order) if ragged or mask is None else None
-    rows = gather_rows(x, order, valid if ragged else None)
-    if mask is None:
-        kept = valid
-    else:
-        kept = mask.gather(1, order) if valid is None else mask.gather(1, order) & valid
+    kept = live.gather(1, order)
+    rows = gather_rows(x, order, kept if ragged else None)
+    if mask is not None:
+        kept = kept & mask.gather(1, order)
     shift = order.new_zeros(batch)
     if gone is not None:
         before = gone.cumsum(-1)
@@ -88,15 +89,14 @@ def attention_mass(
     votes: torch.Tensor,
     valid: torch.Tensor | None,
     scaling: float,
-    chunk: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `vlm_prune.kernels.attention_mass`; ``chunk`` rows of the map exist at a time."""
+    """See `vlm_prune.kernels.attention_mass`."""
     (batch, heads, rows, dim), (shared, keys) = query.shape, key.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, past = key.to(dtype).mT, keys - rows
     total = key.new_zeros(batch, rows)
     peak = total.clone()
-    for some, vote in zip(index.split(chunk, dim=1), votes.split(chunk, dim=1), strict=True):
+    for some, vote in zip(index.split(CHUNK, dim=1), votes.split(CHUNK, dim=1), strict=True):
         asked = query.gather(2, some[:, None, :, None].expand(-1, heads, -1, dim)).to(dtype)
         logits = ((asked.reshape(batch, shared, -1, dim) @ key) * scaling).view(batch, heads, -1, keys)
         seen = torch.arange(keys, device=some.device) <= some[..., None] + past
@@ -111,8 +111,8 @@ def attention_mass(
 
 def overwrite_rows(
     output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor
-) -> None:
+) -> torch.Tensor:
     """See `vlm_prune.kernels.overwrite_rows`."""
     index = rows[..., None, None].expand_as(new)
     chosen = torch.where(changed.transpose(1, 2)[..., None], new.to(output.dtype), output.gather(1, index))
-    output.scatter_(1, index, chosen)
+    return output.scatter(1, index, chosen)

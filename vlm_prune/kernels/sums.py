@@ -40,7 +40,16 @@ def merge_rows(x: torch.Tensor, into: torch.Tensor, weight: torch.Tensor, count:
     if out.numel():
         cols = min(128, triton.next_power_of_2(channels))
         merge_kernel[batch * count, triton.cdiv(channels, cols)](
-            x, into.contiguous(), weight.contiguous(), out, rows, count, channels, *x.stride(), SCAN=32, COLS=cols
+            x,
+            into.contiguous(),
+            weight.contiguous(),
+            out,
+            rows,
+            count,
+            channels,
+            *x.stride(),
+            SCAN=32,
+            COLS=cols,
         )
     return out
 
