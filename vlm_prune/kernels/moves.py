@@ -45,11 +45,12 @@ def gather_rows(
     (batch, some), channels = index.shape, x.shape[2]
     out = x.new_empty(batch, some, channels)
     if out.numel():
-        grid = (batch * triton.cdiv(some, ROWS), triton.cdiv(channels, COLS))
+        cols = min(COLS, triton.next_power_of_2(channels))
+        grid = (batch * triton.cdiv(some, ROWS), triton.cdiv(channels, cols))
         flags = index if valid is None else valid.contiguous()
         gather_kernel[grid](
             x, index.contiguous(), flags, out, fill, some, channels, *x.stride(),
-            HAS_VALID=valid is not None, ROWS=ROWS, COLS=COLS,
+            HAS_VALID=valid is not None, ROWS=ROWS, COLS=cols,
         )  # fmt: skip
     return out
 
@@ -86,11 +87,12 @@ def place_rows(
     batch, some, channels = rows.shape
     out = rows.new_empty(batch, length, channels)
     if out.numel():
-        grid = (batch * triton.cdiv(length, ROWS), triton.cdiv(channels, COLS))
+        cols = min(COLS, triton.next_power_of_2(channels))
+        grid = (batch * triton.cdiv(length, ROWS), triton.cdiv(channels, cols))
         flags = index if valid is None else valid.contiguous()
         place_kernel[grid](
             rows, index.contiguous(), flags, out, fill, some, length, channels, *rows.stride(),
-            HAS_VALID=valid is not None, ROWS=ROWS, COLS=COLS, SCAN=min(256, triton.next_power_of_2(max(some, 16))),
+            HAS_VALID=valid is not None, ROWS=ROWS, COLS=cols, SCAN=min(256, triton.next_power_of_2(max(some, 16))),
         )  # fmt: skip
     return out
 
@@ -166,13 +168,14 @@ def close_holes(
     shift = order.new_empty(batch)
     old = positions.reshape(-1, *positions.shape[-2:]).contiguous()
     live = live.contiguous()
-    grid = (batch * triton.cdiv(full, ROWS), triton.cdiv(channels, COLS))
+    cols = min(COLS, triton.next_power_of_2(channels))
+    grid = (batch * triton.cdiv(full, ROWS), triton.cdiv(channels, cols))
     close_kernel[grid](
         x, live, old, live if mask is None else mask.contiguous(), live if gone is None else gone.contiguous(),
         out, order, kept, moved, shift, full, length, channels, *x.stride(),
         old.stride(0), old.stride(1) if old.shape[1] > 1 else 0, batch * length,
         AXES=len(old), HAS_MASK=mask is not None, HAS_GONE=gone is not None,
-        ROWS=ROWS, COLS=COLS, SCAN=SCAN,
+        ROWS=ROWS, COLS=cols, SCAN=SCAN,
     )  # fmt: skip
     return out, order, kept, moved, shift
 
