@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that need not be here, and say what each takes.
 
 ``python -m vlm_prune.kernels.compile`` prints for each kernel, dtype and architecture (sm_80, sm_90, sm_100) the
-registers of a thread, the shared memory, and the bytes spilled. A spill, or a kernel that does not compile, is an error.
+registers of a thread, the shared memory and the bytes spilled. A spill, or a failure to compile, is an error.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def close_holes(
 ) -> Closed:
     """See `vlm_prune.kernels.close_holes`."""
     batch = len(x)
-    order = live_order(live, length)
+    order = live_order(live, length).contiguous()
     kept = live.gather(1, order)
     rows = gather_rows(x, order, kept if ragged else None)
     if mask is not None:
