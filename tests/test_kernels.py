@@ -30,10 +30,20 @@ SOME = [
     (63, torch.bfloat16, False, 0.0),
     (63, torch.float16, False, 1.0),
     (577, torch.float16, True, 0.3),
-    (577, torch.float32, False, 1.0),
     (1000, torch.bfloat16, False, 0.3),
 ]
 """The interpreter takes a second for what a GPU does in a microsecond: there, some of the combinations."""
+MODELS = list(
+    product(
+        ("llava-gqa", "internvl"), ("flowcut", "visionzip", "pool", "vflowopt", "fastv", "mustdrop", "var")
+    )
+)
+FEW_MODELS = [
+    ("internvl", "flowcut"),
+    ("llava-gqa", "visionzip"),
+    ("llava-gqa", "mustdrop"),
+    ("llava", "var"),
+]
 
 SHAPES = pytest.mark.parametrize(
     ("size", "dtype", "strided", "share"),
@@ -53,9 +63,14 @@ def poisoned():
 
 
 @pytest.fixture
-def kernels():
+def kernels(request, monkeypatch):
     """All launchers; imported late, because Triton decides at import whether it interprets."""
     from vlm_prune.kernels import moves, sums
+
+    if INTERPRETED:  # fewer and larger programs: a block's size is no part of what a kernel computes
+        callspec = getattr(request.node, "callspec", None)
+        if callspec is None or callspec.params.get("size", 577) > 63:
+            monkeypatch.setattr(moves, "ROWS", 64)
 
     class Launchers:
         def __getattr__(self, name):
@@ -121,7 +136,7 @@ def test_close_holes(kernels, size, dtype, strided, share):
 
 @SHAPES
 def test_merge(kernels, size, dtype, strided, share):
-    count = 1 + int(30 * share)
+    count = 1 + int((6 if INTERPRETED else 40) * share)
     x = random(2, size, 40, dtype=dtype, strided=strided)
     into = torch.randint(-1, count, (2, size), device=DEVICE)
     into[0] = into[0].clamp(max=count // 2)  # groups without members
@@ -152,8 +167,8 @@ def test_gather_kv(kernels, size, dim, dtype, strided, share):
         (63, 0, 1, 4, 4, 16, torch.float32, False),
         (63, 9, 63, 6, 2, 72, torch.float32, True),
         (63, 9, 20, 6, 2, 16, torch.bfloat16, True),
-        (577, 0, 17, 4, 4, 16, torch.float16, False),
-        (1000, 30, 5, 6, 1, 16, torch.bfloat16, False),
+        (577, 0, 17, 2, 2, 16, torch.float16, False),
+        (1000, 30, 5, 4, 1, 16, torch.bfloat16, False),
     ],
     ids=lambda x: str(x).removeprefix("torch."),
 )
@@ -196,8 +211,7 @@ def test_overwrite(kernels, size, dtype, strided, share):
         same(ours, theirs)
 
 
-@pytest.mark.parametrize("policy", ["flowcut", "visionzip", "pool", "vflowopt", "fastv", "mustdrop", "var"])
-@pytest.mark.parametrize("family", ["llava-gqa", "internvl"])
+@pytest.mark.parametrize(("family", "policy"), FEW_MODELS if INTERPRETED else MODELS)
 @torch.no_grad()
 def test_a_pruned_model_computes_the_same_with_kernels(family, policy, kernels, monkeypatch):
     from tests.models import make, prompt
@@ -206,25 +220,19 @@ def test_a_pruned_model_computes_the_same_with_kernels(family, policy, kernels, 
     from vlm_prune import pruned
 
     model = make(family).to(DEVICE)
-    inputs = {
-        name: x.to(DEVICE) for name, x in prompt(family, [(2, -1, 6), (1, -2, 3), (4, -1, 9)]).inputs.items()
-    }
+    inputs = {name: x.to(DEVICE) for name, x in prompt(family, [(2, -1, 6), (1, -1, 3)]).inputs.items()}
     answers, called = [], []
 
-    class Counted:
+    class Noted:
         def __getattr__(self, name):
             called.append(name)
-            return getattr(kernels, name)
+            launch = getattr(kernels, name)
+            return launch
 
     for ours in (False, True):
-        monkeypatch.setattr(dispatch, "_kernels", lambda x, ours=ours: Counted() if ours else None)
+        monkeypatch.setattr(dispatch, "_kernels", lambda x, ours=ours: Noted() if ours else None)
         with pruned(model, **options(policy)):
-            answers.append(model(**inputs).logits)
-            kept = (
-                model.pruning.receipt.kept_tokens if hasattr(model.pruning.receipt, "kept_tokens") else None
-            )
-            answers.append(kept)
-    torch.testing.assert_close(answers[2], answers[0], rtol=1e-4, atol=1e-4)
-    assert answers[1] == answers[3]
-    assert "close_holes" in called or policy in ("var",)
-    assert called
+            answers.append((model(**inputs).logits, str(model.pruning.receipt.tower_tokens)))
+    torch.testing.assert_close(answers[1][0], answers[0][0], rtol=1e-4, atol=1e-4)
+    assert answers[1][1] == answers[0][1]
+    assert ("overwrite_rows" if policy == "var" else "close_holes") in called
