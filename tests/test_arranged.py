@@ -192,3 +192,20 @@ def test_images_and_videos_in_one_batch(family):
             for b, alone in enumerate((batch.inputs, clip)):
                 single = model(**alone).logits[0]
                 torch.testing.assert_close(together[b, -len(single) :], single, **CLOSE)
+
+
+def test_flowcut_as_released_on_llava_next():
+    """Half the budget leaves the tower for every tile, no newlines; the decoder goes on with exactly the budget."""
+    model, batch = shared("llava_next"), arranged_prompt("llava_next", LAYOUTS["sizes"])
+    text = (batch.mask.bool() & (batch.ids != IMAGE)).sum(-1)
+    with pruned(model, "flowcut", tokens=20, compat="official"):
+        output, receipt = model(**batch.inputs), model.pruning.receipt
+        assert receipt.tower_tokens[-1] == 10 + 1
+        assert {len(receipt.kept[0]), len(receipt.kept[5]), len(receipt.kept[8])} == {10}
+        entered = [sum(len(tile) for tile in receipt.kept[i:j]) for i, j in ((0, 5), (5, 8), (8, 12))]
+        assert receipt.decoder_tokens == [max(entered[b] + int(text[b]) for b in range(3))] * 2 + [
+            20 + int(text.max())
+        ]
+        visual = (output.logits.any(-1) & (batch.ids == IMAGE)).sum(-1)
+        assert visual.tolist() == [20, 20, 20]
+        assert model.pruning.config["per"] == "image"

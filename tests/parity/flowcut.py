@@ -1,23 +1,26 @@
-"""FlowCut against its released code: scores, counts, the whole tower, and a complete LLaVA-1.5."""
+"""FlowCut against its released code: scores, counts, the whole tower, and complete models of three families."""
 
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
 from tests.parity._files import Golden, npz_cases
 from tests.parity._given import embeds_model
-from vlm_prune import prune
+from vlm_prune import prune, stream
+from vlm_prune.adapters.llava_next import _next_images
 from vlm_prune.calls import current_encode
+from vlm_prune.packing import read_packing
 from vlm_prune.policies.flowcut import drop_counts, information_score, value_magnitude
 from vlm_prune.policies.flowcut_decoder import FlowCutDecoder
 from vlm_prune.policies.scores import global_attention, global_similarity
@@ -26,16 +29,10 @@ from vlm_prune.versions import CACHE, cache_of
 
 cases = npz_cases
 
-# LLaVA-NeXT (anyres, in-decoder stage) and Qwen2-VL have no adapter yet
-LATER = ("anyres",)
-
 
 def check(case: Path) -> None:
     golden = Golden(case)
-    kind = golden.meta["kind"]
-    if kind in LATER or (kind == "e2e" and golden["images"].dim() == 5):
-        pytest.skip(f"{kind}: this model family has no adapter yet")
-    CHECKS[kind](golden)
+    CHECKS[golden.meta["kind"]](golden)
 
 
 def check_score(golden: Golden) -> None:
@@ -124,17 +121,84 @@ def check_tower(golden: Golden) -> None:
     assert model.pruning.receipt.tower_tokens == golden["tokens_in"].tolist()
 
 
+PINPOINTS = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
+"""The released code's sizes of grids, as (height, width) in its order, which settles ties."""
+
+
+def llava_next(vision: dict, text: dict, **config) -> LlavaNextForConditionalGeneration:
+    """A stock LLaVA-NeXT."""
+    next_config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(projection_dim=16, **vision),
+        text_config=LlamaConfig(**text),
+        image_grid_pinpoints=PINPOINTS,
+        **config,
+    )
+    return LlavaNextForConditionalGeneration(next_config).eval()
+
+
+@torch.no_grad()
+def check_arrangement(golden: Golden) -> None:
+    """The order of kept tokens of several tiles, and what is left of them without padding."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {**vision, "vocab_size": 32, "num_hidden_layers": 1}
+    base = llava_next({**vision, "image_size": 336, "patch_size": 14}, text).model
+    for case, width, height, columns, rows, _, count in golden["table"].tolist():
+        keep, features = golden[f"keep_{case}"], golden[f"feat_{case}"]
+        tiles = stream.open_holes(features, keep, 576, None)
+        small = torch.zeros(1, 576, features.shape[2])
+        for name, size in (
+            (f"ordered_unpad_{case}", (height, width)),
+            (f"ordered_nopad_{case}", (336 * rows, 336 * columns)),  # fills its tiles
+        ):
+            images = _next_images(base, {"image_sizes": torch.tensor([size])})
+            [packed] = images.pack(torch.cat([small, tiles]), torch.full((features.shape[2],), torch.nan))
+            [packing] = read_packing(images, (24, 24), joint=False)
+            grid = packed[576:]
+            assert torch.equal(grid[~grid[:, 0].isnan()], golden[name]), name
+            assert torch.equal(packed[:, 0].isnan()[packing.newline], packing.newline[packing.newline])
+        assert len(golden[f"ordered_unpad_{case}"]) == count
+
+
 @torch.no_grad()
 def check_model(golden: Golden) -> None:
-    meta, weights = golden.meta, golden.prefixed("w/")
-    image_token = meta["llm_config"][
-        "vocab_size"
-    ]  # one id more, for the placeholder that official code writes as -200
-    model = llava(
-        meta["vision_config"],
-        {**meta["llm_config"], "vocab_size": image_token + 1, "eos_token_id": None},
-        image_token_id=image_token,
+    """A complete LLaVA-1.5 or LLaVA-NeXT."""
+    meta, images, several = golden.meta, golden["images"], golden["images"].dim() == 5
+    # one id more, for the placeholder that official code writes as -200
+    image_token = meta["llm_config"]["vocab_size"]
+    text = {**meta["llm_config"], "vocab_size": image_token + 1, "eos_token_id": None}
+    model = (llava_next if several else llava)(meta["vision_config"], text, image_token_id=image_token)
+    load_official(model, golden.prefixed("w/"), image_token)
+    call = {"pixel_values": images}
+    if several:
+        call["image_sizes"] = golden["image_sizes"].flip(-1)  # official code says (width, height)
+    features = model.model.get_image_features(**call, return_dict=True).pooler_output
+    count = len(features[0])
+    prune(model, "flowcut", tokens=meta["target_num"], compat="official")
+
+    official_ids = golden["input_ids"]
+    row = [t for i in official_ids[0].tolist() for t in ([image_token] * count if i == -200 else [i])]
+    ids = torch.tensor([row])
+    output = model(input_ids=ids, **call)
+    live = output.logits[0].abs().sum(-1) > 0
+    close(output.logits[:, live, :image_token], golden["logits"])
+    assert [layer.keys.shape[2] for layer in cache_of(output).layers] == golden["kv_len_per_layer"].tolist()
+    kept, official = model.pruning.receipt.kept, golden["vision_keep"].tolist()
+    if several:  # the receipt counts what is left without padding
+        assert kept[0] == official[0]
+        assert all(set(ours) <= set(theirs) for ours, theirs in zip(kept, official, strict=True))
+        assert sum(map(len, kept)) == golden["inputs_embeds"].shape[1] - official_ids.shape[1] + 1
+    else:
+        assert kept == official
+
+    expected = golden["greedy_ids"][0, 1:].tolist()  # the first id stands for the prompt
+    generated = model.generate(
+        input_ids=ids, **call, max_new_tokens=len(expected), do_sample=False, suppress_tokens=[image_token]
     )
+    assert generated[0, len(row) :].tolist() == expected
+
+
+def load_official(model: torch.nn.Module, weights: dict[str, torch.Tensor], image_token: int) -> None:
+    """Weights under the released code's names; the placeholder's own rows are zero in the head."""
     tower, projector = "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."
     names = {"0": "linear_1", "2": "linear_2"}
     state = model.state_dict()
@@ -144,7 +208,7 @@ def check_model(golden: Golden) -> None:
         elif name.startswith(projector):
             layer, kind = name.removeprefix(projector).split(".")
             target = f"model.multi_modal_projector.{names[layer]}.{kind}"
-        elif name == "lm_head.weight":
+        elif name in ("lm_head.weight", "model.image_newline"):
             target = name
         else:
             target = "model.language_model." + name.removeprefix("model.")
@@ -156,24 +220,6 @@ def check_model(golden: Golden) -> None:
             assert "rotary" in target or "position_ids" in target, target
     state["lm_head.weight"][image_token:] = 0
     model.load_state_dict(state)
-    prune(model, "flowcut", tokens=meta["target_num"], compat="official")
-
-    official_ids = golden["input_ids"]
-    units = (meta["vision_config"]["image_size"] // meta["vision_config"]["patch_size"]) ** 2
-    row = [t for i in official_ids[0].tolist() for t in ([image_token] * units if i == -200 else [i])]
-    ids = torch.tensor([row])
-    output = model(input_ids=ids, pixel_values=golden["images"])
-    live = output.logits[0].abs().sum(-1) > 0
-    close(output.logits[:, live, :image_token], golden["logits"])
-    assert [layer.keys.shape[2] for layer in cache_of(output).layers] == golden["kv_len_per_layer"].tolist()
-    assert model.pruning.receipt.kept == golden["vision_keep"].tolist()
-
-    expected = golden["greedy_ids"][0, 1:].tolist()  # the first id stands for the prompt
-    generated = model.generate(
-        input_ids=ids, pixel_values=golden["images"], max_new_tokens=len(expected), do_sample=False,
-        suppress_tokens=[image_token],
-    )  # fmt: skip
-    assert generated[0, len(row) :].tolist() == expected
 
 
 @torch.no_grad()
@@ -270,6 +316,7 @@ ALIASES = {
 """Names of a Llama's config in other golden files."""
 
 CHECKS = {
+    "anyres": check_arrangement,
     "llm": check_decoder,
     "qwen2vl": check_qwen,
     "unit_score": check_score,
