@@ -61,12 +61,14 @@ class Tower:
     @property
     def width(self) -> int:
         """Channels of the hidden states."""
-        return int(self.module.config.hidden_size)
+        config: Any = self.module.config
+        return int(config.hidden_size)
 
     @property
     def weights(self) -> int:
         """Elements of one layer's matrices."""
-        return 4 * self.width**2 + 2 * self.width * int(self.module.config.intermediate_size)
+        config: Any = self.module.config
+        return 4 * self.width**2 + 2 * self.width * int(config.intermediate_size)
 
     def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
         """How many placeholders each tile of a forward's arguments needs; ``None`` if it brings no pixels."""
@@ -123,10 +125,11 @@ class PackedTower:
     def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
         """How many placeholders each tile of a forward's arguments needs; ``None`` if it brings no pixels."""
         given = [("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")]
-        grids = [call.get(grid) for pixels, grid in given if call.get(pixels) is not None]
-        if not grids or any(grid is None for grid in grids):
+        sizes = [call.get(grid) for pixels, grid in given if call.get(pixels) is not None]
+        known = [size for size in sizes if size is not None]
+        if not known or len(known) < len(sizes):
             return None
-        return [rows * columns for grid in grids for rows, columns in self.grids(grid)]
+        return [rows * columns for size in known for rows, columns in self.grids(size)]
 
 
 @dataclass(frozen=True)

@@ -192,16 +192,17 @@ class PackedEncoder(EncodeStage):
         call.tower_keeps.append([self._units(tile) for tile in state.tiles])
         if not state.seen:
             return None
-        query, key, value = (torch.cat([seen[i] for seen in state.seen], 2) for i in range(3))
+        query, key, value = (
+            torch.cat(parts, 2) for parts in zip(*(seen[:3] for seen in state.seen), strict=True)
+        )
         scaling = state.seen[0][3]
         state.seen = []
         kept, begin = [], 0
         for i, tile in enumerate(state.tiles):
             rows, end = self._raster_rows(tile), begin + tile.count
-            seen = (_pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
-            view = self._view(
-                number, call, i, output[None, begin:end], rows, AttentionView(*seen, scaling, False)
-            )
+            q, k, v = (_pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
+            seen = AttentionView(q, k, v, scaling, has_cls=False)
+            view = self._view(number, call, i, output[None, begin:end], rows, seen)
             mine = torch.arange(begin, end, device=output.device)
             for keep in self.ask_layer(number, view, call.targets[i] == call.units[i]):
                 mine = mine[self._cut(tile, keep, rows)]
@@ -272,18 +273,15 @@ class PackedEncoder(EncodeStage):
 
     def _pixels(self, call: EncodeCall, i: int) -> torch.Tensor:
         """A tile as a picture, ``(1, channels, height, width)``; of a video frame the mean of those it was made of."""
-        known = call.state.pixels
+        known: dict[int, torch.Tensor] = call.state.pixels
         if i not in known:
-            config, (rows, columns) = self.tower.module.config, call.grids[i]
-            merge, patch, begin = self.tower.merge, config.patch_size, call.state.tiles[i].begin
-            size = rows * columns * merge**2
-            x = call.pixels[begin : begin + size].view(
-                rows, columns, merge, merge, -1, config.temporal_patch_size, patch, patch
-            )
+            config: Any = self.tower.module.config
+            (rows, columns), merge, patch = call.grids[i], self.tower.merge, int(config.patch_size)
+            frames = int(config.temporal_patch_size)
+            x = self._patches(call, i).view(rows, columns, merge, merge, -1, frames, patch, patch)
             x = x.mean(5).permute(4, 0, 2, 5, 1, 3, 6)
             known[i] = x.reshape(1, -1, rows * merge * patch, columns * merge * patch)
-        found: torch.Tensor = known[i]
-        return found
+        return known[i]
 
     # --- around the merger ---
 
