@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .calls import EncodeCall
 
 
+MEAN_QUERY = "attention of the mean query"
+"""What `policies.scores.global_attention` takes where there is no CLS token."""
+
+
 @dataclass
 class Receipt:
     """What the last call with images did, in this thread.
@@ -34,6 +38,7 @@ class Receipt:
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
         tower_size: channels of the tower, and elements of one of its layers' matrices.
+        stand_in: what took the place of a CLS token that the policy asks for and the tower does not have.
         kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
     """
@@ -57,6 +62,7 @@ class Receipt:
     tower_grids: list[tuple[int, int]] = field(default_factory=list, repr=False)
     trace: DecoderTrace | None = field(default=None, repr=False)
     tower_size: tuple[int, int] = (0, 0)
+    stand_in: str | None = None
     text_config: Any = field(default=None, repr=False)
     _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
     _prefill_ms: Callable[[], float] | None = field(default=None, repr=False)
@@ -145,6 +151,8 @@ class Receipt:
             lines.append(
                 f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers"
             )
+        if self.stand_in is not None:
+            lines.append(f"  scores   no CLS token in this tower: {self.stand_in}")
         if self.decoder_tokens:
             lines.append(
                 f"  decoder  {_summary(self.decoder_tokens)} of {self.prompt_tokens} tokens through "

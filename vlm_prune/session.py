@@ -24,7 +24,7 @@ from .layers import DecoderLayers, check_decoder
 from .loss import Loss
 from .packed import PackedEncoder
 from .policies.base import Policy
-from .receipt import Receipt
+from .receipt import MEAN_QUERY, Receipt
 from .saving import Saver
 from .tower import Encoder
 from .versions import cache_of
@@ -157,6 +157,7 @@ class Pruning:
             targets=targets,
             positions=self.positions,
             tower_size=(self._anatomy.tower.width, self._anatomy.tower.weights),
+            stand_in=MEAN_QUERY if self._encoder.asked and not self._anatomy.tower.has_cls else None,
             text_config=self._anatomy.decoder.config,
         )
 
