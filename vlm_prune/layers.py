@@ -81,7 +81,7 @@ class DecoderLayers:
         if not self.needs_text_only or rows is None or rows.visual is None:
             return
         text = ~rows.visual if rows.mask is None else ~rows.visual & rows.mask
-        alone, embeds = rows.close(kwargs["inputs_embeds"], text, int(text.sum(-1).max()), True, None)
+        alone, embeds, _ = rows.close(kwargs["inputs_embeds"], text, int(text.sum(-1).max()), True, None)
         valid = alone.valid
         call.probing = True
         try:
