@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all test-versions test-lmms wheel typecheck demo demo-quick oracle results train-tiny card clean
+.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick oracle results train-tiny card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,10 +36,13 @@ lint: $(READY) ## style and format, as CI checks them
 	$(RUN) ruff format --check .
 
 test: lint ## lint and all tests that take seconds; offline
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not chromium"
 
 test-all: lint ## the tests that take minutes too
 	$(PYTEST)
+
+test-browser: $(READY) ## the report in headless Chromium: what it looks like, and that its controls work
+	$(PYTEST) -m chromium tests/test_report_in_browser.py
 
 # An environment for each version, which borrows torch and all else that fits from the first one.
 .venv-transformers-%/.ready: $(READY)
@@ -52,7 +55,7 @@ test-all: lint ## the tests that take minutes too
 
 test-versions: $(VERSIONS:%=.venv-transformers-%/.ready) ## the same tests on transformers 5.4 (the floor), 5.19, 5.23, 5.24
 	@for version in $(VERSIONS); do echo "transformers $$version"; OMP_NUM_THREADS=1 \
-		.venv-transformers-$$version/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TESTS) || exit 1; done
+		.venv-transformers-$$version/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not chromium" $(TESTS) || exit 1; done
 
 # lmms-eval brings a hundred packages, so it lives in an environment of its own, which borrows torch and transformers
 # from the first and may not replace them.

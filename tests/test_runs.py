@@ -96,6 +96,7 @@ def test_rows_and_records_are_complete(whole):
             assert row["metrics"]["accuracy"] == pytest.approx(right / row["n"])
     assert (whole / "config.yaml").read_text() == TEXT
     assert "## tiny-llava" in (whole / "results.md").read_text()
+    assert (whole / "report.html").read_text(encoding="utf-8").count("<tr data-model=") == 2
     assert not list(whole.glob("cells/*/part-*")) + list(whole.glob("**/*.new"))
 
 

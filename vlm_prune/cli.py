@@ -18,11 +18,12 @@ from typer.core import TyperGroup
 
 from .errors import PruningError
 
-ELSEWHERE = (
-    dict.fromkeys(("pope", "pope-questions", "chair"), "scores_cli")
-    | dict.fromkeys(("train-exit", "tune"), "learn_cli")
-    | {"lmms-tasks": "lmms.cli"}
-)
+ELSEWHERE = {
+    **dict.fromkeys(("pope", "pope-questions", "chair"), "scores_cli"),
+    **dict.fromkeys(("train-exit", "tune"), "learn_cli"),
+    **dict.fromkeys(("report", "inspect"), "report_cli"),
+    "lmms-tasks": "lmms.cli",
+}
 """Commands that live in other modules of ``vlm_prune.eval``."""
 
 

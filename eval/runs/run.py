@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,6 +197,7 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
     finally:
         processes.leave()
     if processes.first:
+        written = report_of(run)
         for problem in run.failed.values():
             console.print(
                 f"[red]failed[/red] {problem['cell']}: {problem['error']}", soft_wrap=True, highlight=False
@@ -205,7 +207,16 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             f"{len(run.failed)} failed" + (", see failed.json" if run.failed else ""),
             soft_wrap=True,
         )
+        if written is not None:
+            console.print(f"look at {written}", soft_wrap=True)
     return run
+
+
+def report_of(run: Run) -> Path | None:
+    """The page to look at, written anew; ``None`` while no cell is finished."""
+    from vlm_prune.eval.report import write_report
+
+    return write_report(run.folder) if run.finished_rows() else None
 
 
 def watch(run: Run, console: Console) -> None:

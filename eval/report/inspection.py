@@ -1,0 +1,232 @@
+"""One image under one policy, layer by layer: which patches each layer still computes, and what the model then says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from vlm_prune import Receipt, pruned
+from vlm_prune.eval.measure import prompt_text, receipt_of
+from vlm_prune.eval.models import MODELS, exit_gates, load_model
+from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
+from vlm_prune.eval.report.page import render
+from vlm_prune.eval.runs.folder import write_whole
+from vlm_prune.eval.runs.tiles import Tiles
+from vlm_prune.survivors import Units
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers in a row that computed the same patches.
+
+    Attributes:
+        where: such as "vision tower, layers 0-2".
+        units: per tile, the raster numbers of these patches.
+        total: patches before pruning.
+    """
+
+    where: str
+    units: Units
+    total: int
+
+    @property
+    def count(self) -> int:
+        """Patches of all tiles."""
+        return sum(map(len, self.units))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        boxes: the part of the image that each tile shows.
+        before: the unpruned model's answer, ``after`` the pruned one's.
+        remarks: what the pictures do not show by themselves.
+    """
+
+    image: Image.Image
+    prompt: str
+    model: str
+    receipt: Receipt
+    boxes: list[Box]
+    stages: list[Stage]
+    before: str
+    after: str
+    remarks: list[str]
+
+    @property
+    def title(self) -> str:
+        """The policy, and how much it keeps."""
+        first, last = self.stages[0], self.stages[-1]
+        return f"{self.receipt.policy} on {self.model}: {last.count} of {first.total} patches"
+
+
+def open_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A shipped test model by its name, or any checkpoint by its folder or hub name.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name in MODELS:
+        return load_model(name)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+        return model.eval(), AutoProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(
+            f"model {name!r} is no folder or hub name that could be loaded ({str(error).splitlines()[0]}). "
+            f"Shipped test models: {', '.join(MODELS)}."
+        ) from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB, turned as its EXIF data says.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that Pillow can read") from error
+
+
+def own_settings(policy: str, model: str) -> dict[str, Any]:
+    """What a policy needs and a shipped model brings along: exit gates for DyVTE."""
+    names = policy.split("+")
+    if "dyvte" not in names or model not in MODELS:
+        return {}
+    gates = {"gates": str(exit_gates(model))}
+    return gates if len(names) == 1 else {"dyvte": gates}
+
+
+@torch.no_grad()
+def inspect(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Image.Image,
+    prompt: str,
+    policy: str = "flowcut",
+    *,
+    name: str = "",
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> Inspection:
+    """Ask an unpruned ``model`` about one image, without and with a policy; it is unpruned again afterwards.
+
+    ``options`` are those of `prune`: a budget, and settings of the policy.
+    """
+    inputs = processor(images=[image], text=[prompt_text(processor, prompt)], return_tensors="pt").to(
+        model.device
+    )
+    inputs = inputs.to(model.dtype) if hasattr(inputs, "to") else inputs
+
+    def ask() -> str:
+        new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        text: str = processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[
+            0
+        ]
+        return text.strip()
+
+    before = ask()
+    with pruned(model, policy, **options):
+        after, receipt = ask(), receipt_of(model)
+        acts = {stage for each in model.pruning.policies for stage in each.stages}
+    boxes: list[Box] = [tuple(box) for box in Tiles(processor).boxes(image.size)]  # type: ignore[misc]
+    return Inspection(
+        image=image,
+        prompt=prompt,
+        model=name or type(model).__name__,
+        receipt=receipt,
+        boxes=boxes,
+        stages=stages(receipt),
+        before=before,
+        after=after,
+        remarks=remarks(receipt, acts),
+    )
+
+
+def stages(receipt: Receipt) -> list[Stage]:
+    """The layers of tower and language model, those that computed the same patches taken together."""
+    total = sum(rows * columns for rows, columns in receipt.grids)
+    found = []
+    for part, layers in (("vision tower", receipt.tower_units), ("language model", receipt.decoder_units)):
+        for units, group in groupby(enumerate(layers), key=lambda pair: pair[1]):
+            numbers = [number for number, _ in group]
+            found.append(Stage(f"{part}, {_layers(numbers)}", units, total))
+    return found
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"layer {numbers[0]}"
+    return f"layers {numbers[0]}–{numbers[-1]}"  # noqa: RUF001
+
+
+def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
+    """What is to be known beside the pictures. ``acts`` are the stages that the policies act in."""
+    found = []
+    if acts == {"modulate"}:
+        found.append(f"{receipt.policy} edits attention and drops nothing: every layer computes every patch.")
+    elif "modulate" in acts:
+        found.append("Attention is edited as well, which a picture of kept patches does not show.")
+    if receipt.tower_units and len(receipt.tower_units[0][0]) < receipt.units:
+        found.append(
+            "The tower is shown a smaller image from the start: a patch that is kept stands in the middle of the "
+            "area that its token covers."
+        )
+    if any(keep.rows is not None for keep in receipt.keeps or ()):
+        found.append("Dropped patches are not all lost: some are merged into kept ones.")
+    if "decode" in acts:
+        found.append("More is taken out of the cache while the answer is written.")
+    return found
+
+
+def write_page(found: Inspection, out: Path) -> Path:
+    """The inspection as one self-contained HTML file."""
+    shown = plates(found.boxes, found.image.size)
+    pictures = [
+        {
+            "view": " ".join(f"{v:.6g}" for v in (*p.view[:2], p.view[2] - p.view[0], p.view[3] - p.view[1])),
+            "edge": Markup(outline(p.view)),
+            "unseen": Markup(outside([found.boxes[i] for i in p.tiles], p.view)),
+            "seams": Markup("".join(outline(found.boxes[i]) for i in p.tiles) if len(p.tiles) > 1 else ""),
+            "tiles": p.tiles,
+            "thumbnail": p.thumbnail,
+        }
+        for p in shown
+    ]
+    grids = found.receipt.grids
+    page = {
+        "title": found.title,
+        "found": found,
+        "width": found.image.width,
+        "height": found.image.height,
+        "source": data_uri(found.image),
+        "plates": pictures,
+        "stages": [
+            {
+                "where": stage.where,
+                "count": stage.count,
+                "total": stage.total,
+                "veils": [
+                    Markup("".join(veil(found.boxes[i], grids[i], stage.units[i]) for i in p.tiles))
+                    for p in shown
+                ],
+            }
+            for stage in found.stages
+        ],
+        "receipt": str(found.receipt),
+    }
+    write_whole(out, render("inspect.html", page))
+    return out
