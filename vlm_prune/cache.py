@@ -34,6 +34,7 @@ class PrunedLayer(CacheLayerMixin):
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
         state: what policies keep with this layer between calls; tensors with the batch first.
+        like: number of the first layer that holds the same tokens and remembers the same of them; -1 if nothing.
         spared: slots that a static layer was made without; ``None`` if it cannot be made smaller.
         seen_slots: `seen` of a static layer, over all its slots: bool ``(slots,)``, those that it describes, and bool
             ``(batch, slots)``, what it says of them; ``None`` where `seen` is.
@@ -50,6 +51,7 @@ class PrunedLayer(CacheLayerMixin):
         self.missing = 0
         self.seen: torch.Tensor | None = None
         self.seen_slots: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.like = -1
         self.shift: torch.Tensor | None = None
         self.prefilled = 0
         self.turn: Rows | None = None
@@ -248,17 +250,23 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
     """
     if all(rows.whole for rows in layer_rows) and not pruned_layers(cache):
         return
+    alike: dict[tuple[int, int, int], int] = {}
     for index, rows in enumerate(layer_rows):
         layer = wrap(cache, index)
         before = layer.logical - rows.count
-        dropped = rows.length - rows.count
-        past = past_mask(layer, mask, before)
-        seen = join_masks(past, rows.mask, before, rows.count)
-        layer.seen = None if seen is None else torch.nn.functional.pad(seen, (dropped, 0), value=False)
-        layer.missing += dropped
-        if rows.shift is not None:
-            layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
-        layer.prefilled, layer.turn = before + rows.length, rows
+        like = alike.setdefault((id(rows), layer.like, before), index)
+        if like < index:
+            for name in ("seen", "missing", "shift", "prefilled", "turn"):
+                setattr(layer, name, getattr(cache.layers[like], name))
+        else:
+            dropped = rows.length - rows.count
+            seen = join_masks(past_mask(layer, mask, before), rows.mask, before, rows.count)
+            layer.seen = None if seen is None else torch.nn.functional.pad(seen, (dropped, 0), value=False)
+            layer.missing += dropped
+            if rows.shift is not None:
+                layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
+            layer.prefilled, layer.turn = before + rows.length, rows
+        layer.like = like
         layer.describe_slots()
 
 

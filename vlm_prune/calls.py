@@ -37,7 +37,8 @@ RIDE = "vlm_prune"
 """Attribute of a tower's output object under which its `EncodeCall` travels."""
 
 RESUME = "vlm_prune_call"
-"""Keyword by which a layer's attention finds the call it belongs to when it runs again, in the backward pass."""
+"""Keyword by which layers find the call they belong to where no context variable says so: in a compiled step, and when
+attention runs again in the backward pass."""
 
 
 @dataclass
@@ -168,7 +169,7 @@ class ForwardCall:
         kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
         image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
             the decoder.
-        mask: the caller's padding mask; ``slots`` its slot mask, in a call that continues a static cache.
+        mask: the caller's padding mask.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
         fitted: masks and positions made for layers that differ from it.
@@ -186,7 +187,6 @@ class ForwardCall:
     kinds: list[int] = field(default_factory=list)
     image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
-    slots: torch.Tensor | None = None
     rows: Rows | None = None
     entered: Rows | None = None
     layer_rows: list[Rows] = field(default_factory=list)
@@ -285,6 +285,11 @@ class ForwardCall:
 def current_forward() -> ForwardCall | None:
     """The forward under way in this thread, if any."""
     return _forward.get()
+
+
+def nothing_under_way() -> bool:
+    """Whether no call is under way in this thread, so that there is none to end."""
+    return _forward.get() is None and _encode.get() is None
 
 
 @contextmanager

@@ -34,11 +34,17 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
                 "it again."
             )
     given = kwargs.get("mm_encoder_outputs") or {}
-    pixels = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
-    if any(x is not None for x in pixels) or any(output is not None for output in given.values()):
+    if brings_features({**kwargs, "inputs_embeds": None}):
         check_cache(cache_of(kwargs))
         padding_mask(kwargs.get("attention_mask"), cache_of(kwargs))
         _check_placeholders(anatomy, kwargs, given)
+
+
+def brings_features(kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a forward may bring features of images along, encoded or not."""
+    given = kwargs.get("mm_encoder_outputs") or {}
+    names = ("pixel_values", "pixel_values_videos", "inputs_embeds")
+    return any(kwargs.get(name) is not None for name in names) or any(x is not None for x in given.values())
 
 
 def runs_again(layer: nn.Module) -> bool:

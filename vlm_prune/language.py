@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from . import stream
 from .cache import PrunedLayer, pruned_layers, record_turn, spare_slots
-from .calls import ForwardCall, current_forward, leave_live_rows, next_forward
+from .calls import RESUME, ForwardCall, current_forward, leave_live_rows, next_forward
 from .deepstack import Deepstack, shorten
 from .drafts import join, split
 from .layers import DecoderLayers
@@ -45,7 +45,10 @@ class Decoder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
-        call = current_forward() or ForwardCall()  # a decoder called on its own brings no visual tokens
+        under_way = current_forward()
+        call = (
+            under_way or ForwardCall()
+        )  # a decoder called on its own, or a compiled step, brings no visual tokens
         embeds, past = kwargs.get("inputs_embeds"), cache_of(kwargs)
         if embeds is None or call.probing:
             return None
@@ -62,6 +65,8 @@ class Decoder:
         kwargs = dict(kwargs)
         if not (holes or inside):
             self._continue(call, kwargs, past)
+            if under_way is None and self.layers is not None:
+                kwargs[RESUME] = call
             return args, kwargs
         check_cache(past)
         kwargs["attention_mask"] = call.mask = mask = padding_mask(kwargs.get("attention_mask"), past)
@@ -89,7 +94,6 @@ class Decoder:
         """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
         embeds, layer, mask = kwargs["inputs_embeds"], past.layers[0], kwargs.get("attention_mask")
         slots, length = slot_mask(mask, past), embeds.shape[1]
-        call.slots = slots
         if slots is None or (self.layers is not None and self.layers.modulated):
             call.mask = padding_mask(mask, past)
         if not isinstance(layer, PrunedLayer):

@@ -113,7 +113,8 @@ class DecoderLayers:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before layer ``number``: note its rows, give it the mask and positions it needs."""
-        call = current_forward()
+        under_way = current_forward()
+        call = under_way or kwargs.get(RESUME)
         if call is None or call.probing:
             return None
         hidden: torch.Tensor = args[0]
@@ -126,14 +127,12 @@ class DecoderLayers:
             spare_slots(cache, number, call.rows)
         layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
         call.observed["layer"] = layer
-        if (
-            self.sites
-            and cache is not None
-            and number < len(cache.layers)
-            and is_static(cache.layers[number])
-        ):
+        looked_at = number in self.modulated or (self.sites and call.rows is not None)
+        if looked_at and cache is not None and number < len(cache.layers) and is_static(cache.layers[number]):
             call.observed["rows"] = stored_rows(cache.layers[number]) + hidden.shape[1]
         changed: dict[str, Any] = {}
+        if under_way is None:
+            kwargs = {name: x for name, x in kwargs.items() if name != RESUME}
         key = _key(call.rows, layer)
         if number == 0:
             call.first = _key(call.entered, first)
@@ -141,9 +140,9 @@ class DecoderLayers:
             if key not in call.fitted:
                 call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
             changed |= call.fitted[key]
-        if number in self.modulated and runs_again(module):
+        if number in self.modulated and (under_way is None or runs_again(module)):
             changed[RESUME] = replace(call)
-        return (args, {**kwargs, **changed}) if changed else None
+        return (args, {**kwargs, **changed}) if changed or under_way is None else None
 
     def _fit(
         self,
@@ -165,8 +164,10 @@ class DecoderLayers:
             if layer is not None and layer.shift is not None:
                 positions = positions - layer.shift[:, None]
         text, places = (None, None) if positions is None else stream.split_positions(positions)
-        if call.slots is not None and layer is not None:
-            mask: torch.Tensor | None = slots_of(call.slots, layer, first)
+        mask = kwargs.get("attention_mask")
+        step = call.rows is None and layer is not None and is_static(layer)
+        if step and mask is not None and mask.dim() == 4:
+            mask = slots_of(mask, layer, first)
         else:
             mask = self._mask(call, number, hidden, layer, text, cache_of(kwargs))
         if not moved:
@@ -301,6 +302,7 @@ class DecoderLayers:
         valid = self._valid(call, call.observed.get("layer"), query.shape[2], key.shape[2])
         call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
 
+    @torch.compiler.disable  # what policies do depends on values, and its state changes with every token
     def edit_attention(
         self,
         layer: int,
@@ -420,8 +422,6 @@ def _filled(call: ForwardCall, key: torch.Tensor, value: torch.Tensor) -> tuple[
     return key[:, :, :rows], value[:, :, :rows]
 
 
-def _key(rows: Rows | None, layer: PrunedLayer | None) -> tuple[Any, ...]:
+def _key(rows: Rows | None, layer: PrunedLayer | None) -> tuple[int, int]:
     """Layers with equal keys can share mask and positions."""
-    if layer is None or not (layer.missing or layer.seen is not None or layer.shift is not None):
-        return (id(rows), 0, None, None)
-    return (id(rows), layer.missing, id(layer.seen), id(layer.shift))
+    return (0 if rows is None else id(rows), -1 if layer is None else layer.like)

@@ -14,8 +14,8 @@ from torch import nn
 from .adapters.base import Anatomy, PackedTower
 from .arranger import Arranger
 from .budget import Budget
-from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, set_encode
-from .checks import check_forward
+from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way, set_encode
+from .checks import brings_features, check_forward
 from .config import to_config
 from .drafts import expect_drafts, take_drafts
 from .errors import StateError, UnsupportedCallError
@@ -115,6 +115,8 @@ class Pruning:
         # what the user saves is the model, or the PEFT model around it
         self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
         self._handles.append(Loss(self._model))
+        # older versions of transformers, and some families, encode images inside the first forward
+        self._takes_encoded = "mm_encoder_outputs" in inspect.signature(self._model.forward).parameters
         if self._layers is not None:
             self._handles.append(self._model.register_forward_pre_hook(self._see_drafts, with_kwargs=True))
         self._handles += [
@@ -171,13 +173,16 @@ class Pruning:
         """Tell a prompt with drafts behind it from others: assisted decoding asks for the logits of each draft."""
         keep, given = kwargs.get("logits_to_keep"), kwargs.get("mm_encoder_outputs") or {}
         encoded = any(hasattr(output, RIDE) for output in given.values())
-        if not encoded and "mm_encoder_outputs" not in inspect.signature(module.forward).parameters:
+        if not encoded and not self._takes_encoded:
             encoded = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
         known = encoded and type(keep) is int and cache_of(kwargs) is not None
         expect_drafts(max(keep - 1, 0) if known else 0)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
+        if torch.compiler.is_compiling() and nothing_under_way() and not brings_features(kwargs):
+            check_forward(self._anatomy, kwargs)
+            return  # a step with what the cache holds: `torch.compile` cannot write context variables
         call = ForwardCall(owner=self)
         begin_forward(call)
         call.drafts = take_drafts() if self._layers is not None else 0
@@ -220,5 +225,7 @@ class Pruning:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward, also after an exception."""
+        if nothing_under_way():
+            return
         set_encode(None)
         end_forward()
