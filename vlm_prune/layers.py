@@ -165,8 +165,8 @@ class DecoderLayers:
                 positions = positions - layer.shift[:, None]
         text, places = (None, None) if positions is None else stream.split_positions(positions)
         mask = kwargs.get("attention_mask")
-        step = call.rows is None and layer is not None and is_static(layer)
-        if step and mask is not None and mask.dim() == 4:
+        slots = mask is not None and mask.dim() == 4 and call.rows is None
+        if slots and layer is not None and is_static(layer):
             mask = slots_of(mask, layer, first)
         else:
             mask = self._mask(call, number, hidden, layer, text, cache_of(kwargs))
