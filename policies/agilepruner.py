@@ -132,6 +132,7 @@ class AgilePruner(Policy):
     name: ClassVar[str] = "agilepruner"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 64 / 576
+    reads_cls: ClassVar[bool] = True
     late: ClassVar[bool] = True
     after_projector: ClassVar[bool] = True
 

@@ -108,6 +108,8 @@ class Policy:
     late: ClassVar[bool] = False
     """Whether `encode_final` can choose among other tokens than those that its tower layers saw: those of a resized
     grid, or of all tiles of an image at once. What it leaves in ``carry`` then comes resized as the features do."""
+    reads_cls: ClassVar[bool] = False
+    """Whether `encode` asks for the attention that CLS pays; a tower without CLS is asked with its mean query."""
     per_image: ClassVar[bool] = False
     """Whether its budget is one of a whole image although it cuts each tile by itself, to `tile_target` units."""
     drops_newlines: ClassVar[bool] = False

@@ -92,6 +92,7 @@ class FlowCut(Policy):
     name: ClassVar[str] = "flowcut"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
+    reads_cls: ClassVar[bool] = True
     late: ClassVar[bool] = True
 
     compat: Literal["official"] | None = None

@@ -68,6 +68,7 @@ class MustDrop(Policy):
     name: ClassVar[str] = "mustdrop"
     stages: ClassVar[tuple[str, ...]] = ("encode", "prefill", "decode")
     default_ratio: ClassVar[float] = 128 / 576
+    reads_cls: ClassVar[bool] = True
     reads_attention: ClassVar[bool] = True
 
     positions: Positions = "original"

@@ -106,6 +106,7 @@ class Paint(Policy):
 
     name: ClassVar[str] = "paint"
     stages: ClassVar[tuple[str, ...]] = ("modulate",)
+    reads_cls: ClassVar[bool] = True
     modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "logits"
 
     local_ratio: float = 0.1

@@ -89,6 +89,7 @@ class VisionZip(Policy):
     name: ClassVar[str] = "visionzip"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
+    reads_cls: ClassVar[bool] = True
 
     contextual_share: float = 10 / 64
     combine: Literal["add", "mean"] = "add"

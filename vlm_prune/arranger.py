@@ -90,8 +90,12 @@ class Arranger:
             return {}
         packed = {}
         for name, x in call.carry.items():
-            tiles = x.view(call.tiles, -1, 1)
-            packed[name] = [rows[:, 0] for rows in call.arrangement.pack(tiles, tiles.new_zeros(1))]
+            flags = (
+                x.dtype == torch.bool
+            )  # a flag that is resized holds where most of its share comes from ones
+            tiles = (x.float() if flags else x).view(call.tiles, -1, 1)
+            arranged = [rows[:, 0] for rows in call.arrangement.pack(tiles, tiles.new_zeros(1))]
+            packed[name] = [rows > 0.5 for rows in arranged] if flags else arranged
         return packed
 
     def _choose(

@@ -150,15 +150,26 @@ def policies(
 
 
 @app.command()
-def families() -> None:
-    """List the model families: config.model_type and what is supported."""
-    from .registry import ADAPTERS
+def families(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's matrix.")] = False,
+) -> None:
+    """List the model families by config.model_type, and which policies work on them."""
+    from . import support
+    from .registry import POLICIES
 
-    table = Table("model_type", "models", box=SIMPLE_HEAD)
-    for name, entry in ADAPTERS.items():
-        module = entry.split(":")[0] if isinstance(entry, str) else entry.__module__
-        table.add_row(name, (importlib.import_module(module).__doc__ or "").split("\n")[0].replace("``", ""))
+    if markdown:
+        typer.echo(support.markdown())
+        return
+    table = Table("model_type", "models", "policies that work in part", "not", box=SIMPLE_HEAD)
+    for name, family in support.FAMILIES.items():
+        levels = {policy: support.support(policy, name).level for policy in sorted(POLICIES)}
+        part, none = (
+            ", ".join(policy for policy, level in levels.items() if level == wanted)
+            for wanted in (support.PART, support.NONE)
+        )
+        table.add_row(name, family.title, part, none)
     console.print(table)
+    console.print("All other policies work. vlm-prune families --markdown prints the matrix and its notes.")
 
 
 @app.command()

@@ -159,9 +159,14 @@ class Pruning:
             targets=targets,
             positions=self.positions,
             tower_size=(self._anatomy.tower.width, self._anatomy.tower.weights),
-            stand_in=MEAN_QUERY if self._encoder.asked and not self._anatomy.tower.has_cls else None,
+            stand_in=self._stand_in(),
             text_config=self._anatomy.decoder.config,
         )
+
+    def _stand_in(self) -> str | None:
+        """What takes the place of a CLS token that a policy asks for and the tower does not have."""
+        asked = any(policy.reads_cls for policy in self.policies)
+        return MEAN_QUERY if asked and not self._anatomy.tower.has_cls else None
 
     def publish(self, receipt: Receipt) -> None:
         """Make a receipt the current one of this thread."""

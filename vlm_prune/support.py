@@ -1,0 +1,88 @@
+"""Which policy works on which model family: the matrix in the README, worked out from what each declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .policies.base import Policy
+from .registry import ADAPTERS, POLICIES, policy_class
+
+
+@dataclass(frozen=True)
+class Family:
+    """What of a model family decides which policies work.
+
+    Attributes:
+        title: its name to people.
+        cls: whether its vision tower has a CLS token.
+        packs: whether its tower takes images of any size, packed to one sequence.
+        resizes: whether the grid of large images, and of videos, is resized behind the projector.
+    """
+
+    title: str
+    cls: bool = True
+    packs: bool = False
+    resizes: bool = False
+
+
+FAMILIES = {
+    "llava": Family("LLaVA-1.5"),
+    "vipllava": Family("VipLLaVA"),
+    "llava_next": Family("LLaVA-NeXT"),
+    "llava_next_video": Family("LLaVA-NeXT-Video"),
+    "llava_onevision": Family("LLaVA-OneVision", cls=False, resizes=True),
+    "internvl": Family("InternVL"),
+    "qwen2_vl": Family("Qwen2-VL", cls=False, packs=True),
+    "qwen2_5_vl": Family("Qwen2.5-VL", cls=False, packs=True),
+    "qwen3_vl": Family("Qwen3-VL", cls=False, packs=True),
+}
+"""``config.model_type`` -> facts of the family, in the order of the matrix."""
+
+FULL, PART, NONE = "●", "◐", "○"
+NOTES = {
+    "cls": "There is no CLS token: the mean query over all patches stands in for it, and the receipt says so.",
+    "resized": "Images that the model does not resize (up to nine tiles); large ones and videos raise, because the "
+    "policy chooses among tokens that are blended afterwards.",
+    "packed": "Raises: the processor of this family sets the size of images, by `max_pixels`.",
+}
+"""Footnotes of the matrix, in its order."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How far a policy works on a family: `FULL`, `PART` or `NONE`, and which of `NOTES` belong to it."""
+
+    level: str
+    notes: tuple[str, ...] = ()
+
+
+def support(policy: str, family: str) -> Cell:
+    """The cell of the matrix for two registered names."""
+    kind, facts = policy_class(policy), FAMILIES[family]
+    if facts.packs and kind.tower_grid is not Policy.tower_grid:
+        return Cell(NONE, ("packed",))
+    cls = ("cls",) if kind.reads_cls and not facts.cls else ()
+    if facts.resizes and "encode" in kind.stages and not kind.late:
+        return Cell(PART, (*cls, "resized"))
+    return Cell(FULL, cls)
+
+
+def matrix() -> Iterator[list[str]]:
+    """The rows of the matrix in Markdown, cell by cell; the first is its head, the second the rule below it."""
+    marks = dict(zip(NOTES, ("¹", "²", "³"), strict=True))
+    yield ["", *(FAMILIES[name].title for name in FAMILIES)]
+    yield ["---", *(":---:" for _ in FAMILIES)]
+    for policy in sorted(POLICIES):
+        cells = [support(policy, family) for family in FAMILIES]
+        yield [f"`{policy}`", *(cell.level + "".join(marks[note] for note in cell.notes) for cell in cells)]
+
+
+def markdown() -> str:
+    """The matrix as Markdown, with its footnotes."""
+    missing = sorted(set(ADAPTERS) - set(FAMILIES))
+    if missing:
+        raise RuntimeError(f"no facts about {', '.join(missing)}: write them into vlm_prune/support.py")
+    rows = "\n".join("| " + " | ".join(row) + " |" for row in matrix())
+    notes = "\n".join(f"{mark} {note}  " for mark, note in zip(("¹", "²", "³"), NOTES.values(), strict=True))
+    return f"{rows}\n\n{FULL} works, {PART} works in part, {NONE} does not.  \n{notes.rstrip()}"
