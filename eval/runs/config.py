@@ -354,7 +354,7 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _labels(self) -> RunConfig:
         for entries in (self.models, self.tasks):
-            names = [entry.name for entry in entries]  # type: ignore[attr-defined]
+            names = [entry.name for entry in entries]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{twice[0]!r} stands twice: give each a label of its own")
         known = [model.name for model in self.models]

@@ -99,8 +99,9 @@ class Run:
 
     def _finish(self, loaded: Loaded, cell: Cell, advance: Advance) -> None:
         folder = self.folder.cell(cell.name)
-        if isinstance(cell.task, SpeedTask):
-            records, times = self._together(lambda: self._time(loaded, cell, advance))
+        task = cell.task
+        if isinstance(task, SpeedTask):
+            records, times = self._together(lambda: self._time(loaded, cell, task, advance))
         else:
             mine, times = self._together(lambda: self._answer(loaded, cell, advance)), None
             known = {name: record for part in self.processes.gather(mine) for name, record in part.items()}
@@ -131,9 +132,10 @@ class Run:
                 advance(sum(map(len, turns[number : number + self.processes.count])))
         return known
 
-    def _time(self, loaded: Loaded, cell: Cell, advance: Advance) -> tuple[list[Record], dict[str, float]]:
+    def _time(
+        self, loaded: Loaded, cell: Cell, task: SpeedTask, advance: Advance
+    ) -> tuple[list[Record], dict[str, float]]:
         """Records and times of a speed cell, by the first process alone: the others would disturb it."""
-        task = cell.task
         if not self.processes.first:
             return [], {}
         return time_prompts(
