@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_prune.eval.models import MODELS, exit_gates
-from vlm_prune.eval.runs.config import ModelEntry, PolicyEntry, RunConfig, Task
+from vlm_prune.eval.runs.config import ModelEntry, PolicyEntry, RunConfig, ScenesData, Task
 from vlm_prune.eval.runs.samples import Sample, build_samples
 from vlm_prune.registry import make_policies, policy_class
 
@@ -63,12 +63,16 @@ def build_cells(config: RunConfig) -> list[Cell]:
         ValueError: a task's data are missing or are not what it needs.
     """
     found = []
+    known: dict[tuple[str, str], tuple[list[Sample], str]] = {}
     for model in config.models:
         tasks = [task for task in config.tasks if task.models is None or model.name in task.models]
-        built = [(task, build_samples(task, model.name, config.seed)) for task in tasks]
-        digests = [_digest([sample.digest() for sample in samples]) for _, samples in built]
+        for task in tasks:
+            if _place(task, model) not in known:
+                samples = build_samples(task, model.name, config.seed)
+                known[_place(task, model)] = samples, _digest([sample.digest() for sample in samples])
         for entry, budget in settings(config, model):
-            for (task, samples), digest in zip(built, digests, strict=True):
+            for task in tasks:
+                samples, digest = known[_place(task, model)]
                 figures = [
                     model.model_dump(mode="json", exclude={"label", "device_map", "dtype"}),
                     model.dtype or config.dtype,
@@ -83,6 +87,11 @@ def build_cells(config: RunConfig) -> list[Cell]:
                 name = ".".join(re.sub(r"[^\w.+-]+", "_", part)[-60:] for part in parts if part)
                 found.append(Cell(model, entry, budget, task, samples, name))
     return found
+
+
+def _place(task: Task, model: ModelEntry) -> tuple[str, str]:
+    """What decides about a task's samples: scenes may have another size for a model."""
+    return task.name, model.name if isinstance(task.data, ScenesData) else ""
 
 
 def settings(config: RunConfig, model: ModelEntry) -> Iterator[tuple[PolicyEntry, Budget]]:

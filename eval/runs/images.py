@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +21,28 @@ class Picture:
 
     Attributes:
         name: what the data set calls it.
+        digest: names the content of an image that is no file, and the path of one that is.
         file: where it is, if it is a file.
-        encoded: PNG, JPEG ... bytes, if it is not.
+        read: gives PNG, JPEG ... bytes, if it is not.
     """
 
     name: str
+    digest: str
     file: Path | None = None
-    encoded: bytes | None = None
+    read: Callable[[], bytes] | None = None
 
     @classmethod
-    def of(cls, value: Any, folder: Path | None, where: str, name: str | None = None) -> Picture:
+    def of(
+        cls,
+        value: Any,
+        folder: Path | None,
+        where: str,
+        name: str | None = None,
+        again: Callable[[], bytes] | None = None,
+    ) -> Picture:
         """From what a data set holds: a path below ``folder``, an image, or a mapping with ``bytes`` or ``path``.
+
+        ``again`` gives the bytes another time, so that they need not be kept until then.
 
         Raises:
             ValueError: there is no such file, or it is nothing of the kind.
@@ -38,9 +50,12 @@ class Picture:
         if isinstance(value, Image.Image):
             kept = io.BytesIO()
             value.convert("RGB").save(kept, "PNG")
-            return cls(name or "", None, kept.getvalue())
+            value = {"bytes": kept.getvalue()}
         if isinstance(value, dict) and value.get("bytes"):
-            return cls(name or str(value.get("path") or ""), None, value["bytes"])
+            content: bytes = value["bytes"]
+            return cls(
+                name or str(value.get("path") or ""), _digest(content), None, again or (lambda: content)
+            )
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str) or not path:
             raise ValueError(f"{where}: an image or the path of one is needed, got {str(value)[:80]!r}")
@@ -48,13 +63,7 @@ class Picture:
         if not file.is_file():
             hint = "" if folder else " (images: names the folder of the images)"
             raise ValueError(f"{where}: there is no image {file}{hint}")
-        return cls(name or path, file.resolve())
-
-    @cached_property
-    def digest(self) -> str:
-        """A name for the content of an image that is no file, for the path of one that is."""
-        what = self.encoded if self.encoded is not None else str(self.file).encode()
-        return hashlib.sha256(what).hexdigest()[:20]
+        return cls(name or path, _digest(str(file.resolve()).encode()), file.resolve())
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -69,15 +78,20 @@ class Picture:
 
     def keep(self, folder: Path) -> str:
         """Where a record finds the image: its file, or a copy that is made in ``folder/images``."""
-        if self.encoded is None:
+        if self.read is None:
             return str(self.file)
-        with Image.open(self._source) as image:
+        content = self.read()
+        with Image.open(io.BytesIO(content)) as image:
             ending = (image.format or "png").lower().replace("jpeg", "jpg")
         path = folder / "images" / f"{self.digest}.{ending}"
         if not path.exists():
-            write_whole(path, self.encoded)
+            write_whole(path, content)
         return path.relative_to(folder).as_posix()
 
     @property
     def _source(self) -> Any:
-        return self.file if self.encoded is None else io.BytesIO(self.encoded)
+        return self.file if self.read is None else io.BytesIO(self.read())
+
+
+def _digest(what: bytes) -> str:
+    return hashlib.sha256(what).hexdigest()[:20]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Row:
     number: int
     split: str
     where: str
+    again: Callable[[], dict[str, Any]]
 
     def get(self, what: str) -> Any:
         """What the row has of a column, ``None`` if it has none."""
@@ -64,7 +66,13 @@ class Row:
 
     def picture(self) -> Picture:
         """Its image."""
-        return Picture.of(self.get("image"), self.images, self.where)
+        bare = replace(self, values={})  # the bytes are read again when they are needed, not kept
+        return Picture.of(
+            self.get("image"),
+            self.images,
+            self.where,
+            again=lambda: replace(bare, values=bare.again()).get("image")["bytes"],
+        )
 
     def answers(self) -> list[str]:
         """The accepted answers: one, several, or VQAv2's list of mappings."""
@@ -81,11 +89,19 @@ def table_rows(data: JsonlData | DiskData | HubData) -> Iterator[Row]:
     seen: Counter[str] = Counter()
     for split, name, rows in _parts(data):
         for number, values in enumerate(rows, 1):
-            row = Row(values, data.columns, data.images, number, split, f"{name}, row {number}")
+            where = f"{name}, row {number}"
+            row = Row(
+                values, data.columns, data.images, number, split, where, partial(_row, rows, number - 1)
+            )
             within = split or str(row.get("split") or "")
             seen[within] += 1
             if data.limit is None or seen[within] <= data.limit:
                 yield replace(row, split=within)
+
+
+def _row(rows: Any, number: int) -> dict[str, Any]:
+    row: dict[str, Any] = rows[number]
+    return row
 
 
 def _parts(data: JsonlData | DiskData | HubData) -> Iterator[tuple[str, str, Iterable[dict[str, Any]]]]:
