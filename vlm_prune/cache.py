@@ -278,7 +278,7 @@ def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
     index = place.gather(1, final.order) + physical - rows.count
     past = torch.arange(physical - rows.count, device=index.device).expand(len(index), -1)
     index = torch.cat([past, index], 1)
-    layer.marks = {name: x.gather(1, index) for name, x in layer.marks.items()}
+    layer.marks = {name: x.gather(1, index.to(x.device)) for name, x in layer.marks.items()}
     keys, values = storage.read(layer.inner, physical)
     keys, values = gather_kv(keys, values, index.to(keys.device))
     if smaller := layer.spared is not None and physical == rows.count:

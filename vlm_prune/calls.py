@@ -7,6 +7,7 @@ output object, which stock code hands from the one to the other.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _forward: ContextVar[ForwardCall | None] = ContextVar("vlm_prune_forward", default=None)
 _encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
 _arrangement: ContextVar[Arrangement | None] = ContextVar("vlm_prune_arrangement", default=None)
+_riding: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("vlm_prune_riding", default=())
 _live_rows: ContextVar[Rows | None] = ContextVar("vlm_prune_live_rows", default=None)
 
 RIDE = "vlm_prune"
@@ -139,6 +141,40 @@ class EncodeCall:
         return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
 
 
+def let_ride(output: Any, call: EncodeCall) -> None:
+    """Let an encode call travel on the tower's output object."""
+    setattr(output, RIDE, call)
+    _riding.set((weakref.ref(output), *_riding.get()[:3]))
+
+
+def ride_of(output: Any) -> EncodeCall | None:
+    """The encode call that an output object comes from; ``None`` if it is not known.
+
+    transformers and accelerate copy such objects when they move their tensors to another device. A copy is known by the
+    features of the last few that are still there.
+    """
+    call: EncodeCall | None = getattr(output, RIDE, None)
+    features = getattr(output, "pooler_output", None)
+    if call is None and features is not None:
+        for reference in _riding.get():
+            if (known := reference()) is not None and _alike(known.pooler_output, features):
+                call = getattr(known, RIDE)
+                setattr(output, RIDE, call)
+                break
+    return call
+
+
+def _alike(known: Any, features: Any) -> bool:
+    """Whether these are the same image features, perhaps on another device. Waits for the device."""
+    pairs = (
+        list(zip(known, features, strict=False)) if known is not None and len(known) == len(features) else []
+    )
+    return bool(pairs) and all(
+        a.shape == b.shape and torch.equal(a[..., 0].nan_to_num(), b[..., 0].to(a.device).nan_to_num())
+        for a, b in pairs
+    )
+
+
 def current_encode() -> EncodeCall | None:
     """The encode call under way in this thread, if any."""
     return _encode.get()
@@ -240,6 +276,8 @@ class ForwardCall:
 
     def _spread(self, values: list[torch.Tensor]) -> torch.Tensor:
         """Lay out values ``(rows of all its tiles,)`` of each encode call over the prompts: ``(batch, length)``."""
+        device = self.image_masks[0].device
+        values = [x.to(device) for x in values]
         return stream.lay_out(values, [call.kind for call in self.encoded], self.image_masks)
 
     def trace(self, number: int) -> DecoderTrace | None:

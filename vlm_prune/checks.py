@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapters.base import Anatomy
-from .calls import RIDE
+from .calls import ride_of
 from .errors import UnsupportedCallError
 from .masks import padding_mask
 from .storage import check_cache
@@ -58,7 +58,7 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
     ids = kwargs.get("input_ids")
     if ids is None or ids.device.type != "cpu":  # else counting would wait for the device
         return
-    rides = [ride for output in given.values() if (ride := getattr(output, RIDE, None)) is not None]
+    rides = [ride for output in given.values() if (ride := ride_of(output)) is not None]
     # where tiles are arranged to images, stock code counts their rows as soon as it has them
     need = fresh = None if anatomy.features else anatomy.tower.placeholders(kwargs)
     if need is None and rides:

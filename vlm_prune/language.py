@@ -52,6 +52,11 @@ class Decoder:
         embeds, past = kwargs.get("inputs_embeds"), cache_of(kwargs)
         if embeds is None or call.probing:
             return None
+        # where a model is spread over devices, what describes the rows is where the decoder's input is
+        given = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
+        moved = {name: x.to(embeds.device) for name, x in given.items() if isinstance(x, torch.Tensor)}
+        kwargs = {**kwargs, **moved}
+        call.image_masks = [mask.to(embeds.device) for mask in call.image_masks]
         if call.drafts and call.has_visual_tokens():
             kwargs, call = self._compute_prompt(call, kwargs)
             embeds = kwargs["inputs_embeds"]
@@ -62,7 +67,6 @@ class Decoder:
         inside = embeds.shape[1] > 1 and self.layers is not None and call.has_visual_tokens()
         if not (holes or inside or continued):
             return (args, kwargs) if call.prompt is not None else None
-        kwargs = dict(kwargs)
         if not (holes or inside):
             self._continue(call, kwargs, past)
             if under_way is None and self.layers is not None:

@@ -163,13 +163,17 @@ class DecoderLayers:
                 positions = positions + first.shift[:, None]
             if layer is not None and layer.shift is not None:
                 positions = positions - layer.shift[:, None]
-        text, places = (None, None) if positions is None else stream.split_positions(positions)
+        text, places = (
+            (None, None) if positions is None else stream.split_positions(positions.to(hidden.device))
+        )
         mask = kwargs.get("attention_mask")
         slots = mask is not None and mask.dim() == 4 and call.rows is None
         if slots and layer is not None and is_static(layer):
             mask = slots_of(mask, layer, first)
         else:
             mask = self._mask(call, number, hidden, layer, text, cache_of(kwargs))
+        if mask is not None:
+            mask = mask.to(hidden.device)
         if not moved:
             return {"attention_mask": mask}
         return {
@@ -201,7 +205,7 @@ class DecoderLayers:
         made: torch.Tensor | None = create_causal_mask(
             config=self.decoder.config,
             inputs_embeds=hidden,
-            attention_mask=mask,
+            attention_mask=None if mask is None else mask.to(hidden.device),
             **{CACHE: cache},
             position_ids=positions,
         )
@@ -213,15 +217,18 @@ class DecoderLayers:
         if call is None or call.probing or call.rows is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        rows, visual = call.rows, call.rows.visual
-        if visual is None:
+        if call.rows.visual is None:
             return None
+        home = call.rows.order.device
+        rows = call.rows.to(hidden.device)
+        visual = rows.visual
         gone = torch.zeros_like(visual)
         closed_up: torch.Tensor | None = None
         for policy, budget in self.pruned.get(number, []):  # all see the layer as it was
             view = self._view(call, rows, visual, policy, budget, number, hidden)
             keep = policy.prefill(view)
             rows.carry.update(view.carry)
+            call.rows.carry.update({name: x.to(home) for name, x in view.carry.items()})
             if keep is not None:
                 gone = gone | (visual & ~keep)
                 if policy.positions == "compact":
@@ -230,6 +237,7 @@ class DecoderLayers:
             hidden = call.deepstack.add(number, hidden)
         if number in self.pruned:
             hidden = self._drop(call, number, rows, hidden, gone, closed_up)
+            call.rows = call.rows.to(home)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _view(
@@ -254,8 +262,8 @@ class DecoderLayers:
             hidden=hidden,
             visual=visual,
             valid=rows.mask,
-            initial=initial,
-            target=budget.of_visual(base, call),
+            initial=initial.to(hidden.device),
+            target=budget.of_visual(base, call).to(hidden.device),
             attention=call.observed.get("attention"),
             carry=dict(rows.carry),
         )
@@ -299,7 +307,7 @@ class DecoderLayers:
         if call is None or call.probing or call.rows is None or layer not in self.pruned:
             return
         key, value = _filled(call, key, value)
-        valid = self._valid(call, call.observed.get("layer"), query.shape[2], key.shape[2])
+        valid = self._valid(call, call.observed.get("layer"), query, key)
         call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
 
     @torch.compiler.disable  # what policies do depends on values, and its state changes with every token
@@ -323,15 +331,11 @@ class DecoderLayers:
         if call.rows is None and (stored is None or "visual" not in stored.marks):
             return output  # no image in this prompt
         key, value = _filled(call, key, value)
-        if (
-            output.requires_grad
-        ):  # policies write into it, and the backward pass of the stock function reads it
-            output = output.clone()
-        marks = self._marks(call, stored, query.shape[2], key.shape[2])
+        marks = self._marks(call, stored, query, key)
         logit_edits: list[Any] = []
         brings: torch.Tensor | None = None
         if call.rows is not None and call.entered is not None and call.entered.visual is not None:
-            brings = call.entered.visual.any(-1) if len(output) > 1 else None
+            brings = call.entered.visual.any(-1).to(query.device) if len(output) > 1 else None
         for policy in self.modulated[layer]:
             view = ModulateView(
                 layer=layer,
@@ -341,9 +345,9 @@ class DecoderLayers:
                 value=value,
                 scaling=scaling,
                 output=output,
-                hidden=call.observed["hidden"] if policy.reads_hidden else None,
+                hidden=call.observed["hidden"].to(query.device) if policy.reads_hidden else None,
                 visual=marks["visual"],
-                valid=self._valid(call, stored, query.shape[2], key.shape[2]),
+                valid=self._valid(call, stored, query, key),
                 prefill=call.rows is not None,
                 state=stored.state if stored is not None else {},
                 carry={name: x for name, x in marks.items() if name != "visual"},
@@ -359,15 +363,17 @@ class DecoderLayers:
         return output
 
     def _marks(
-        self, call: ForwardCall, stored: PrunedLayer | None, queries: int, keys: int
+        self, call: ForwardCall, stored: PrunedLayer | None, query: torch.Tensor, key: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """What is known of each key ``(batch, keys)``: whether it is a visual token, and what the encode stage left."""
+        queries, keys = query.shape[2], key.shape[2]
         known = stored.marks if stored is not None else {}
         if call.rows is None:
             return {name: torch.nn.functional.pad(x, (0, keys - x.shape[1])) for name, x in known.items()}
-        now = dict(call.rows.carry)
-        if call.rows.visual is not None:
-            now["visual"] = call.rows.visual
+        rows = call.rows.to(query.device)
+        now = dict(rows.carry)
+        if rows.visual is not None:
+            now["visual"] = rows.visual
         marks: dict[str, torch.Tensor] = {}
         for name in {**known, **now}:
             new = now.get(name)
@@ -378,16 +384,17 @@ class DecoderLayers:
         return marks
 
     def _valid(
-        self, call: ForwardCall, stored: PrunedLayer | None, queries: int, keys: int
+        self, call: ForwardCall, stored: PrunedLayer | None, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor | None:
         """Keys of a layer that may be attended, bool ``(batch, keys)``; ``None`` if all may."""
+        queries, keys = query.shape[2], key.shape[2]
         missing = stored.missing if stored is not None else 0
         logical = keys - queries + missing
         now = call.rows.mask if call.rows is not None else None
         if call.rows is None and call.mask is not None:
             now = call.mask[:, logical:].bool()
         mask = join_masks(past_mask(stored, call.mask, logical), now, logical, queries)
-        return None if mask is None else mask[:, missing:]
+        return None if mask is None else mask[:, missing:].to(query.device)
 
     def trim_cache(self, cache: Cache, layer_rows: list[Rows], final: Rows) -> list[Rows]:
         """After prefill, take dropped tokens out of earlier layers too; returns the rows that each layer now holds."""

@@ -21,7 +21,7 @@ from . import stream
 from .adapters.base import PackedTower
 from .attention import Site
 from .budget import Budget
-from .calls import RIDE, EncodeCall, current_encode, current_forward, set_encode
+from .calls import EncodeCall, current_encode, current_forward, let_ride, set_encode
 from .encode import EncodeStage, content_key
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
@@ -393,7 +393,7 @@ class PackedEncoder(EncodeStage):
         call.carry, call.state = self._carried(call), None
         call.receipt.record_tower(call, _lengths(state.segments), _lengths(state.segments_dense))
         self.session.publish(call.receipt)
-        setattr(output, RIDE, call)
+        let_ride(output, call)
         if (forward := current_forward()) is not None:
             forward.add_encoded(call)
 

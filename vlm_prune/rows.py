@@ -62,9 +62,17 @@ class Rows:
             valid=None if self.valid is None else self.valid[:, : self.count - cut],
         )
 
+    def to(self, device: torch.device) -> Rows:
+        """The rows on a device, where the layers of a model are spread over several."""
+        if self.order.device == device:
+            return self
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **moved, carry={name: x.to(device) for name, x in self.carry.items()})
+
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """``(batch, rows, channels)`` at full length, zeros where tokens were dropped."""
-        return stream.restore(x, self.order, self.length, self.valid)
+        here = self.to(x.device)
+        return stream.restore(x, here.order, here.length, here.valid)
 
     def close(
         self, x: torch.Tensor, live: torch.Tensor, count: int, ragged: bool, gone: torch.Tensor | None

@@ -14,7 +14,15 @@ from torch import nn
 from .adapters.base import Anatomy, PackedTower
 from .arranger import Arranger
 from .budget import Budget
-from .calls import RIDE, ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way, set_encode
+from .calls import (
+    ForwardCall,
+    begin_forward,
+    end_forward,
+    forget_calls,
+    nothing_under_way,
+    ride_of,
+    set_encode,
+)
 from .checks import brings_features, check_forward
 from .config import to_config
 from .drafts import expect_drafts, take_drafts
@@ -177,7 +185,7 @@ class Pruning:
     def _see_drafts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell a prompt with drafts behind it from others: assisted decoding asks for the logits of each draft."""
         keep, given = kwargs.get("logits_to_keep"), kwargs.get("mm_encoder_outputs") or {}
-        encoded = any(hasattr(output, RIDE) for output in given.values())
+        encoded = any(ride_of(output) is not None for output in given.values())
         if not encoded and not self._takes_encoded:
             encoded = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
         known = encoded and type(keep) is int and cache_of(kwargs) is not None
@@ -202,7 +210,7 @@ class Pruning:
         call.kinds = [0] * (kwargs.get("pixel_values") is not None)
         call.kinds += [videos] * (kwargs.get("pixel_values_videos") is not None)
         for name, output in given.items():
-            if (ride := getattr(output, RIDE, None)) is not None:
+            if (ride := ride_of(output)) is not None:
                 ride.kind = videos if name == "video" else 0
                 call.encoded.append(ride)
             elif output is not None:

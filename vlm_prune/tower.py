@@ -19,7 +19,7 @@ from . import stream
 from .adapters.base import Tower
 from .attention import Site
 from .budget import Budget
-from .calls import RIDE, EncodeCall, current_arrangement, current_encode, current_forward, set_encode
+from .calls import EncodeCall, current_arrangement, current_encode, current_forward, let_ride, set_encode
 from .encode import EncodeStage, content_key
 from .errors import UnsupportedCallError
 from .kernels import gather_rows
@@ -48,6 +48,15 @@ class TowerState:
     carry: dict[str, torch.Tensor]
     merge: int
     consumed: dict[int, TowerState] = field(default_factory=dict)
+
+    def follow(self, device: torch.device) -> None:
+        """Move to where the next layer's output is, where a tower is spread over devices."""
+        if self.units.device == device:
+            return
+        self.units = self.units.to(device)
+        self.slots = None if self.slots is None else self.slots.to(device)
+        self.valid = None if self.valid is None else self.valid.to(device)
+        self.carry = {name: x.to(device) for name, x in self.carry.items()}
 
 
 class Encoder(EncodeStage):
@@ -146,6 +155,7 @@ class Encoder(EncodeStage):
         state = self._state()
         if state is None:
             return None
+        state.follow(query.device)
         valid = self._valid_tokens(state)
         if layer in self.asked:
             state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
@@ -170,6 +180,8 @@ class Encoder(EncodeStage):
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         call.tower_tokens.append(hidden.shape[1])
         state: TowerState | None = call.state
+        if state is not None:
+            state.follow(hidden.device)
         call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
         if state is None:
             return None
@@ -193,7 +205,7 @@ class Encoder(EncodeStage):
             attention=attention,
             slots=state.slots,
             valid=state.valid,
-            pixels=call.pixels,
+            pixels=call.pixels.to(hidden.device),
             carry=state.carry,
         )
         state.attention = None
@@ -232,7 +244,7 @@ class Encoder(EncodeStage):
             set_encode(None)
             return
         state: TowerState | None = call.state
-        setattr(output, RIDE, call)
+        let_ride(output, call)
         if state is not None:
             # once more behind the projector, where policies may merge
             call.carry = self._carried(call, state)
@@ -258,6 +270,7 @@ class Encoder(EncodeStage):
         return carried
 
     def _reopen(self, hidden: torch.Tensor, state: TowerState) -> torch.Tensor:
+        state.follow(hidden.device)
         cls, merge = int(self.tower.has_cls), state.merge
         table = stream.unit_patches(state.grid, merge, hidden.device)
         index, valid = table[state.units].flatten(1), self._valid_tokens(state)
@@ -279,7 +292,7 @@ class Encoder(EncodeStage):
         rows = self._choose(call, features, after_projector=False)
         if call.keeps is None:
             return None
-        index, valid = self._rows(call.keeps[0])
+        index, valid = self._rows(call.keeps[0], features.device)
         if rows is None:
             rows = gather_rows(features, index, valid)
         elif valid is not None:
@@ -299,7 +312,9 @@ class Encoder(EncodeStage):
             if not any(late)
             else torch.tensor([i for i, x in enumerate(late) if not x]).to(features.device)
         )
-        shown = (features, content_key(call.pixels), call.pixels, *state.carry.values())
+        state.follow(features.device)
+        given = call.pixels.to(features.device)
+        shown = (features, content_key(given), given, *state.carry.values())
         some, keys, pixels, *carry = shown if early is None else (x[early] for x in shown)
         notes = dict(zip(state.carry, carry, strict=True))
         view = FeaturesView(some, call.grids[0], call.targets[0], keys, pixels, notes)
@@ -310,14 +325,14 @@ class Encoder(EncodeStage):
         call.keeps = [keep]
         return None if keep.rows is None else torch.cat([cls, keep.rows], 1)
 
-    def _rows(self, keep: Keep) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
+        index, valid = keep.index.to(device), None if keep.valid is None else keep.valid.to(device)
         if not self.tower.keeps_cls:
-            return keep.index, keep.valid
-        valid = keep.valid
+            return index, valid
         if valid is not None:
             valid = torch.nn.functional.pad(valid, (1, 0), value=True)
-        return torch.nn.functional.pad(keep.index + 1, (1, 0), value=0), valid
+        return torch.nn.functional.pad(index + 1, (1, 0), value=0), valid
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
         """Re-open the holes behind the projector; the encode call ends here."""
@@ -338,7 +353,7 @@ class Encoder(EncodeStage):
             self.end(call)
         if call.keeps is None:
             return None
-        index, valid = self._rows(call.keeps[0])
+        index, valid = self._rows(call.keeps[0], output.device)
         if not projected:
             output = gather_rows(output, index) if rows is None else rows
         return stream.open_holes(output, index, call.rows[0], valid)
