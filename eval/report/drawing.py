@@ -43,19 +43,20 @@ def picture(
             column = ((x[along] - x0) * columns / (x1 - x0)).astype(int)
             lit[np.ix_(down, along)] |= alive.reshape(rows, columns)[row][:, column]
             seen[np.ix_(down, along)] = True
-        pixels = _resampled(image, x, y)
+        pixels, beyond = _resampled(image, x, y)
+        seen &= ~beyond  # padding stays white
         faint = 0.12 * pixels.mean(-1, keepdims=True) + 0.88 * np.where(seen, PAPER, 255)[..., None]
         parts.append(np.where(lit[..., None], pixels, faint).astype(np.uint8))
     return _beside(parts)
 
 
-def _resampled(image: Image.Image, x: Places, y: Places) -> Pixels:
-    """Pixels at the places ``x``, ``y`` of the image; white beyond it."""
+def _resampled(image: Image.Image, x: Places, y: Places) -> tuple[Pixels, npt.NDArray[np.bool_]]:
+    """Pixels at the places ``x``, ``y`` of the image, white beyond it; and where that is."""
     pixels = np.asarray(image.convert("RGB"))
     column, row = np.floor(x).astype(int), np.floor(y).astype(int)
     found = pixels[row.clip(0, image.height - 1)][:, column.clip(0, image.width - 1)]
     beyond = ((row < 0) | (row >= image.height))[:, None] | ((column < 0) | (column >= image.width))[None]
-    return np.where(beyond[..., None], 255, found).astype(np.uint8)
+    return np.where(beyond[..., None], 255, found).astype(np.uint8), beyond
 
 
 def _beside(parts: Sequence[Pixels], gap: int = 8) -> Pixels:
