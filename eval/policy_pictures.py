@@ -1,13 +1,14 @@
 """Small pictures for docs/policies.md: what each policy keeps of a scene, or which attention rows and heads it edits.
 
-Every one shows a forward of a shipped test model. What was kept on the way into the decoder is read off the receipt;
-cuts and edits inside the decoder are noted by a subclass that hands on what the policy answered.
+Every one shows a forward of a shipped test model. What was kept is read off the receipt; edits inside the decoder are
+noted by a subclass that hands on what the policy answered.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +36,24 @@ SLIGHT = 1e-4
 
 @dataclasses.dataclass
 class Seen:
-    """What a policy answered inside the decoder, for one sequence.
+    """What a policy changed inside the decoder, for one sequence.
 
     Attributes:
-        cuts: (layer, bool per visual token that was still there).
         edits: (layer, relative change of each head's output ``(rows, heads)``).
         visual: bool ``(rows,)`` of the prompt.
         lifted: bool per visual token that PAINT lifts, in any layer.
     """
 
-    cuts: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
     edits: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
     visual: torch.Tensor | None = None
     lifted: torch.Tensor | None = None
 
 
 def watched(policy: Policy, seen: Seen) -> Policy:
-    """The same policy, writing what it answers into ``seen``."""
+    """The same policy, writing what it changes into ``seen``."""
     base: Any = type(policy)
 
     class Watched(base):
-        def prefill(self, view: Any) -> Any:
-            keep = super().prefill(view)
-            if keep is not None:
-                seen.cuts.append((view.layer, keep[0][view.visual[0]]))
-            return keep
-
         def modulate(self, view: Any) -> Any:
             before = view.output.clone()
             output = super().modulate(view)
@@ -105,7 +98,7 @@ def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any
         if "modulate" in policy.stages:
             drawings += modulation(tile, receipt, seen)
         elif "prefill" in policy.stages:
-            drawings += cuts(tile, receipt, seen)
+            drawings += cuts(tile, receipt)
         else:
             kept = receipt.kept[0]
             shown = COARSE[name](tile, receipt) if name in COARSE else viz.fade(tile, kept, receipt.grid)
@@ -117,13 +110,13 @@ def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any
     return save(drawings, path)
 
 
-def cuts(tile: viz.Pixels, receipt: Receipt, seen: Seen) -> list[Drawing]:
+def cuts(tile: viz.Pixels, receipt: Receipt) -> list[Drawing]:
     """What entered the decoder, and what was left behind the first and the last cut in it."""
-    alive = receipt.kept[0]
-    stages = [(f"{len(alive)} of {receipt.units} enter", alive)]
-    for layer, keep in seen.cuts:
-        alive = [unit for unit, stays in zip(alive, keep.tolist(), strict=True) if stays]
-        stages.append((f"{len(alive)} behind layer {layer}", alive))
+    alive = [units[0] for units in receipt.decoder_units]
+    stages = [(f"{len(alive[0])} of {receipt.units} enter", alive[0])]
+    for layer, (before, behind) in enumerate(pairwise(alive)):
+        if behind != before:
+            stages.append((f"{len(behind)} behind layer {layer}", behind))
     shown = stages if len(stages) < 4 else [*stages[:2], stages[-1]]
     return [image(viz.fade(tile, kept, receipt.grid), title) for title, kept in shown]
 
