@@ -65,11 +65,11 @@ def inspect(
         picture = open_image(image)
         settings = settings or own_settings(policy, model)
         make_policies(policy, settings)  # a wrong name or setting shall not wait for the weights
-        budget = {name: value for name, value in (("tokens", tokens), ("ratio", ratio)) if value is not None}
+        options = settings | {name: n for name, n in (("tokens", tokens), ("ratio", ratio)) if n is not None}
+        opened, processor = open_model(model)
         found = look(
-            *open_model(model), picture, prompt, policy,
-            name=model, max_new_tokens=max_new_tokens, **budget, **settings,
-        )  # fmt: skip
+            opened, processor, picture, prompt, policy, options, name=model, max_new_tokens=max_new_tokens
+        )
         typer.echo(f"unpruned: {found.before}\n{policy}: {found.after}")
         for remark in found.remarks:
             typer.echo(remark)

@@ -45,7 +45,7 @@ def photo():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_can_be_looked_at(policy, llava, photo, tmp_path):
     settings = own_settings(policy, "tiny-llava")
-    found = inspect(*llava, photo, PROMPT, policy, name="tiny-llava", max_new_tokens=2, **settings)
+    found = inspect(*llava, photo, PROMPT, policy, settings, name="tiny-llava", max_new_tokens=2)
     counts = [stage.count for stage in found.stages]
     assert counts == sorted(counts, reverse=True)
     assert found.stages[-1].where.startswith("language model")
@@ -62,7 +62,7 @@ def test_every_policy_can_be_looked_at(policy, llava, photo, tmp_path):
 
 def test_flowcut_layer_by_layer(llava, photo):
     model, processor = llava
-    found = inspect(model, processor, photo, PROMPT, tokens=32, max_new_tokens=40)
+    found = inspect(model, processor, photo, PROMPT, "flowcut", {"tokens": 32}, max_new_tokens=40)
     receipt = found.receipt
     assert [stage.where for stage in found.stages][-1] == "language model, layers 0–7"  # noqa: RUF001
     assert found.stages[-1].units == receipt.kept
@@ -77,7 +77,7 @@ def test_flowcut_layer_by_layer(llava, photo):
 
 def test_tiles_and_thumbnail(tmp_path):
     image = make_scene(3, (256, 128)).image
-    found = inspect(*load_model("tiny-internvl"), image, EVIL, "uniform", tokens=16, max_new_tokens=2)
+    found = inspect(*load_model("tiny-internvl"), image, EVIL, "uniform", {"tokens": 16}, max_new_tokens=2)
     assert [len(units) for units in found.stages[-1].units] == [16, 16, 16]
     text = write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -118,7 +118,7 @@ def llava_next():
 def test_padding_and_newlines_of_llava_next():
     """An image of 200 x 128 in 2 x 2 tiles: 18 pixels of the canvas are padding, above and below."""
     image = make_scene(3, (200, 128)).image
-    found = inspect(*llava_next(), image, PROMPT, "fastv", ratio=0.3, k=1, max_new_tokens=2)
+    found = inspect(*llava_next(), image, PROMPT, "fastv", {"ratio": 0.3, "k": 1}, max_new_tokens=2)
     assert found.boxes == [
         (0, 0, 200, 128), (0, -36, 100, 64), (100, -36, 200, 64), (0, 64, 100, 164), (100, 64, 200, 164),
     ]  # fmt: skip

@@ -242,6 +242,22 @@ def test_a_run_without_speed_or_unpruned_cells(tmp_path):
     assert "Remarks" not in shown
 
 
+def test_images_that_are_gone_are_named(tmp_path):
+    folder = make_folder(tmp_path / "run", speed=False)
+    (folder.path / "images" / "1.png").unlink()
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert [image["missing"] for image in json.loads(page.scripts[0])["images"]] == ["", "images/1.png"]
+    assert "Images that could not be read" in "".join(page.texts)
+
+
+def test_cells_with_other_samples_are_refused(tmp_path):
+    folder = make_folder(tmp_path / "run", speed=False)
+    path = folder.cell("0.1.pope") / "samples.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(ValueError, match=r"samples of 0\.1\.pope are others"):
+        write_report(folder)
+
+
 def test_without_samples(tmp_path):
     text = write_report(make_folder(tmp_path / "run", speed=False), samples=0).read_text(encoding="utf-8")
     assert "data:image" not in text

@@ -5,18 +5,20 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from vlm_prune.eval.report.inspection import Inspection
 from vlm_prune.eval.report.overlay import Box, plates
 from vlm_prune.viz import PAPER, Pixels
 
-Places = npt.NDArray[np.float64]
+Places = npt.NDArray[np.floating[Any]]
 COLUMNS, SIDE = 4, 300
 
 
@@ -79,8 +81,8 @@ def write_picture(found: Inspection, out: Path, dpi: int = 120) -> Path:
     each = 2.3 * drawn[0].shape[0] / drawn[0].shape[1] + 0.3
     head, foot = 0.4, 0.165 * len(lines) + 0.2
     height = rows * each + head + foot
-    figure = Figure(figsize=(wide, height), dpi=dpi, layout="constrained")
-    figure.get_layout_engine().set(rect=(0, foot / height, 1, 1 - (head + foot) / height))  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(rect=(0, foot / height, 1, 1 - (head + foot) / height))
+    figure = Figure(figsize=(wide, height), dpi=dpi, layout=layout)
     figure.text(0.01, 1 - 0.1 / height, found.title, va="top", fontsize=9, weight="bold", parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis in axes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -117,19 +118,18 @@ def inspect(
     image: Image.Image,
     prompt: str,
     policy: str = "flowcut",
+    options: Mapping[str, Any] = MappingProxyType({}),
     *,
     name: str = "",
     max_new_tokens: int = 64,
-    **options: Any,
 ) -> Inspection:
     """Ask an unpruned ``model`` about one image, without and with a policy; it is unpruned again afterwards.
 
-    ``options`` are those of `prune`: a budget, and settings of the policy.
+    ``options`` are those of `prune`: a budget, and settings of the policy. ``name`` is what to call the model.
     """
     inputs = processor(images=[image], text=[prompt_text(processor, prompt)], return_tensors="pt").to(
-        model.device
+        model.device, model.dtype
     )
-    inputs = inputs.to(model.dtype) if hasattr(inputs, "to") else inputs
 
     def ask() -> str:
         new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

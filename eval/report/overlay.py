@@ -99,7 +99,7 @@ def data_uri(image: Image.Image, longest: int = LONGEST) -> str:
     found = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": QUALITY, "subsampling": 0})):
         stream = io.BytesIO()
-        image.save(stream, kind, **options)  # type: ignore[arg-type]
+        image.save(stream, kind, **options)
         found.append((kind, stream.getvalue()))
     kind, data = min(found, key=lambda pair: len(pair[1]))
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -44,7 +44,7 @@ def write_report(folder: RunFolder, out: Path | None = None, samples: int = SAMP
         "config": config.read_text(encoding="utf-8") if config.exists() else "",
         **figures_context(results),
         **table_context(results),
-        **_remarks(results),
+        **_remarks(results, browser),
         **_samples_context(results, browser),
     }
     write_whole(out, render("report.html", page))
@@ -89,7 +89,7 @@ def figures_context(results: Results) -> dict[str, Any]:
         (Measure(TIME, "", "prefill", "lower", 1, 1.0, "ms"), False, "Front by prefill time"),
         (Measure(KV, "", "KV cache", "lower", 2, 2**-20, "MiB"), True, "Front by KV cache"),
     ]
-    figures = []
+    figures: list[dict[str, Any]] = []
     for model in results.models:
         for task in results.tasks:
             measure = results.drawn(task)
@@ -177,9 +177,10 @@ def table_context(results: Results) -> dict[str, Any]:
     groups: dict[str, int] = {}
     for measure in results.measures:
         groups[measure.task or "cost"] = groups.get(measure.task or "cost", 0) + 1
-    drawn = [measure for task in results.tasks if (measure := results.drawn(task)) is not None]
+    drawn = [first for task in results.tasks if (first := results.drawn(task)) is not None]
     best = {measure.key: _on_front(results, measure) for measure in drawn}
-    rows, before = [], ""
+    rows: list[dict[str, Any]] = []
+    before = ""
     for entry in results.entries:
         stages = ", ".join(entry.stages)
         rows.append(
@@ -223,14 +224,15 @@ def _figure(entry: Entry, measure: Measure, best: bool) -> dict[str, Any]:
 # --- the rest ---
 
 
-def _remarks(results: Results) -> dict[str, Any]:
+def _remarks(results: Results, browser: Browser) -> dict[str, Any]:
     failed = [{**cell, "budget": budget_text(cell["budget"])} for cell in results.failed]
     warnings = [
         (f"{entry.model}, {_name(entry)}, {task}", notes)
         for entry in results.entries
         for task, notes in entry.warnings.items()
     ]
-    return {"failed": failed, "warnings": warnings}
+    missing = [image["missing"] for image in browser.images if image["missing"]]
+    return {"failed": failed, "warnings": warnings, "missing": missing}
 
 
 def _samples_context(results: Results, browser: Browser) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Entry:
         tokens: visual tokens that entered the language model, mean per sample; ``dense`` without pruning.
         values: figures by `Measure.key`; what was not measured is missing.
         intervals: 95 % intervals of some of them.
-        cells: task -> folder of the cell.
+        cells: task -> folder of the cell; ``samples`` how many it has.
         warnings: what the scoring had to say, by task.
     """
 
@@ -87,6 +87,7 @@ class Entry:
     values: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     cells: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -178,7 +179,7 @@ def _entry(number: int, key: tuple[str, str, str], rows: Sequence[Record], times
     entry = Entry(number, *key, tuple(first["stages"]), first["tokens"], first["visual_tokens"])
     for row in scored:
         task = row["task"]
-        entry.cells[task] = row["cell"]
+        entry.cells[task], entry.samples[task] = row["cell"], row["n"]
         entry.values.update({f"{task}/{name}": value for name, value in row["metrics"].items()})
         entry.intervals.update({f"{task}/{name}": tuple(pair) for name, pair in row["intervals"].items()})
         if notes := list(row["warnings"]) + [f"{name} has nothing to divide by" for name in row["undefined"]]:

@@ -199,7 +199,6 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
     finally:
         processes.leave()
     if processes.first:
-        written = report_of(run)
         for problem in run.failed.values():
             console.print(
                 f"[red]failed[/red] {problem['cell']}: {problem['error']}", soft_wrap=True, highlight=False
@@ -209,7 +208,7 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             f"{len(run.failed)} failed" + (", see failed.json" if run.failed else ""),
             soft_wrap=True,
         )
-        if written is not None:
+        if (written := report_of(run)) is not None:
             console.print(f"look at {written}", soft_wrap=True)
     return run
 

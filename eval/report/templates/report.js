@@ -95,7 +95,7 @@
   const plate = (picture, image, answer) => {
     const [left, top, right, bottom] = picture.view;
     const svg = draw("svg", { class: "plate", viewBox: `${left} ${top} ${right - left} ${bottom - top}`, role: "img" });
-    svg.append(draw("image", { href: image.source, width: image.width, height: image.height, preserveAspectRatio: "none" }));
+    if (image.source) svg.append(draw("image", { href: image.source, width: image.width, height: image.height, preserveAspectRatio: "none" }));
     const boxes = picture.tiles.map((tile) => tile.box);
     const seen = [0, 1, 2, 3].map((i) => Math[i < 2 ? "min" : "max"](...boxes.map((box) => box[i])));
     if (seen.some((value, i) => value !== picture.view[i])) {
