@@ -15,10 +15,10 @@ def anatomy(model: Any) -> Anatomy:
     """The parts of a ``Qwen2VL-``, ``Qwen2_5_VL-`` or ``Qwen3VLForConditionalGeneration``."""
     base, config = model.model, model.config
     tower, vision = base.visual, config.vision_config
-    windowed = hasattr(vision, "window_size")
-    # hidden_size of the first generation is that of the decoder
-    width = vision.embed_dim if hasattr(vision, "mlp_ratio") else vision.hidden_size
-    inner = int(width * vision.mlp_ratio) if hasattr(vision, "mlp_ratio") else vision.intermediate_size
+    windowed, first = config.model_type == "qwen2_5_vl", config.model_type == "qwen2_vl"
+    # what the first generation calls hidden_size is that of the decoder
+    width = vision.embed_dim if first else vision.hidden_size
+    inner = int(width * vision.mlp_ratio) if first else vision.intermediate_size
     matrices = 3 if windowed else 2  # its MLP is gated
     return Anatomy(
         family=config.model_type,
@@ -30,7 +30,7 @@ def anatomy(model: Any) -> Anatomy:
             merge=vision.spatial_merge_size,
             window=vision.window_size // vision.spatial_merge_size // vision.patch_size if windowed else None,
             deepstack=list(getattr(tower, "deepstack_merger_list", ())),
-            single_patches=config.model_type == "qwen2_vl",
+            single_patches=first,
             width=width,
             weights=4 * width**2 + matrices * width * inner,
         ),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import Qwen2VLImageProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.models import LAYOUTS, PACKED, make, prompt, shared
-from tests.packed import IMAGE, SIZES, VIDEO, VIDEO_LAYOUTS
+from tests.packed import FRAMES, IMAGE, MERGE, PATCH, SIZES, VIDEO, VIDEO_LAYOUTS
 from tests.policy_table import TABLE, options
 from tests.reference import POLICIES, budget, expect
 from vlm_prune import PolicyError, prune, pruned, unprune
 from vlm_prune.encode import content_key
 from vlm_prune.packed import window_order
+from vlm_prune.policies.baselines import Random
 from vlm_prune.policies.fastv import FastV
 from vlm_prune.versions import cache_of
 
@@ -85,7 +89,7 @@ def test_a_frame_is_a_tile_of_its_own(family):
 
 
 @often
-@pytest.mark.parametrize("policy", sorted(set(TABLE) - {"downsample"}))
+@pytest.mark.parametrize("policy", [*sorted(set(TABLE) - {"downsample"}), "flowcut+vhr", "visionzip+fastv"])
 def test_every_policy_on_mixed_sizes_in_a_batch_and_alone(policy, family):
     model, batch, more = shared(family), prompt(family, MIXED), options(policy)
     stock = model(**batch.inputs).logits
@@ -102,7 +106,7 @@ def test_every_policy_on_mixed_sizes_in_a_batch_and_alone(policy, family):
     assert receipt.kept == alone
     assert grids == [(rows // 2, columns // 2) for rows, columns in [*SIZES, SIZES[0]]]
     assert output.logits.isfinite().all()
-    if TABLE[policy].holds == "tile":
+    if policy in TABLE and TABLE[policy].holds == "tile":
         wanted = [round(0.3 * rows * columns) for rows, columns in grids]
         assert [len(units) for units in alone] == receipt.targets == wanted
     assert policy == "none" or not torch.equal(output.logits, stock)
@@ -316,3 +320,35 @@ def test_refused(family, case):
 def test_content_keys_tell_images_apart():
     tiles = [v.patches for row in prompt("qwen2_vl", MIXED).visuals for v in row]
     assert len({int(content_key(patches[None])) for patches in tiles}) == len(tiles)
+
+
+# --- made by stock processors ---
+
+
+@families
+def test_pixels_that_policies_see_are_those_of_the_image(family):
+    """The processor cuts an image into patches, two by two; policies that look at pixels see the image again."""
+    noise = np.random.default_rng(3).integers(0, 256, (32, 48, 3), np.uint8)
+    images = [Image.fromarray(noise), Image.fromarray(noise[:24, :40])]
+    sizes = {"shortest_edge": 64, "longest_edge": 10**6}
+    settings = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES, "size": sizes}
+    processor = Qwen2VLImageProcessor(**settings, do_resize=False)
+    made = processor(images=images, return_tensors="pt")
+    counts = (made["image_grid_thw"].prod(-1) // MERGE**2).tolist()
+    ids = [5, *[62, *[IMAGE] * counts[0], 63], 7, *[62, *[IMAGE] * counts[1], 63], 9]
+    ids = torch.tensor([ids])
+    seen = []
+
+    class Watching(Random):
+        def encode_final(self, view):
+            seen.append(view)
+            return super().encode_final(view)
+
+    model = shared(family)
+    with pruned(model, [Watching()], ratio=0.5):
+        model(input_ids=ids, mm_token_type_ids=(ids == IMAGE).int(), **made)
+        assert [len(units) for units in model.pruning.receipt.kept] == [round(n / 2) for n in counts]
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (processor.image_mean, processor.image_std))
+    for view, image in zip(seen, images, strict=True):
+        picture = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+        torch.testing.assert_close(view.pixels, (picture - mean) / std, atol=1e-5, rtol=1e-5)
