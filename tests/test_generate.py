@@ -107,15 +107,16 @@ def test_own_decoding_loop(policy, family, positions):
         with pruned(model, policy, positions=positions, **budget(policy)):
             cache, mask, tokens = DynamicCache(), batch.mask, []
             logits = model(**batch.inputs, **{CACHE: cache}).logits[torch.arange(len(last)), last]
-            moved = model.model.rope_deltas if family in PACKED else 0
+            # the highest position so far: with M-RoPE, an image advances it by its longer side
+            ends = short.positions[1:].amax((0, 2)) if family in PACKED else last
             for step in range(6):
-                logits[:, IMAGE] = -torch.inf
+                logits[:, [IMAGE, VIDEO]] = -torch.inf
                 tokens.append(logits.argmax(-1))
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
                 logits = model(
                     input_ids=tokens[-1][:, None],
                     attention_mask=mask,
-                    position_ids=(last + 1 + step)[:, None] + moved,
+                    position_ids=(ends + 1 + step)[:, None],
                     **{CACHE: cache},
                 ).logits[:, -1]
     assert torch.stack(tokens, 1).tolist() == want.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,8 @@ def new_media(model, turns: list[Prompt | PackedPrompt]):
     turn = turns[-1]
     if not turn.media or not isinstance(turn, PackedPrompt):
         return turn.media
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this version of transformers takes no encoded images")
     encoded = model.get_image_features(**turn.media, return_dict=True)
     sizes = all_media(turns)["image_grid_thw"]
     return {"mm_encoder_outputs": {"image": encoded}, "image_grid_thw": sizes}
