@@ -11,6 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.models import VOCAB, shared
+from tests.test_processors import PROCESSORS, ROWS
 from vlm_prune import PolicyError, UnsupportedCallError, pruned
 from vlm_prune.cli import app
 from vlm_prune.eval import load_model
@@ -61,6 +63,7 @@ def answers(name: str, prompts: list[Prompt], size: int, decoding: Decoding, **o
     [
         ({"policy": "flowcut", "tokens": 64}, {"policy": "flowcut", "tokens": 64}),
         ({}, {"policy": "flowcut"}),
+        ({"tokens": 320, "per": "image"}, {"policy": "flowcut", "tokens": 320, "per": "image"}),
         ({"policy": "random", "ratio": 0.25, "seed": 3}, {"policy": "random", "ratio": 0.25, "seed": 3}),
         (
             {"policy": "flowcut+vhr", "flowcut.compat": "official"},
@@ -73,7 +76,7 @@ def answers(name: str, prompts: list[Prompt], size: int, decoding: Decoding, **o
     ],
 )
 def test_model_args_become_arguments_of_prune(given, expected):
-    own = {name: given.pop(name, None) for name in ("policy", "tokens", "ratio", "config")}
+    own = {name: given.pop(name, None) for name in ("policy", "tokens", "ratio", "per", "config")}
     assert pruning_options(**own, settings=given) == expected
 
 
@@ -87,7 +90,7 @@ def test_model_args_become_arguments_of_prune(given, expected):
     ],
 )
 def test_wrong_model_args_say_what_is_allowed(given, message):
-    own = {name: given.pop(name, None) for name in ("policy", "tokens", "ratio", "config")}
+    own = {name: given.pop(name, None) for name in ("policy", "tokens", "ratio", "per", "config")}
     with pytest.raises(ValueError, match=re.escape(message)):
         pruning_options(**own, settings=given)
 
@@ -95,10 +98,10 @@ def test_wrong_model_args_say_what_is_allowed(given, message):
 def test_a_config_file_gives_all(tmp_path):
     file = tmp_path / "pruning.json"
     file.write_text(json.dumps({"policy": "random", "ratio": 0.5, "settings": {"seed": 1}}))
-    options = pruning_options(None, None, None, str(file), {})
+    options = pruning_options(None, None, None, None, str(file), {})
     assert options == {"policy": "random", "ratio": 0.5, "seed": 1}
     with pytest.raises(PolicyError, match="not a pruning config"):
-        pruning_options(None, None, None, str(tmp_path / "none.json"), {})
+        pruning_options(None, None, None, None, str(tmp_path / "none.json"), {})
 
 
 def test_dotted_names_need_a_place():
@@ -186,6 +189,19 @@ def test_an_answer_does_not_depend_on_its_batch(name, options):
     assert answers(name, mixed()[::-1], 3, decoding, **options) == alone[::-1]
     assert alone[1].text.strip().startswith("the image shows")
     assert alone[0].text.strip().lower() in {"yes", "no"}
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_every_family_takes_mixed_batches(family):
+    model, processor = shared(family), PROCESSORS[family]()
+    prompts = [from_text(text, images, processor.image_token) for text, images in ROWS]
+    words = [i for i in range(VOCAB) if re.fullmatch(r"w\d+", processor.tokenizer.convert_ids_to_tokens(i))]
+    others = sorted(set(range(VOCAB)) - set(words))
+    decoding = Decoding.of({"max_new_tokens": 4, "suppress_tokens": others})
+    with pruned(model, "uniform", ratio=0.3):
+        together = answer_batch(model, processor, prompts, decoding, ["", "", "", ""])
+        alone = [answer_batch(model, processor, [prompt], decoding, [""])[0] for prompt in prompts]
+    assert together == alone
 
 
 def test_a_sample_does_not_depend_on_its_batch():

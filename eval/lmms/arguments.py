@@ -16,7 +16,7 @@ LOADING = ("revision", "dtype", "attn_implementation", "device_map", "trust_remo
 """Arguments handed on to ``from_pretrained``."""
 
 OWN = (
-    *("pretrained", "policy", "tokens", "ratio", "config", "max_new_tokens", "system_prompt"),
+    *("pretrained", "policy", "tokens", "ratio", "per", "config", "max_new_tokens", "system_prompt"),
     *("batch_size", "device"),
     *LOADING,
 )
@@ -50,6 +50,7 @@ def pruning_options(
     policy: str | None,
     tokens: int | None,
     ratio: float | None,
+    per: str | None,
     config: str | None,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -57,15 +58,17 @@ def pruning_options(
 
     Args:
         policy: a name, or names joined by "+"; default FlowCut. "none" keeps every token.
-        tokens: budget per image or tile.
+        tokens: budget per tile, or image.
         ratio: budget as a share.
+        per: "tile" or "image".
         config: a JSON file that holds all of these.
         settings: whatever else was given: fields of the policy, by policy for a composition (see `nested`).
 
     Raises:
         PolicyError: no such policy, no such setting, or a file with arguments beside it.
     """
-    budget = {name: value for name, value in (("tokens", tokens), ("ratio", ratio)) if value is not None}
+    asked = {"tokens": tokens, "ratio": ratio, "per": per}
+    budget = {name: value for name, value in asked.items() if value is not None}
     fields = nested(settings)
     if config is not None:
         if policy is not None or budget or fields:

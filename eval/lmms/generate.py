@@ -115,9 +115,9 @@ def batches(jobs: Sequence[Job], size: int, window: int = 16) -> Iterator[tuple[
 
     Texts are sorted first. Images are only opened for ``window`` batches at a time, and these sorted again.
     """
-    groups: dict[Decoding, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for number, job in enumerate(jobs):
-        groups.setdefault(job.decoding, []).append(number)
+        groups.setdefault(repr(job.decoding), []).append(number)  # options may be lists
     for numbers in groups.values():
         numbers.sort(key=lambda n: -jobs[n].length)
         for start in range(0, len(numbers), size * window):

@@ -62,6 +62,7 @@ class VlmPrune(lmms):
         policy: see `vlm_prune.prune`; "none" for the stock model with a receipt. Default FlowCut.
         tokens: visual tokens to keep per image (per tile).
         ratio: their share, instead.
+        per: "image" for one budget for all tiles of an image.
         config: a JSON file with policy, budget and settings, instead of these.
         batch_size: prompts answered together.
         device: "cuda:1", "cpu"; default what accelerate finds. Of several processes each takes its own.
@@ -77,6 +78,7 @@ class VlmPrune(lmms):
         policy: str | None = None,
         tokens: int | None = None,
         ratio: float | None = None,
+        per: str | None = None,
         config: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -90,7 +92,7 @@ class VlmPrune(lmms):
             raise ValueError(f"batch_size={batch_size}: a number is needed, such as 8.")
         loading = {name: arguments.pop(name) for name in LOADING if name in arguments}
         # before any weights are read
-        options = pruning_options(policy, tokens, ratio, config, arguments)
+        options = pruning_options(policy, tokens, ratio, per, config, arguments)
         self.batch_size = self.batch_size_per_gpu = int(batch_size)
         self.max_new_tokens = int(max_new_tokens)
         self.system_prompt = self._resolve_system_prompt(system_prompt)
