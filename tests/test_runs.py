@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from vlm_prune.cli import app
 from vlm_prune.eval.models import model_path
 from vlm_prune.eval.runs import RunFolder, asking, run
 from vlm_prune.eval.runs.parts import add_part, read_parts
@@ -124,7 +126,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, monkeypatch):
         ]
         return len(done) + sum(len(read_parts(path)) for path in output.glob("cells/*"))
 
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while on_disk() < 3 * wanted and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -253,3 +255,18 @@ def test_times_are_kept_apart_and_can_be_taken_again(tmp_path):
     (line, _) = done.lines()
     assert line["kv_ratio"] < 0.5
     assert line["prefill_ms"] == folder.times()[folder.rows()[0]["cell"]]["prefill_ms"]
+
+
+def test_the_command_tells_by_its_exit_code(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(TEXT.replace("policies", "polices"))
+    result = CliRunner().invoke(app, ["run", str(path)])
+    assert result.exit_code == 2
+    assert 'Did you mean "policies"?' in result.output
+    good = TEXT[: TEXT.index("tasks:")] + SPEED + f"output: {tmp_path}/run\n"
+    path.write_text(good.replace("[flowcut,", "[{policy: flowcut, tokens: [999]},"))
+    result = CliRunner().invoke(app, ["run", str(path), "--output", str(tmp_path / "other")])
+    assert result.exit_code == 1
+    assert "1 of 2 cells" in result.output
+    assert "BudgetError" in result.output
+    assert len(RunFolder(tmp_path / "other").rows()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from vlm_prune.errors import PolicyError
 from vlm_prune.eval.runs.cells import settings
+from vlm_prune.eval.runs.table import publish
 from vlm_prune.eval.runs.yaml_file import ConfigError, load_config, parse_config
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
@@ -103,3 +105,25 @@ def test_budgets_of_a_policy_replace_those_of_the_run():
         ("random", {"tokens": 8}),
         ("fastv", {}),
     ]
+
+
+def test_the_results_page_is_the_run_of_its_example(tmp_path):
+    docs = EXAMPLES[0].parents[1] / "docs"
+    lines = json.loads((docs / "results.json").read_text())
+    config = load_config(docs.parent / "examples" / "results-tiny.yaml")
+    due = [
+        (model.name, entry.name, budget)
+        for model in config.models
+        for entry, budget in settings(config, model)
+    ]
+    assert [(line["model"], line["policy"], line["budget"]) for line in lines] == due
+    page = tmp_path / "results.md"
+    page.write_text((docs / "results.md").read_text())
+    publish(lines, page)
+    assert page.read_text() == (docs / "results.md").read_text()
+
+
+def test_a_page_without_a_place_for_tables_is_an_error(tmp_path):
+    (tmp_path / "page.md").write_text("# Results\n")
+    with pytest.raises(ValueError, match="there is no place for the tables"):
+        publish([], tmp_path / "page.md")

@@ -36,7 +36,10 @@ class Processes:
         if not dist.is_initialized():
             # what is exchanged are small Python objects, so gloo will do; a cell may take days
             dist.init_process_group("gloo", timeout=timedelta(days=30))
-        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        joined = cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        if joined.device.type == "cuda":
+            torch.cuda.set_device(joined.device)
+        return joined
 
     @property
     def first(self) -> bool:

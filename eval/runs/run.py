@@ -203,6 +203,13 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             console.print(
                 f"[red]failed[/red] {problem['cell']}: {problem['error']}", soft_wrap=True, highlight=False
             )
+        if warned := [row for row in run.finished_rows() if row["warnings"]]:
+            first = f"{warned[0]['cell']}: {warned[0]['warnings'][0]}"
+            console.print(
+                f"{len(warned)} cells have warnings, see results.json; first {first}",
+                soft_wrap=True,
+                highlight=False,
+            )
         console.print(
             f"{len(run.finished_rows())} of {len(run.cells)} cells in {config.output / 'results.json'} and results.md, "
             f"{len(run.failed)} failed" + (", see failed.json" if run.failed else ""),
