@@ -71,16 +71,20 @@ def record(sample: Sample, tiles: list[Record], folder: Path) -> Record:
 
 def tiles_of(loaded: Loaded, batch: Sequence[Sample], receipt: Receipt) -> list[list[Record]]:
     """For each sample, the tiles that the tower saw and what was kept of them."""
-    boxes = [loaded.tiles.boxes(sample.picture.size) for sample in batch]
-    if sum(map(len, boxes)) != receipt.tiles:
-        raise RuntimeError(
-            f"the processor makes {sum(map(len, boxes))} tiles of these {len(batch)} images, the model saw "
-            f"{receipt.tiles}"
-        )
     kept = receipt.kept
     last = receipt.decoder_units[-1] if receipt.decoder_tokens else kept
-    seen = zip(receipt.grids, kept, last, strict=True)
-    return [[_tile(box, *next(seen)) for box in mine] for mine in boxes]
+    seen = list(zip(receipt.grids, kept, last, strict=True))
+    at, found = 0, []
+    for sample in batch:
+        boxes = loaded.tiles.boxes(sample.picture.size)
+        if len(boxes) > 1 and len({grid for grid, _, _ in seen[at : at + 2]}) > 1:
+            # all tiles behind the first were put together and resized: one grid over the image without its padding
+            boxes = [boxes[0], [0, 0, *sample.picture.size]]
+        found.append([_tile(box, *one) for box, one in zip(boxes, seen[at:], strict=False)])
+        at += len(boxes)
+    if at != len(seen):
+        raise RuntimeError(f"{len(batch)} images are cut into {at} tiles, but the model reports {len(seen)}")
+    return found
 
 
 def _tile(box: Box, grid: tuple[int, int], kept: list[int], last: list[int]) -> Record:

@@ -16,7 +16,7 @@ from vlm_prune.eval.runs.samples import Sample, build_samples
 from vlm_prune.registry import make_policies, policy_class
 
 Budget = dict[str, Any]
-"""``{"ratio": 0.25}``, ``{"tokens": 64}``, or nothing."""
+"""``{"ratio": 0.25}`` or ``{"tokens": 64}``, with ``"per": "image"`` where it is of all tiles; or nothing."""
 
 NOT_FIGURES = ("label", "batch_size", "models", "data")
 """Keys of an entry on which figures do not depend; what the data hold is looked at instead."""
@@ -82,7 +82,7 @@ def build_cells(config: RunConfig) -> list[Cell]:
                     task.model_dump(mode="json", exclude=set(NOT_FIGURES)),
                     digest,
                 ]
-                kept = "-".join(f"{name}-{value:.6g}" for name, value in budget.items())
+                kept = "-".join(f"{name}-{value}" for name, value in budget.items())
                 parts = (model.name, entry.name, kept, task.name, _digest(figures)[:8])
                 name = ".".join(re.sub(r"[^\w.+-]+", "_", part)[-60:] for part in parts if part)
                 found.append(Cell(model, entry, budget, task, samples, name))
@@ -111,8 +111,9 @@ def budgets(config: RunConfig, entry: PolicyEntry) -> Sequence[Budget]:
         return [{}]
     own = entry.ratios is not None or entry.tokens is not None
     ratios, tokens = (entry.ratios, entry.tokens) if own else (config.ratios, config.tokens)
-    found: list[Budget] = [{"tokens": count} for count in tokens or ()]
-    found += [{"ratio": ratio} for ratio in ratios or ()]
+    of = {"per": "image"} if (entry.per or config.per) == "image" else {}
+    found: list[Budget] = [{"tokens": count, **of} for count in tokens or ()]
+    found += [{"ratio": ratio, **of} for ratio in ratios or ()]
     prunes = any(policy_class(name).stages != ("modulate",) for name in entry.policy.split("+"))
     return found if prunes and found else [{}]
 

@@ -14,6 +14,7 @@ from vlm_prune.eval.records import choose
 Split = Literal["random", "popular", "adversarial"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Per = Literal["tile", "image"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -61,6 +62,7 @@ class PolicyEntry(Strict):
         settings: fields of the policy; for a composition, a mapping of them per policy name.
         ratios: its budgets, instead of the run's: shares of the visual tokens.
         tokens: its budgets, instead of the run's: tokens per image, or per tile where images are cut into tiles.
+        per: what its budgets are of, instead of the run's: ``tile`` or ``image``.
         models: labels of the models it is run on, instead of all.
     """
 
@@ -69,6 +71,7 @@ class PolicyEntry(Strict):
     settings: dict[str, Any] = Field(default_factory=dict)
     ratios: list[Ratio] | None = None
     tokens: list[Count] | None = None
+    per: Per | None = None
     models: list[str] | None = None
 
     @property
@@ -326,6 +329,7 @@ class RunConfig(Strict):
         policies: names or `PolicyEntry` mappings. ``none`` is the unpruned model, run once.
         ratios: budgets: shares of the visual tokens to keep.
         tokens: budgets: tokens to keep per image, or per tile where images are cut into tiles.
+        per: ``image``: budgets are of all tiles of an image together, where the model allows it.
         tasks: a list of tasks.
         seed: of scenes and of images and questions that are drawn.
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
@@ -337,6 +341,7 @@ class RunConfig(Strict):
     policies: Annotated[list[PolicyEntry], Field(min_length=1)]
     ratios: list[Ratio] = []
     tokens: list[Count] = []
+    per: Per = "tile"
     tasks: Annotated[list[Task], Field(min_length=1)]
     seed: int = 2026
     batch_size: Count = 16

@@ -156,9 +156,11 @@ def _stage(line: Line) -> str:
 
 
 def _budget(line: Line) -> str:
-    if tokens := line.get("budget", {}).get("tokens"):
-        return f"{tokens} tokens"
-    return "" if line["ratio"] is None else f"{line['ratio']:.4g}"
+    budget = line.get("budget", {})
+    of = " per image" if budget.get("per") == "image" else ""
+    if tokens := budget.get("tokens"):
+        return f"{tokens} tokens{of}"
+    return "" if line["ratio"] is None else f"{line['ratio']:.4g}{of}"
 
 
 def _tokens(line: Line) -> str:
