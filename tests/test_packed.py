@@ -85,6 +85,26 @@ def test_a_frame_is_a_tile_of_its_own(family):
         assert [len(units) for units in model.pruning.receipt.kept] == [3, 3]
 
 
+@families
+@pytest.mark.parametrize("composition", ["flowcut", "uniform+fastv"])
+def test_images_and_videos_share_a_receipt(composition, family):
+    model, batch = shared(family), prompt(family, [(2, -1, 1, "video", 2, -1, 4)])
+    settings = {"fastv": {"k": 1}} if "+" in composition else {}
+    with pruned(model, composition, ratio=0.4, **settings):
+        for call in (model, lambda **inputs: generate(model, inputs)):
+            call(**batch.inputs)
+            receipt = model.pruning.receipt
+            assert receipt.grids == [(4, 4), (2, 6), (2, 4), (2, 4)]
+            assert [len(units) for units in receipt.kept] == receipt.targets == [6, 5, 3, 3]
+            text = int((batch.ids != IMAGE).sum() - (batch.ids == VIDEO).sum())
+            held = [sum(map(len, layer)) + text for layer in receipt.decoder_units]
+            assert held == receipt.decoder_tokens
+            assert receipt.tower_ms > 0
+            assert receipt.flops < receipt.flops_dense
+            assert len(receipt.tower_units) == len(model.model.visual.blocks)
+            assert str(receipt).count("\n") == 6 - (composition != "flowcut")
+
+
 # --- every policy ---
 
 

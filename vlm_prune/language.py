@@ -20,6 +20,7 @@ from .deepstack import Deepstack, shorten
 from .drafts import join, split
 from .layers import DecoderLayers
 from .masks import behind, join_masks, padding_mask, past_mask, slot_mask, slots_of
+from .receipt import JoinedReceipt
 from .rows import Rows
 from .storage import check_cache
 from .timing import Stopwatch
@@ -195,6 +196,8 @@ class Decoder:
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, cache)
             encoded.receipt.trace = call.trace(number)
             encoded.receipt._prefill_ms = call.stopwatch.stop() if call.stopwatch else None
+        if len(call.encoded) > 1 and call.owner is not None:
+            call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
         return output if call.prompt is None else join(call.prompt, output)
 
 

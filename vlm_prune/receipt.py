@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache
@@ -169,6 +169,54 @@ class Receipt:
         if times:
             lines.append("  time     " + ", ".join(times))
         return "\n".join(lines)
+
+
+@dataclass
+class JoinedReceipt(Receipt):
+    """The receipt of a prompt for which the tower was called several times: images first, then videos.
+
+    ``parts`` are those of the calls; lists of tiles are theirs, one behind the other.
+    """
+
+    parts: list[Receipt] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, parts: list[Receipt]) -> JoinedReceipt:
+        """Join receipts of the same prefill."""
+        shared = {f.name: getattr(parts[0], f.name) for f in fields(Receipt)}
+        lists = ("grids", "targets", "tower_grids")
+        layers = ("tower_segments", "tower_segments_dense")
+        shared |= {name: [x for part in parts for x in getattr(part, name)] for name in lists}
+        for name in layers:
+            shared[name] = _tiles_joined([getattr(part, name) for part in parts])
+        counts = zip(*(part.tower_tokens for part in parts), strict=True)
+        return cls(**{**shared, "tower_tokens": [max(layer) for layer in counts]}, parts=parts)
+
+    @property
+    def kept(self) -> Units:
+        """See `Receipt.kept`."""
+        return [units for part in self.parts for units in part.kept]
+
+    @property
+    def tower_units(self) -> list[Units]:
+        """See `Receipt.tower_units`."""
+        return _tiles_joined([part.tower_units for part in self.parts])
+
+    @property
+    def decoder_units(self) -> list[Units]:
+        """See `Receipt.decoder_units`."""
+        return _tiles_joined([part.decoder_units for part in self.parts])
+
+    @property
+    def tower_ms(self) -> float | None:
+        """Milliseconds in the tower and behind it, of all calls together."""
+        times = [part.tower_ms for part in self.parts]
+        return sum(time or 0.0 for time in times)
+
+
+def _tiles_joined(parts: list[list[list[Any]]]) -> list[list[Any]]:
+    """Layer by layer, the lists of all parts one behind the other."""
+    return [[x for part in layer for x in part] for layer in zip(*parts, strict=True)]
 
 
 def _listed(numbers: list[int]) -> str:
