@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick oracle results train-tiny card clean
+.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick oracle results train-tiny kernels card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -101,6 +101,9 @@ results: $(READY) ## every policy on the shipped models (about half an hour): do
 
 train-tiny: $(READY) ## train the shipped test models again (about two hours on one core)
 	$(RUN) vlm_prune.eval.tiny.train --all
+
+kernels: $(READY) ## compile the Triton kernels for three GPUs without one: registers, shared memory, spills
+	$(RUN) vlm_prune.kernels.compile
 
 card: $(READY) ## measure the shipped test models and write their cards
 	$(RUN) vlm_prune.eval.tiny.card

@@ -186,6 +186,21 @@ class Policy:
         """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay."""
         raise NotImplementedError(f"{self.name} names decoder layers but does not prune at them")
 
+    def left(
+        self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
+    ) -> int | None:
+        """How many visual tokens `prefill` leaves a single sequence at ``layer``, where that follows from the budget.
+
+        The host then need not wait for the device to count them. ``None``: it depends on what the policy sees.
+
+        Args:
+            layer: 0-based, of ``depth`` layers.
+            entered: visual tokens that entered layer 0.
+            target: as `PrefillView.target`.
+            tiles: units of each tile and those wanted of it; empty where stock code puts tiles together.
+        """
+        return None
+
     def trimmed_layers(self, depth: int) -> Collection[int]:
         """Decoder layers that lose, after prefill, the KV of tokens which later layers dropped."""
         return ()

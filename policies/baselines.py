@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..kernels import to_device
 from .base import Keep, Policy
 from .views import FeaturesView
 
@@ -84,5 +85,5 @@ class Uniform(Policy):
 
     def encode_final(self, view: FeaturesView) -> Keep:
         """The same grid for every tile."""
-        index = torch.tensor(uniform_index(view.grid, view.target), device=view.features.device)
+        index = to_device(uniform_index(view.grid, view.target), view.features.device)
         return Keep(index.expand(len(view.features), -1))

@@ -94,6 +94,14 @@ class DyVTE(Policy):
         self.trained.check_fits(depth)
         return range(first, end)
 
+    def left(
+        self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
+    ) -> int | None:
+        """Zero behind a fixed exit; gates decide by what they see."""
+        if self.exit_layer is None:
+            return None
+        return entered if target >= entered and self.compat is None else 0
+
     def prefill(self, view: PrefillView) -> torch.Tensor:
         """Drop all visual tokens of the sequences that leave here."""
         leaves = self._ask(view) if self.exit_layer is None else torch.ones_like(view.visual[:, 0])

@@ -51,6 +51,10 @@ class FastV(Policy):
             raise ValueError(f"k={self.k}: this decoder has {depth} layers, choose 1 to {depth}")
         return (self.k - 1,)
 
+    def left(self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]) -> int:
+        """The budget."""
+        return target
+
     def prefill(self, view: PrefillView) -> torch.Tensor:
         """Keep the tokens that the last row attends to most."""
         if view.attention is None:

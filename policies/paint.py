@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from ..kernels import overwrite_rows
+from ..kernels import overwrite_rows, to_device
 from .base import Policy
 from .rows import BLOCK, all_rows, final_row, row_probabilities, weighted_values
 from .scores import global_attention
@@ -50,7 +50,7 @@ def summary_tokens(
     attention = attention.to(torch.promote_types(attention.dtype, torch.float32))
     if valid is not None:
         attention = attention.masked_fill(~valid, torch.nan)
-    levels = torch.tensor([0.25, 0.75], dtype=attention.dtype, device=attention.device)
+    levels = to_device([0.25, 0.75], attention.device).to(attention.dtype)
     low, high = attention.nanquantile(levels, dim=-1, keepdim=True)
     outlier: torch.Tensor = attention > high + 1.5 * (high - low)
     if not official:

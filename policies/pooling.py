@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from ..kernels import merge_rows
+from ..kernels import merge_rows, to_device
 from .base import Keep, Policy
 from .views import FeaturesView
 
@@ -106,8 +106,8 @@ class Pool(Policy):
         """The same cells for every tile."""
         cell, middle = pooling_cells(view.grid, view.target)
         device = view.features.device
-        rows = pool(view.features, torch.tensor(cell, device=device), view.target)
-        return Keep(torch.tensor(middle, device=device).expand(len(rows), -1), rows=rows)
+        rows = pool(view.features, to_device(cell, device), view.target)
+        return Keep(to_device(middle, device).expand(len(rows), -1), rows=rows)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..kernels import gather_rows, merge_rows
+from ..kernels import gather_rows, merge_rows, to_device
 from .base import Keep
 
 
@@ -38,7 +38,7 @@ class Cells:
             down, across = _lines(rows, side), _lines(columns, side)
             numbers += [count + row * (across[-1] + 1) + column for row in down for column in across]
             count += (down[-1] + 1) * (across[-1] + 1)
-        return cls(torch.tensor(numbers, device=device), count)
+        return cls(to_device(numbers, device), count)
 
 
 def _lines(tokens: int, side: float) -> list[int]:

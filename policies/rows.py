@@ -84,10 +84,12 @@ def final_row(view: ModulateView) -> torch.Tensor:
     return (rows * view.valid[:, -rows.shape[1] :]).amax(-1, keepdim=True)
 
 
-def rows_where(wanted: torch.Tensor) -> torch.Tensor:
+def rows_where(wanted: torch.Tensor, most: int | None = None) -> torch.Tensor:
     """The numbers of ``wanted`` rows, bool ``(batch, queries)``, as many as the fullest sequence has, at least one.
 
-    Others are filled up with rows that it does not want. Waits for the device, except where there is one query.
+    Others are filled up with rows that it does not want. Waits for the device, except where there is one query, or
+    where ``most`` bounds their number.
     """
-    width = 1 if wanted.shape[1] == 1 else max(int(wanted.sum(-1).max()), 1)
+    width = min(most, wanted.shape[1]) if most is not None else wanted.shape[1]
+    width = max(int(wanted.sum(-1).max()) if most is None and width > 1 else width, 1)
     return (~wanted).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]

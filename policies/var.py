@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ..kernels import overwrite_rows
+from ..kernels import overwrite_rows, to_device
 from .base import Policy
 from .rows import BLOCK, row_probabilities, rows_where, weighted_values
 from .settings import check_choice, check_number
@@ -168,7 +168,7 @@ class VAR(Policy):
             return None
         text = view.text_after_image
         output = view.output
-        for rows in rows_where(text).split(BLOCK, dim=1):
+        for rows in rows_where(text, view.most_text).split(BLOCK, dim=1):
             probabilities = row_probabilities(view, rows, view.logit_edits)
             selected = select_heads(
                 probabilities,
@@ -201,7 +201,7 @@ class VAR(Policy):
             return None
         real = None if view.valid is None else view.valid[:, -queries:]
         if self.sink_dims is not None:
-            dims = torch.tensor(self.sink_dims, device=hidden.device).expand(len(hidden), -1)
+            dims = to_device(list(self.sink_dims), hidden.device).expand(len(hidden), -1)
         else:
             dims = view.state[DIMS] = self._first_dims(view, hidden, tau, real)
         score = sink_score(hidden, dims)

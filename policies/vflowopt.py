@@ -189,6 +189,30 @@ class VFlowOpt(Policy):
         """The layers in front of the two cuts."""
         return tuple(sorted({cut - 1 for cut in self.cuts(depth) if cut}))
 
+    def left(
+        self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
+    ) -> int | None:
+        """What the two cuts leave, for tiles of one size."""
+        if len(set(tiles)) != 1 or self.compat is not None:
+            return None
+        units, wanted = tiles[0]
+        if wanted >= units:
+            return entered
+        known = len(tiles) * self._entering(wanted, units)
+        count = self._counts(
+            torch.tensor([known]), torch.tensor([float(len(tiles) * wanted)]).double(), layer, depth
+        )
+        return int(count) + entered - known
+
+    def _counts(self, entered: torch.Tensor, average: torch.Tensor, layer: int, depth: int) -> torch.Tensor:
+        """Tokens that go on behind ``layer``, of ``entered``, if the layers shall hold ``average`` of them."""
+        cuts = self.cuts(depth)
+        if self.counts == "entering" or (self.r_v is not None and self.r_2 is not None):
+            counts = literal_counts(entered, self.r_1, self.r_2 or PUBLISHED[0.25]["r_2"])
+        else:
+            counts = solved_counts(entered, average, self.r_1, cuts, depth)
+        return counts[sum(layer + 1 >= cut for cut in cuts) - 1]
+
     def prefill(self, view: PrefillView) -> torch.Tensor | None:
         """Stages 2 and 3: keep the most important of a prompt's visual tokens."""
         if MAP not in view.carry:
@@ -197,14 +221,10 @@ class VFlowOpt(Policy):
             view.carry[AVERAGE] > 0
         )  # a CLS row that counts as a visual token has no importance
         others = (view.visual & ~known).sum(-1)
-        entered, cuts = view.initial - others, self.cuts(view.depth)
-        if self.counts == "entering" or (self.r_v is not None and self.r_2 is not None):
-            counts = literal_counts(entered, self.r_1, self.r_2 or PUBLISHED[0.25]["r_2"])
-        else:
-            # every token carries the same number, so the mean over those still there stands for all that entered
-            each = (view.carry[AVERAGE] * known).double().sum(-1) / known.sum(-1).clamp(min=1)
-            counts = solved_counts(entered, (each * entered).round(), self.r_1, cuts, view.depth)
-        count = counts[sum(view.layer + 1 >= cut for cut in cuts) - 1]
+        entered = view.initial - others
+        # every token carries the same number, so the mean over those still there stands for all that entered
+        each = (view.carry[AVERAGE] * known).double().sum(-1) / known.sum(-1).clamp(min=1)
+        count = self._counts(entered, (each * entered).round(), view.layer, view.depth)
         return top_mask(view.carry[MAP], count, known) | ~known
 
     def modulate_layers(self, depth: int) -> tuple[int, ...]:

@@ -152,6 +152,7 @@ class ModulateView:
             if no policy needs them.
         logit_edits: what earlier policies of a composition do to the logits, see `rows.LogitEdit`; a policy that
             recomputes rows applies them, and adds its own.
+        most_text: no more queries than this are text, if the host knows.
     """
 
     layer: int
@@ -170,6 +171,7 @@ class ModulateView:
     text_only: torch.Tensor | None
     logit_edits: list[LogitEdit] = field(default_factory=list)
     brings: torch.Tensor | None = None
+    most_text: int | None = None
 
     @property
     def text_after_image(self) -> torch.Tensor:

@@ -72,12 +72,17 @@ class Budget:
         """
         if self.ratio is not None:
             return (base * self.ratio).round().long().clamp(min=1).minimum(base)
+        return call.per_sequence(self._of_tiles).minimum(base)
+
+    def of_prompt(self, base: int, call: ForwardCall) -> int:
+        """The same for the one prompt of a call, on the host."""
+        if self.ratio is not None:
+            return min(max(round(base * self.ratio), 1), base)
+        return min(sum(self._of_tiles(tiles) for encoded in call.encoded for _, tiles in encoded.spans), base)
+
+    def _of_tiles(self, tiles: list[int]) -> int:
         tokens = self.tokens or 1
-
-        def wanted(tiles: list[int]) -> int:
-            return min(tokens, sum(tiles)) if self.joint else sum(min(tokens, rows) for rows in tiles)
-
-        return call.per_sequence(wanted).minimum(base)
+        return min(tokens, sum(tiles)) if self.joint else sum(min(tokens, rows) for rows in tiles)
 
 
 def _is_share(value: Any) -> bool:

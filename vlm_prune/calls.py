@@ -18,6 +18,7 @@ import torch
 
 from . import stream
 from .errors import UnsupportedCallError
+from .kernels import to_device
 from .survivors import DecoderTrace
 from .timing import Stopwatch
 
@@ -215,6 +216,8 @@ class ForwardCall:
         drafts: tokens at the end that are an assistant's and not the prompt's.
         prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
         deepstack: features that stock code adds behind the decoder's first layers.
+        visual_entered: visual rows that entered the decoder, and how many are left (``visual_left``), where that is
+            known on the host: for one sequence and fixed budgets.
         owner: whose forward this is; ``outer`` is the call of another model around it.
     """
 
@@ -234,6 +237,8 @@ class ForwardCall:
     drafts: int = 0
     prompt: Any = None
     deepstack: Deepstack | None = None
+    visual_entered: int | None = None
+    visual_left: int | None = None
     stopwatch: Stopwatch | None = None
     owner: Any = None
     outer: ForwardCall | None = None
@@ -297,8 +302,22 @@ class ForwardCall:
         device, values = self.image_masks[0].device, []
         for call in self.encoded:
             first = [n for rows, tiles in call.spans for n in (wanted(tiles), *[0] * (rows - 1))]
-            values.append(torch.tensor(first, device=device))
+            values.append(to_device(first, device))
         return self._spread(values).sum(-1)
+
+    def count_visual(self) -> None:
+        """Note how many visual rows enter the decoder, if that is known without asking the device: of one sequence."""
+        dropped = [call.dropped for call in self.encoded]
+        if self.unknown_features or None in dropped or not self.image_masks or len(self.image_masks[0]) > 1:
+            return
+        rows = sum(rows for call in self.encoded for rows, _ in call.spans)
+        self.visual_entered = self.visual_left = rows - sum(n or 0 for n in dropped)
+
+    def plain_tiles(self) -> list[tuple[int, int]]:
+        """Units of each tile and those wanted of it; empty where stock code arranges tiles."""
+        if any(call.arrangement is not None for call in self.encoded):
+            return []
+        return [pair for call in self.encoded for pair in zip(call.units, call.targets, strict=True)]
 
     def live_rows(self, alive: torch.Tensor, live: torch.Tensor) -> tuple[int, bool]:
         """Length of the shortened sequence, and whether every row of the batch fills it.

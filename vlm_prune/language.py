@@ -77,6 +77,8 @@ class Decoder:
         kwargs["attention_mask"] = call.mask = mask = padding_mask(kwargs.get("attention_mask"), past)
         rows = self._rows(call, kwargs, holes, inside)
         call.rows = call.entered = rows
+        if inside:
+            call.count_visual()
         for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
             spare_slots(past, layer, rows)
         self._fit(kwargs, rows, continued[0] if continued else None, mask)

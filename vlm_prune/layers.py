@@ -81,7 +81,8 @@ class DecoderLayers:
         if not self.needs_text_only or rows is None or rows.visual is None:
             return
         text = ~rows.visual if rows.mask is None else ~rows.visual & rows.mask
-        alone, embeds, _ = rows.close(kwargs["inputs_embeds"], text, int(text.sum(-1).max()), True, None)
+        count = int(text.sum(-1).max()) if call.visual_left is None else rows.count - call.visual_left
+        alone, embeds, _ = rows.close(kwargs["inputs_embeds"], text, count, True, None)
         valid = alone.valid
         call.probing = True
         try:
@@ -284,7 +285,13 @@ class DecoderLayers:
         live = ~gone
         if rows.mask is not None and len(hidden) > 1:
             live = live & rows.mask
-        *counts, dropped = torch.cat([live.sum(-1), gone.sum()[None]]).tolist()
+        if (left := self._left(call, number)) is not None and call.visual_left is not None:
+            dropped = call.visual_left - left
+            counts = [rows.count - dropped]
+        else:
+            *counts, dropped = torch.cat([live.sum(-1), gone.sum()[None]]).tolist()
+        if call.visual_left is not None:
+            call.visual_left -= dropped
         if not dropped:
             return hidden
         call.observed.pop("attention", None)
@@ -296,6 +303,17 @@ class DecoderLayers:
         if call.deepstack is not None:
             call.deepstack.cut(order, call.rows.valid)
         return hidden
+
+    def _left(self, call: ForwardCall, number: int) -> int | None:
+        """Visual rows left behind layer ``number``, if the host can tell; else the device is asked."""
+        if call.visual_entered is None or call.visual_left is None or len(self.pruned[number]) > 1:
+            return None
+        (policy, budget), *_ = self.pruned[number]
+        entered = call.visual_entered
+        dense = sum(rows for encoded in call.encoded for rows, _ in encoded.spans)
+        target = budget.of_prompt(dense if "encode" in policy.stages else entered, call)
+        left = policy.left(number, self.depth, entered, target, call.plain_tiles())
+        return None if left is None else min(left, call.visual_left)
 
     # --- attention ---
 
@@ -354,6 +372,7 @@ class DecoderLayers:
                 text_only=call.text_only.get(layer),
                 logit_edits=logit_edits,
                 brings=brings,
+                most_text=query.shape[2] - call.visual_left if call.visual_left is not None else None,
             )
             edited = policy.modulate(view)
             output = output if edited is None else edited

@@ -22,7 +22,7 @@ from .budget import Budget
 from .calls import EncodeCall, current_arrangement, current_encode, current_forward, let_ride, set_encode
 from .encode import EncodeStage, content_key
 from .errors import UnsupportedCallError
-from .kernels import gather_rows
+from .kernels import gather_rows, to_device
 from .packing import read_packing
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
@@ -130,7 +130,7 @@ class Encoder(EncodeStage):
         state: TowerState = call.state
         (height, width), merge, device = call.pixels.shape[-2:], state.merge, call.pixels.device
         (rows, columns), *_ = call.grids
-        places = torch.tensor(grid_places((rows, columns), small), device=device)
+        places = to_device(grid_places((rows, columns), small), device)
         state.units = places.expand(call.tiles, -1)
         if state.slots is not None:
             slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)

@@ -26,6 +26,7 @@ __all__ = [
     "merge_rows",
     "overwrite_rows",
     "place_rows",
+    "to_device",
 ]
 
 DEVICES = {"cuda"}
@@ -47,6 +48,11 @@ def _ops() -> Any:
 def _kernels(x: torch.Tensor) -> Any:
     """The op library if ``x`` is for the kernels, else ``None``."""
     return _ops() if x.device.type in DEVICES and x.dtype in DTYPES else None
+
+
+def to_device(numbers: list[int] | list[float], device: torch.device) -> torch.Tensor:
+    """Numbers that the host knows, on a device, without waiting for it: CUDA copies them aside before it returns."""
+    return torch.tensor(numbers).to(device, non_blocking=device.type == "cuda")
 
 
 def gather_rows(
