@@ -168,7 +168,7 @@ class VAR(Policy):
             return None
         text = view.text_after_image
         output = view.output
-        for rows in rows_where(text, view.most_text).split(BLOCK, dim=1):
+        for rows in rows_where(text, view.most_text()).split(BLOCK, dim=1):
             probabilities = row_probabilities(view, rows, view.logit_edits)
             selected = select_heads(
                 probabilities,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -152,7 +153,8 @@ class ModulateView:
             if no policy needs them.
         logit_edits: what earlier policies of a composition do to the logits, see `rows.LogitEdit`; a policy that
             recomputes rows applies them, and adds its own.
-        most_text: no more queries than this are text, if the host knows.
+        most_text: how many queries are text in the sequence with most; ``None`` if that is not known. Waits for the
+            device once a prefill, if there are several sequences.
     """
 
     layer: int
@@ -171,7 +173,7 @@ class ModulateView:
     text_only: torch.Tensor | None
     logit_edits: list[LogitEdit] = field(default_factory=list)
     brings: torch.Tensor | None = None
-    most_text: int | None = None
+    most_text: Callable[[], int | None] = lambda: None
 
     @property
     def text_after_image(self) -> torch.Tensor:

@@ -217,7 +217,8 @@ class ForwardCall:
         prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
         deepstack: features that stock code adds behind the decoder's first layers.
         visual_entered: visual rows that entered the decoder, and how many are left (``visual_left``), where that is
-            known on the host: for one sequence and fixed budgets.
+            known on the host: for one sequence and fixed budgets. ``most_text``: see `text_width`.
+        copies: rows of the batch that share the values of an image, by kind of placeholder.
         owner: whose forward this is; ``outer`` is the call of another model around it.
     """
 
@@ -239,6 +240,8 @@ class ForwardCall:
     deepstack: Deepstack | None = None
     visual_entered: int | None = None
     visual_left: int | None = None
+    most_text: int | None = None
+    copies: dict[int, int] = field(default_factory=dict)
     stopwatch: Stopwatch | None = None
     owner: Any = None
     outer: ForwardCall | None = None
@@ -283,7 +286,7 @@ class ForwardCall:
         """Lay out values ``(rows of all its tiles,)`` of each encode call over the prompts: ``(batch, length)``."""
         device = self.image_masks[0].device
         values = [x.to(device) for x in values]
-        return stream.lay_out(values, [call.kind for call in self.encoded], self.image_masks)
+        return stream.lay_out(values, [call.kind for call in self.encoded], self.image_masks, self.copies)
 
     def trace(self, number: int) -> DecoderTrace | None:
         """Where the tiles of ``encoded[number]`` are in each layer; ``None`` if no policy acts between layers."""
@@ -312,6 +315,17 @@ class ForwardCall:
             return
         rows = sum(rows for call in self.encoded for rows, _ in call.spans)
         self.visual_entered = self.visual_left = rows - sum(n or 0 for n in dropped)
+
+    def text_width(self) -> int | None:
+        """No sequence of a prefill has more rows of text than this. With several sequences waits once for the device."""
+        if self.rows is None or self.rows.visual is None:
+            return None
+        if self.visual_left is not None:
+            return self.rows.count - self.visual_left
+        if self.most_text is None:
+            text = ~self.rows.visual if self.rows.mask is None else ~self.rows.visual & self.rows.mask
+            self.most_text = int(text.sum(-1).max())
+        return self.most_text
 
     def plain_tiles(self) -> list[tuple[int, int]]:
         """Units of each tile and those wanted of it; empty where stock code arranges tiles."""

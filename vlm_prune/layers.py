@@ -81,8 +81,7 @@ class DecoderLayers:
         if not self.needs_text_only or rows is None or rows.visual is None:
             return
         text = ~rows.visual if rows.mask is None else ~rows.visual & rows.mask
-        count = int(text.sum(-1).max()) if call.visual_left is None else rows.count - call.visual_left
-        alone, embeds, _ = rows.close(kwargs["inputs_embeds"], text, count, True, None)
+        alone, embeds, _ = rows.close(kwargs["inputs_embeds"], text, call.text_width() or 1, True, None)
         valid = alone.valid
         call.probing = True
         try:
@@ -372,7 +371,7 @@ class DecoderLayers:
                 text_only=call.text_only.get(layer),
                 logit_edits=logit_edits,
                 brings=brings,
-                most_text=query.shape[2] - call.visual_left if call.visual_left is not None else None,
+                most_text=call.text_width,
             )
             edited = policy.modulate(view)
             output = output if edited is None else edited

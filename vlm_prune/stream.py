@@ -62,20 +62,27 @@ def restore(x: torch.Tensor, order: torch.Tensor, length: int, valid: torch.Tens
 
 
 def lay_out(
-    values: Sequence[torch.Tensor], kinds: Sequence[int], masks: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor],
+    kinds: Sequence[int],
+    masks: Sequence[torch.Tensor],
+    copies: dict[int, int] | None = None,
 ) -> torch.Tensor:
     """Values of visual tokens, in order, at their placeholders: ``(batch, length)``, 0 elsewhere.
 
     ``values[i]`` ``(tokens,)`` belong to placeholders of kind ``kinds[i]``, those that are True in ``masks[kinds[i]]``
-    ``(batch, length)``. Beams come as copies of a row next to it, so every so many rows share their values.
+    ``(batch, length)``. Beams come as copies of a row next to it, so every so many rows share their values: how many is
+    asked of the device where there are several rows, and remembered in ``copies``.
     """
+    copies = {} if copies is None else copies
     full = values[0].new_zeros(masks[0].shape)
     for number, mask in enumerate(masks):
         mine = [x for x, kind in zip(values, kinds, strict=True) if kind == number]
         if not mine:
             continue
         flat = torch.cat(mine)
-        repeats = int(mask.sum()) // len(flat) if len(mask) > 1 else 1
+        if number not in copies:
+            copies[number] = int(mask.sum()) // len(flat) if len(mask) > 1 else 1
+        repeats = copies[number]
         some = full[::repeats].masked_scatter(mask[::repeats], flat)
         full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
     return full

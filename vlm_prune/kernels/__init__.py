@@ -50,9 +50,9 @@ def _kernels(x: torch.Tensor) -> Any:
     return _ops() if x.device.type in DEVICES and x.dtype in DTYPES else None
 
 
-def to_device(numbers: list[int] | list[float], device: torch.device) -> torch.Tensor:
+def to_device(numbers: list[int] | list[float], device: torch.device | str) -> torch.Tensor:
     """Numbers that the host knows, on a device, without waiting for it: CUDA copies them aside before it returns."""
-    return torch.tensor(numbers).to(device, non_blocking=device.type == "cuda")
+    return torch.tensor(numbers).to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def gather_rows(
