@@ -317,7 +317,7 @@ class ForwardCall:
         self.visual_entered = self.visual_left = rows - sum(n or 0 for n in dropped)
 
     def text_width(self) -> int | None:
-        """No sequence of a prefill has more rows of text than this. With several sequences waits once for the device."""
+        """No sequence of a prefill has more rows of text than this. A batch waits for the device, once."""
         if self.rows is None or self.rows.visual is None:
             return None
         if self.visual_left is not None:
