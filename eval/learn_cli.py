@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vlm_prune.cli import plain_errors
+
 app = typer.Typer(add_completion=False, help="Fit a policy's own parameters to a model.")
 
 ModelName = Annotated[str, typer.Option(help="A shipped test model, or a folder or hub name.")]
@@ -30,30 +32,31 @@ def train_exit_command(
     seed: Annotated[int, typer.Option(help="Of data, gates and drawn layers.")] = 0,
 ) -> None:
     """Train DyVTE's exit gates for a model, and report how often each layer's label says that it may leave."""
-    from vlm_prune.train_exit import train_exit
+    with plain_errors():
+        from vlm_prune.train_exit import train_exit
 
-    from .learn_data import examples as read
-    from .learn_data import open_model, training_batches
+        from .learn_data import examples as read
+        from .learn_data import open_model, training_batches
 
-    loaded, processor = open_model(model)
-    turns = read(data, model, examples, seed)
-    gates, log = train_exit(
-        loaded,
-        training_batches(processor, turns, batch_size, seed),
-        steps=steps,
-        width=width,
-        rank=rank,
-        lr=lr,
-        layers_per_step=layers_per_step,
-        seed=seed,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    gates.save(out, model=model, steps=steps, seed=seed)
-    tail = log[-max(1, len(log) // 5) :]
-    typer.echo(
-        f"{len(log)} updates, mean loss of the last {len(tail)}: {sum(s.loss for s in tail) / len(tail):.3f}"
-    )
-    typer.echo(f"gates in {out}: prune(model, 'dyvte', gates={str(out)!r})")
+        loaded, processor = open_model(model)
+        turns = read(data, model, examples, seed)
+        gates, log = train_exit(
+            loaded,
+            training_batches(processor, turns, batch_size, seed),
+            steps=steps,
+            width=width,
+            rank=rank,
+            lr=lr,
+            layers_per_step=layers_per_step,
+            seed=seed,
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        gates.save(out, model=model, steps=steps, seed=seed)
+        tail = log[-max(1, len(log) // 5) :]
+        typer.echo(
+            f"{len(log)} updates, mean loss of the last {len(tail)}: {sum(s.loss for s in tail) / len(tail):.3f}"
+        )
+        typer.echo(f"gates in {out}: prune(model, 'dyvte', gates={str(out)!r})")
 
 
 @app.command("tune")
@@ -70,26 +73,27 @@ def tune_command(
     seed: Annotated[int, typer.Option(help="Of the search and the choice of prompts.")] = 42,
 ) -> None:
     """Search VFlowOpt's settings for a model and a budget by Bayesian optimisation; resumes from OUT.study."""
-    from vlm_prune.tune import tune
+    with plain_errors():
+        from vlm_prune.tune import tune
 
-    from .learn_data import examples as read
-    from .learn_data import open_model
-    from .measure import prompt_text
+        from .learn_data import examples as read
+        from .learn_data import open_model
+        from .measure import prompt_text
 
-    loaded, processor = open_model(model)
-    turns = read(data, model, 7 * samples, seed)[::7]
-    prompts = [(turn.image, prompt_text(processor, turn.question)) for turn in turns]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = tune(
-        loaded,
-        prompts,
-        target,
-        processor=processor,
-        calls=calls,
-        initial=initial,
-        samples=samples,
-        seed=seed,
-        study=out.with_suffix(".study"),
-        output=out,
-    )
-    typer.echo(f"similarity {found.similarity:.4f} with {found.settings}")
+        loaded, processor = open_model(model)
+        turns = read(data, model, 7 * samples, seed)[::7]
+        prompts = [(turn.image, prompt_text(processor, turn.question)) for turn in turns]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = tune(
+            loaded,
+            prompts,
+            target,
+            processor=processor,
+            calls=calls,
+            initial=initial,
+            samples=samples,
+            seed=seed,
+            study=out.with_suffix(".study"),
+            output=out,
+        )
+        typer.echo(f"similarity {found.similarity:.4f} with {found.settings}")

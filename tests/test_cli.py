@@ -87,6 +87,16 @@ def test_bad_input_is_one_line_before_any_compute(arguments, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["tune", "train-exit"])
+def test_what_is_wrong_with_learning_is_one_line(command, tmp_path):
+    result = call(
+        command, "--model", "tiny-llava", "--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "x")
+    )
+    assert result.exit_code == 2
+    assert result.output.startswith("error: ")
+    assert result.output.count("\n") == 1
+
+
 def test_pope_scores_files(tmp_path):
     questions, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     rows = [

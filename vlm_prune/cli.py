@@ -57,7 +57,7 @@ def plain_errors() -> Iterator[None]:
     """What the user got wrong as one line on stderr and exit code 2."""
     try:
         yield
-    except (PruningError, ValueError, FileNotFoundError) as error:
+    except (PruningError, ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlm_prune.cli import plain_errors
 from vlm_prune.eval.lmms import TASKS
 
 app = typer.Typer(add_completion=False)
@@ -42,7 +43,7 @@ def lmms_tasks(
     if not pope and chair is None:
         typer.echo(TASKS)
         return
-    try:
+    with plain_errors():
         if out is None:
             raise ValueError("--out is needed: the folder to write the tasks on your data into.")
         from vlm_prune.eval.lmms.local_tasks import write_tasks
@@ -57,8 +58,5 @@ def lmms_tasks(
             post_prompt=post_prompt,
             prompt=prompt,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(f"tasks: {', '.join(names)}", err=True)
-    typer.echo(out.resolve())
+        typer.echo(f"tasks: {', '.join(names)}", err=True)
+        typer.echo(out.resolve())
