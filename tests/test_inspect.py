@@ -8,22 +8,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-)
 from typer.testing import CliRunner
 
+from tests.processors import llava_next, llava_onevision, qwen2_vl
 from tests.run_folders import EVIL
 from tests.test_report import Page
 from vlm_prune.cli import app
 from vlm_prune.eval.measure import prompt_text
-from vlm_prune.eval.models import load_model, model_path
+from vlm_prune.eval.models import load_model
 from vlm_prune.eval.report.drawing import picture
 from vlm_prune.eval.report.inspection import inspect, own_settings, write_page
 from vlm_prune.eval.scenes import make_scene
@@ -72,7 +64,7 @@ def test_flowcut_layer_by_layer(llava, photo):
     inputs = processor(images=[photo], text=[prompt_text(processor, PROMPT)], return_tensors="pt")
     stock = model.generate(**inputs, max_new_tokens=40, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert found.before == processor.batch_decode(stock, skip_special_tokens=True)[0].strip()
-    assert found.boxes == [(16, 0, 144, 128)]  # the processor crops the middle square
+    assert found.stages[0].boxes == [(16, 0, 144, 128)]  # the processor crops the middle square
 
 
 def test_tiles_and_thumbnail(tmp_path):
@@ -92,34 +84,11 @@ def test_tiles_and_thumbnail(tmp_path):
     )
 
 
-def llava_next():
-    """A LLaVA-NeXT with random weights and a processor of its kind, which pads and cuts into tiles of 64 pixels."""
-    pinpoints = [[64, 128], [128, 64], [128, 128]]
-    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny-llava"))
-    template = (model_path("tiny-llava") / "chat_template.jinja").read_text()
-    images = LlavaNextImageProcessor(
-        size={"shortest_edge": 64},
-        crop_size={"height": 64, "width": 64},
-        image_grid_pinpoints=pinpoints,
-    )
-    processor = LlavaNextProcessor(
-        images, tokenizer, 8, "default", template, image_token="<image>", num_additional_image_tokens=1
-    )
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**size, num_hidden_layers=5, patch_size=8, image_size=64),
-        text_config=LlamaConfig(**size, num_hidden_layers=3, vocab_size=len(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
-    )
-    return LlavaNextForConditionalGeneration(config).eval(), processor
-
-
 def test_padding_and_newlines_of_llava_next():
     """An image of 200 x 128 in 2 x 2 tiles: 18 pixels of the canvas are padding, above and below."""
     image = make_scene(3, (200, 128)).image
     found = inspect(*llava_next(), image, PROMPT, "fastv", {"ratio": 0.3, "k": 1}, max_new_tokens=2)
-    assert found.boxes == [
+    assert found.stages[0].boxes == [
         (0, 0, 200, 128), (0, -36, 100, 64), (100, -36, 200, 64), (0, 64, 100, 164), (100, 64, 200, 164),
     ]  # fmt: skip
     tower, entered, last = found.stages
@@ -128,8 +97,28 @@ def test_padding_and_newlines_of_llava_next():
     upper, lower = list(range(24, 64)), list(range(40))
     assert entered.units == [list(range(64)), upper, upper, lower, lower]
     assert 0 < last.count < entered.count
-    drawn = picture(image, found.boxes, found.receipt.grids, last.units)
+    drawn = picture(image, last.boxes, last.grids, last.units)
     assert (drawn[2, 2] == 255).all()  # padding
+
+
+def test_the_resized_grid_of_llava_onevision():
+    """Behind the tower, the grid of all tiles together is resized to one of the whole image."""
+    image = make_scene(3, (200, 128)).image
+    found = inspect(*llava_onevision(), image, PROMPT, "fastv", {"ratio": 0.3, "k": 1}, max_new_tokens=2)
+    tower, entered, last = found.stages
+    assert len(tower.boxes) == len(tower.grids) == 5
+    assert entered.boxes == last.boxes == [(0, 0, 200, 128)] * 2
+    assert entered.grids == [(8, 8), (8, 14)]
+    assert (tower.count, entered.count) == (320, 176)
+    assert 0 < last.count < entered.count
+
+
+def test_an_image_at_its_own_resolution():
+    image = make_scene(3, (200, 128)).image
+    found = inspect(*qwen2_vl(), image, PROMPT, "flowcut", {"ratio": 0.4}, max_new_tokens=2)
+    for stage in found.stages:
+        assert (stage.boxes, stage.grids) == ([(0, 0, 200, 128)], [(5, 7)])
+    assert [found.stages[0].count, found.stages[-1].count] == [35, 14]
 
 
 def test_pictures_fade_what_was_dropped():

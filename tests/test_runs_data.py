@@ -5,20 +5,26 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
+from tests.processors import llava_next, llava_onevision, qwen2_vl
+from vlm_prune import pruned
+from vlm_prune.eval.measure import prompt_text
 from vlm_prune.eval.models import load_model, model_path
 from vlm_prune.eval.runs import RunFolder, run
-from vlm_prune.eval.runs.asking import batches
+from vlm_prune.eval.runs.asking import batches, tiles_of
 from vlm_prune.eval.runs.images import Picture
+from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample, build_samples
 from vlm_prune.eval.runs.tiles import Tiles
 from vlm_prune.eval.runs.yaml_file import parse_config
-from vlm_prune.eval.scenes import make_scenes
+from vlm_prune.eval.scenes import make_scene, make_scenes
 from vlm_prune.eval.vqa import exact_accuracy, normalised, vqa_accuracy
 
 weights = pytest.mark.skipif(
@@ -288,3 +294,27 @@ def test_vqa_accuracy_is_that_of_ten_annotators():
     assert vqa_accuracy("blue", ten) == 1
     assert vqa_accuracy("green", ten) == 0
     assert vqa_accuracy("red", ["red"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "grids"),
+    [
+        pytest.param(llava_next, [[(8, 8)] * 5, [(8, 8)] * 3], id="llava_next"),
+        pytest.param(llava_onevision, [[(8, 8), (8, 14)], [(8, 8)] * 2], id="llava_onevision"),
+        pytest.param(qwen2_vl, [[(5, 7)], [(2, 2)]], id="qwen2_vl"),
+    ],
+)
+def test_tiles_of_images_of_different_sizes_in_one_batch(build, grids):
+    model, processor = build()
+    images = [make_scene(3, size).image for size in ((200, 128), (64, 64))]
+    texts = [prompt_text(processor, "What?")] * 2
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    batch = [SimpleNamespace(picture=SimpleNamespace(size=image.size)) for image in images]
+    with pruned(model, "random", ratio=0.5), torch.no_grad():
+        model(**inputs)
+        found = tiles_of(Loaded(model, processor, Tiles(processor)), batch, model.pruning.receipt)
+    assert [[tuple(tile["grid"]) for tile in tiles] for tiles in found] == grids
+    for tile in (tile for tiles in found for tile in tiles):
+        rows, columns = tile["grid"]
+        assert 0 < len(tile["kept"]) < rows * columns
+        assert max(tile["kept"]) < rows * columns

@@ -72,7 +72,7 @@ def _beside(parts: Sequence[Pixels], gap: int = 8) -> Pixels:
 
 def write_picture(found: Inspection, out: Path, dpi: int = 120) -> Path:
     """The inspection as a PNG; folders are made."""
-    drawn = [picture(found.image, found.boxes, found.receipt.grids, stage.units) for stage in found.stages]
+    drawn = [picture(found.image, stage.boxes, stage.grids, stage.units) for stage in found.stages]
     columns = min(COLUMNS, len(drawn))
     rows = -(-len(drawn) // columns)
     lines = [f"Prompt: {found.prompt}", f"Unpruned: {found.before}", f"{found.receipt.policy}: {found.after}"]

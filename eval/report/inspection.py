@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from markupsafe import Markup
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
@@ -20,8 +19,8 @@ from vlm_prune.eval.models import MODELS, exit_gates, load_model
 from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
 from vlm_prune.eval.report.page import render
 from vlm_prune.eval.runs.folder import write_whole
-from vlm_prune.eval.runs.tiles import Tiles
-from vlm_prune.survivors import Units
+from vlm_prune.eval.runs.tiles import Tiles, boxes_of_grids
+from vlm_prune.survivors import Grids, Units
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,19 @@ class Stage:
     Attributes:
         where: such as "vision tower, layers 0-2".
         units: per tile, the raster numbers of these patches.
-        total: patches before pruning.
+        boxes: the part of the image that each tile shows.
+        grids: rows and columns of each tile's patches before pruning.
     """
 
     where: str
     units: Units
-    total: int
+    boxes: list[Box]
+    grids: Grids
+
+    @property
+    def total(self) -> int:
+        """Patches of all tiles before pruning."""
+        return sum(rows * columns for rows, columns in self.grids)
 
     @property
     def count(self) -> int:
@@ -49,7 +55,6 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        boxes: the part of the image that each tile shows.
         before: the unpruned model's answer, ``after`` the pruned one's.
         remarks: what the pictures do not show by themselves.
     """
@@ -58,7 +63,6 @@ class Inspection:
     prompt: str
     model: str
     receipt: Receipt
-    boxes: list[Box]
     stages: list[Stage]
     before: str
     after: str
@@ -67,8 +71,8 @@ class Inspection:
     @property
     def title(self) -> str:
         """The policy, and how much it keeps."""
-        first, last = self.stages[0], self.stages[-1]
-        return f"{self.receipt.policy} on {self.model}: {last.count} of {first.total} patches"
+        last = self.stages[-1]
+        return f"{self.receipt.policy} on {self.model}: {last.count} of {last.total} patches"
 
 
 def open_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -142,28 +146,35 @@ def inspect(
     with pruned(model, policy, **options):
         after, receipt = ask(), receipt_of(model)
         acts = {stage for each in model.pruning.policies for stage in each.stages}
-    boxes: list[Box] = [tuple(box) for box in Tiles(processor).boxes(image.size)]  # type: ignore[misc]
     return Inspection(
         image=image,
         prompt=prompt,
         model=name or type(model).__name__,
         receipt=receipt,
-        boxes=boxes,
-        stages=stages(receipt),
+        stages=stages(receipt, Tiles(processor).boxes(image.size), image.size),
         before=before,
         after=after,
         remarks=remarks(receipt, acts),
     )
 
 
-def stages(receipt: Receipt) -> list[Stage]:
-    """The layers of tower and language model, those that computed the same patches taken together."""
-    total = sum(rows * columns for rows, columns in receipt.grids)
+def stages(receipt: Receipt, boxes: Sequence[Sequence[int]], size: tuple[int, int]) -> list[Stage]:
+    """The layers of tower and language model, those that computed the same patches taken together.
+
+    ``boxes`` are the parts of the image, ``size`` (width, height), that the tower's tiles show.
+    """
+    tower: list[Box] = [(box[0], box[1], box[2], box[3]) for box in boxes]
+    decoder: list[Box] = [
+        (b[0], b[1], b[2], b[3]) for b in boxes_of_grids(list(map(list, boxes)), receipt.grids, size)
+    ]
     found = []
-    for part, layers in (("vision tower", receipt.tower_units), ("language model", receipt.decoder_units)):
+    for part, layers, places, grids in (
+        ("vision tower", receipt.tower_units, tower, receipt.tower_grids),
+        ("language model", receipt.decoder_units, decoder, receipt.grids),
+    ):
         for units, group in groupby(enumerate(layers), key=lambda pair: pair[1]):
             numbers = [number for number, _ in group]
-            found.append(Stage(f"{part}, {_layers(numbers)}", units, total))
+            found.append(Stage(f"{part}, {_layers(numbers)}", units, places, grids))
     return found
 
 
@@ -194,39 +205,37 @@ def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
 
 def write_page(found: Inspection, out: Path) -> Path:
     """The inspection as one self-contained HTML file."""
-    shown = plates(found.boxes, found.image.size)
-    pictures = [
-        {
-            "view": " ".join(f"{v:.6g}" for v in (*p.view[:2], p.view[2] - p.view[0], p.view[3] - p.view[1])),
-            "edge": Markup(outline(p.view)),
-            "unseen": Markup(outside([found.boxes[i] for i in p.tiles], p.view)),
-            "seams": Markup("".join(outline(found.boxes[i]) for i in p.tiles) if len(p.tiles) > 1 else ""),
-            "tiles": p.tiles,
-            "thumbnail": p.thumbnail,
-        }
-        for p in shown
-    ]
-    grids = found.receipt.grids
     page = {
         "title": found.title,
         "found": found,
         "width": found.image.width,
         "height": found.image.height,
         "source": data_uri(found.image),
-        "plates": pictures,
         "stages": [
-            {
-                "where": stage.where,
-                "count": stage.count,
-                "total": stage.total,
-                "veils": [
-                    Markup("".join(veil(found.boxes[i], grids[i], stage.units[i]) for i in p.tiles))
-                    for p in shown
-                ],
-            }
-            for stage in found.stages
+            {"where": s.where, "count": s.count, "total": s.total, "plates": _plates(s, found.image.size)}
+            for s in found.stages
         ],
         "receipt": str(found.receipt),
     }
     write_whole(out, render("inspect.html", page))
     return out
+
+
+def _plates(stage: Stage, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """What the template draws of a stage: for each copy of the image its paths."""
+    drawn = []
+    for plate in plates(stage.boxes, size):
+        left, top, right, bottom = plate.view
+        boxes = [stage.boxes[i] for i in plate.tiles]
+        veils = (veil(stage.boxes[i], stage.grids[i], stage.units[i]) for i in plate.tiles)
+        drawn.append(
+            {
+                "view": f"{left:.6g} {top:.6g} {right - left:.6g} {bottom - top:.6g}",
+                "edge": outline(plate.view),
+                "unseen": outside(boxes, plate.view),
+                "seams": "".join(map(outline, boxes)) if len(boxes) > 1 else "",
+                "veil": "".join(veils),
+                "thumbnail": plate.thumbnail,
+            }
+        )
+    return drawn

@@ -12,7 +12,7 @@ from vlm_prune.eval.measure import prompt_text, receipt_of
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample
-from vlm_prune.eval.runs.tiles import Box
+from vlm_prune.eval.runs.tiles import Box, boxes_of_grids
 from vlm_prune.receipt import Receipt
 
 
@@ -76,10 +76,8 @@ def tiles_of(loaded: Loaded, batch: Sequence[Sample], receipt: Receipt) -> list[
     seen = list(zip(receipt.grids, kept, last, strict=True))
     at, found = 0, []
     for sample in batch:
-        boxes = loaded.tiles.boxes(sample.picture.size)
-        if len(boxes) > 1 and len({grid for grid, _, _ in seen[at : at + 2]}) > 1:
-            # all tiles behind the first were put together and resized: one grid over the image without its padding
-            boxes = [boxes[0], [0, 0, *sample.picture.size]]
+        size = sample.picture.size
+        boxes = boxes_of_grids(loaded.tiles.boxes(size), receipt.grids[at:], size)
         found.append([_tile(box, *one) for box, one in zip(boxes, seen[at:], strict=False)])
         at += len(boxes)
     if at != len(seen):

@@ -6,6 +6,7 @@ coordinates (red: how far right, green: how far down) is sent through; what a ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,16 @@ class Tiles:
         normalised = self.processor.image_processor
         mean, std = (np.array(getattr(normalised, k)).reshape(3, 1, 1) for k in ("image_mean", "image_std"))
         return [_box(tile * std + mean, width, height) for tile in tiles]
+
+
+def boxes_of_grids(boxes: list[Box], grids: Sequence[tuple[int, int]], size: tuple[int, int]) -> list[Box]:
+    """The box of each grid that a receipt has of one image, whose tiles have ``boxes``; ``grids`` begin with its own.
+
+    LLaVA-OneVision resizes the grid of all tiles together where they are many: what is left is the grid of the
+    thumbnail, which comes first, and another one of the whole image.
+    """
+    resized = len(boxes) > 1 and len(grids) > 1 and grids[1] != grids[0]
+    return [boxes[0], [0, 0, *size]] if resized else boxes
 
 
 def _coordinates(width: int, height: int) -> Image.Image:
