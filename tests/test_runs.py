@@ -68,6 +68,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
+def on_disk(output: Path) -> int:
+    """Samples that a run has answered so far, those of a cell that is just being finished twice."""
+    done = [line for path in output.glob("cells/*/samples.jsonl") for line in path.read_text().splitlines()]
+    return len(done) + sum(len(read_parts(path)) for path in output.glob("cells/*"))
+
+
+def kill(process: subprocess.Popen[bytes], output: Path, enough: int, later: float = 0.0) -> bool:
+    """End a run without warning, ``later`` seconds after it has ``enough`` samples; False if it was finished before."""
+    until = time.monotonic() + 300
+    while on_disk(output) < enough and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    time.sleep(later)
+    running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return running
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nothing disturbed."""
@@ -114,23 +132,7 @@ def test_a_finished_run_asks_nothing_again(whole, monkeypatch):
 def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, monkeypatch):
     output = tmp_path / "run"
     process = start(tmp_path, output)
-    wanted = random.Random(os.getpid()).randint(
-        1, 17
-    )  # of 18 batches of POPE in the first cell and two of CHAIR
-
-    def on_disk() -> int:
-        done = [
-            json.loads(line)
-            for p in output.glob("cells/*/samples.jsonl")
-            for line in p.read_text().splitlines()
-        ]
-        return len(done) + sum(len(read_parts(path)) for path in output.glob("cells/*"))
-
-    until = time.monotonic() + 300
-    while on_disk() < 3 * wanted and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process, output, random.Random(os.getpid()).randint(1, 60))  # of 104 samples
     # a cell's samples are on disk before its parts go, so between the two they count twice
     known = {
         (path.name, name)
@@ -185,20 +187,11 @@ def test_torchrun_and_a_run_killed_over_and_over(whole, tmp_path):
         [*command, "-m", "vlm_prune", "run", str(path)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert contents(output) == contents(whole)
-    for number in range(8):
-        again = tmp_path / f"again-{number}"
-        draw = random.Random(number)
-        while True:
-            process = start(tmp_path / "again", again)
-            try:
-                process.communicate(timeout=draw.uniform(4, 14))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                continue
-            break
-        assert process.returncode == 0
-        assert contents(again) == contents(whole)
+    again, draw = tmp_path / "again", random.Random(5)
+    while kill(process := start(tmp_path, again), again, on_disk(again) + 1, draw.uniform(0, 0.5)):
+        pass
+    assert process.returncode == 0
+    assert contents(again) == contents(whole)
 
 
 def test_batch_size_changes_nothing(whole, tmp_path):
