@@ -222,7 +222,8 @@ class PrunedLayer(CacheLayerMixin):
 
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
     """The layers of a cache that a pruned prompt went through; empty for a stock cache."""
-    return [layer for layer in cache.layers if isinstance(layer, PrunedLayer)] if cache is not None else []
+    layers = getattr(cache, "layers", ())  # the paged cache of continuous batching has none
+    return [layer for layer in layers if isinstance(layer, PrunedLayer)]
 
 
 def wrap(cache: Cache, index: int) -> PrunedLayer:

@@ -128,8 +128,9 @@ class DecoderLayers:
         layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
         call.observed["layer"] = layer
         looked_at = number in self.modulated or (self.sites and call.rows is not None)
-        if looked_at and cache is not None and number < len(cache.layers) and is_static(cache.layers[number]):
-            call.observed["rows"] = stored_rows(cache.layers[number]) + hidden.shape[1]
+        stored = getattr(cache, "layers", ())[number : number + 1]
+        if looked_at and stored and is_static(stored[0]):
+            call.observed["rows"] = stored_rows(stored[0]) + hidden.shape[1]
         changed: dict[str, Any] = {}
         if under_way is None:
             kwargs = {name: x for name, x in kwargs.items() if name != RESUME}
@@ -418,7 +419,7 @@ class DecoderLayers:
         """After prefill, take dropped tokens out of earlier layers too; returns the rows that each layer now holds."""
         held = list(layer_rows)
         for number in self.trimmed:
-            if held[number].count > final.count:
+            if held[number] is not final:  # even of as many rows, where another sequence is the longest
                 trim(wrap(cache, number), held[number], final)
                 held[number] = final
         return held
@@ -435,10 +436,8 @@ def check_decoder(decoder: Any) -> None:
 
 
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:
-    if cache is None or number >= len(cache.layers):
-        return None
-    layer = cache.layers[number]
-    return layer if isinstance(layer, PrunedLayer) else None
+    stored = getattr(cache, "layers", ())[number : number + 1]
+    return stored[0] if stored and isinstance(stored[0], PrunedLayer) else None
 
 
 def _filled(call: ForwardCall, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -228,6 +228,12 @@ class Pruning:
             call.image_masks = [ids == token for token in self._anatomy.image_tokens]
         elif self._layers is not None and embeds is not None and embeds.shape[1] > 1:
             call.image_masks = self._placeholders(module, embeds)
+            if not call.image_masks:
+                raise UnsupportedCallError(
+                    f"inputs_embeds of {embeds.shape[1]} tokens, none of them an image placeholder: {self.name} acts "
+                    "on visual tokens inside the decoder and cannot tell which these are, or whether there are any. "
+                    "Pass input_ids and pixel_values instead."
+                )
 
     def _placeholders(self, base: Any, embeds: torch.Tensor) -> list[torch.Tensor]:
         """Where embeddings ``(batch, length, channels)`` are placeholders of each kind; empty if nowhere."""
