@@ -7,13 +7,14 @@ import torch
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tests.models import LAYOUTS, prompt, shared
+from tests.models import IMAGE, LAYOUTS, PACKED, prompt, shared
+from tests.packed import VIDEO
 from tests.policy_table import IN_DECODER, TABLE, options
 from tests.reference import CASES, budget, expect
 from tests.refusal import refuses
 from tests.test_generate import generate
 from tests.test_modes import exact_cache
-from tests.test_turns import CONVERSATIONS, all_pixels, follow_up
+from tests.test_turns import CONVERSATIONS, all_media, follow_up, new_media, said
 from vlm_prune import UnsupportedCallError, pruned
 from vlm_prune.versions import CACHE, cache_of
 
@@ -52,10 +53,9 @@ def test_a_conversation_in_it_gives_what_fresh_prompts_give(attention, kind, pol
         for number, rows in enumerate(later):
             turn, ids, mask = follow_up(output, mask, rows, family, seed=number + 5)
             turns.append(turn)
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            want = generate(model, {**inputs, "pixel_values": all_pixels(turns)})
-            new = {} if turn.pixels is None else {"pixel_values": turn.pixels}
-            output = generate(model, {**inputs, **new}, **{CACHE: cache})
+            inputs = said(family, ids, mask)
+            want = generate(model, {**inputs, **all_media(turns)})
+            output = generate(model, {**inputs, **new_media(model, turns), CACHE: cache})
             assert torch.equal(output, want)
 
 
@@ -117,16 +117,18 @@ def test_a_loop_of_my_own_with_a_static_cache(policy, family, positions):
     """Padding masks and no others, right padding, as in the loop with a growing cache."""
     model, batch = shared(family), prompt(family, LAYOUTS["ragged"], pad="right")
     _, short = expect(model, batch, policy, positions)
-    want = generate(model, short.inputs)
+    with short.given(model):
+        want = generate(model, short.inputs)
     last, mask, tokens = batch.mask.sum(-1) - 1, batch.mask, []
     with pruned(model, policy, positions=positions, **budget(policy)):
         cache = CACHES["static"](model)
         logits = model(**batch.inputs, **{CACHE: cache}).logits[torch.arange(len(last)), last]
+        ends = short.positions[1:].amax((0, 2)) if family in PACKED else last
         for step in range(6):
-            logits[:, 60] = -torch.inf
+            logits[:, [IMAGE, VIDEO]] = -torch.inf
             tokens.append(logits.argmax(-1))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            places = {"attention_mask": mask, "position_ids": (last + 1 + step)[:, None]}
+            places = {"attention_mask": mask, "position_ids": (ends + 1 + step)[:, None]}
             logits = model(input_ids=tokens[-1][:, None], **places, **{CACHE: cache}).logits[:, -1]
     assert torch.stack(tokens, 1).tolist() == want.tolist()
 

@@ -7,6 +7,7 @@ that acts in the decoder what it gives in the default mode, which other tests co
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ import torch
 from transformers import Cache, StaticCache, StoppingCriteriaList, cache_utils
 from transformers.cache_utils import QuantizedLayer
 
-from tests.models import IMAGE, LAYOUTS, PAD, VOCAB, prompt, shared
+from tests.models import ARRANGED, FAMILIES, IMAGE, LAYOUTS, PACKED, PAD, VOCAB, prompt, shared
+from tests.packed import VIDEO
 from tests.policy_table import IN_DECODER, options
-from tests.reference import CASES, budget, expect
+from tests.reference import CASES, POLICIES, budget, expect
 from vlm_prune import pruned
 from vlm_prune.versions import CACHE
 
@@ -91,17 +93,27 @@ def _offload_on_the_cpu(monkeypatch):
 def generate(model, inputs, mode, **more):
     torch.manual_seed(7)
     chosen = MODES[mode](model) if callable(MODES[mode]) else MODES[mode]
-    fixed = {"max_new_tokens": STEPS, "pad_token_id": PAD, "suppress_tokens": [IMAGE]}
+    fixed = {"max_new_tokens": STEPS, "pad_token_id": PAD, "suppress_tokens": [IMAGE, VIDEO]}
     return model.generate(**inputs, **fixed | chosen | more)
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if m != "quantized-cache-fp8" or HAS_FP8])
-@pytest.mark.parametrize(("policy", "family", "positions"), CASES)
+def everything():
+    """Each policy and family in each mode: a few by default, all of them among the slow tests."""
+    modes = [m for m in MODES if m != "quantized-cache-fp8" or HAS_FP8]
+    families = [*FAMILIES, *ARRANGED, *PACKED]
+    for family, policy, mode in product(families, [p for p in POLICIES if p != "none"], modes):
+        positions = next((p for name, f, p in CASES if (name, f) == (policy, family)), "original")
+        quick = (policy, family, positions) in CASES
+        yield pytest.param(family, policy, positions, mode, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "policy", "positions", "mode"), everything())
 def test_equals_the_shortened_prompt(mode, policy, family, positions):
     model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
     with torch.no_grad():
         _, short = expect(model, batch, policy, positions)
-    want = generate(model, short.inputs, "greedy" if mode == "no-cache" else mode)
+    with short.given(model):
+        want = generate(model, short.inputs, "greedy" if mode == "no-cache" else mode)
     with pruned(model, policy, positions=positions, **budget(policy)):
         ours = generate(model, batch.inputs, mode)
     assert torch.equal(ours[:, batch.ids.shape[1] :], want)
@@ -119,7 +131,10 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("mode", PLAIN)
-@pytest.mark.parametrize("family", ["llava", "internvl"])
+@pytest.mark.parametrize(
+    "family",
+    ["llava", *(pytest.param(f, marks=pytest.mark.slow) for f in ("internvl", "llava_next", "qwen3_vl"))],
+)
 @pytest.mark.parametrize("policy", IN_DECODER)
 def test_equals_a_plain_cache(policy, family, mode):
     model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
