@@ -38,6 +38,7 @@ def inspect(
     model: Annotated[str, typer.Option(help="A shipped test model, a folder or a hub name.")] = "tiny-llava",
     tokens: Annotated[int | None, typer.Option(help="Visual tokens to keep per image or tile.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, instead.")] = None,
+    per: Annotated[str | None, typer.Option(help="What the budget is for: tile, or image.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the policy, as name=value; may be repeated.")
     ] = None,
@@ -65,7 +66,8 @@ def inspect(
         picture = open_image(image)
         settings = settings or own_settings(policy, model)
         make_policies(policy, settings)  # a wrong name or setting shall not wait for the weights
-        options = settings | {name: n for name, n in (("tokens", tokens), ("ratio", ratio)) if n is not None}
+        budget = {"tokens": tokens, "ratio": ratio, "per": per}
+        options = settings | {name: value for name, value in budget.items() if value is not None}
         opened, processor = open_model(model)
         found = look(
             opened, processor, picture, prompt, policy, options, name=model, max_new_tokens=max_new_tokens

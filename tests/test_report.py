@@ -18,6 +18,7 @@ from vlm_prune.eval.report import write_report
 from vlm_prune.eval.report.charts import INKS, Point, pareto_svg
 from vlm_prune.eval.report.overlay import outside, plates, veil
 from vlm_prune.eval.report.pareto import pareto_front
+from vlm_prune.eval.report.results import budget_text
 from vlm_prune.eval.report.samples import kept_bits, spread
 
 # --- the Pareto front ---
@@ -248,6 +249,19 @@ def test_images_that_are_gone_are_named(tmp_path):
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     assert [image["missing"] for image in json.loads(page.scripts[0])["images"]] == ["", "images/1.png"]
     assert "Images that could not be read" in "".join(page.texts)
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        ({"ratio": 0.125}, "12.5 %"),
+        ({"tokens": 64}, "64 tokens"),
+        ({"tokens": 64, "per": "image"}, "64 tokens per image"),
+        ({}, "–"),  # noqa: RUF001
+    ],
+)
+def test_budgets_as_people_write_them(budget, text):
+    assert budget_text(budget) == text
 
 
 def test_cells_with_other_samples_are_refused(tmp_path):

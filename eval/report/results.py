@@ -132,10 +132,11 @@ class Results:
 
 
 def budget_text(budget: dict[str, Any]) -> str:
-    """A budget as people write it: "25 %", "64 tokens", or a dash if there is none."""
-    if "ratio" in budget:
-        return f"{100 * budget['ratio']:.3g} %"
-    return f"{budget['tokens']} tokens" if "tokens" in budget else "–"  # noqa: RUF001
+    """A budget as people write it: "25 %", "64 tokens", "64 tokens per image", or a dash if there is none."""
+    share = f"{100 * budget['ratio']:.3g} %" if "ratio" in budget else ""
+    count = f"{budget['tokens']} tokens" if "tokens" in budget else ""
+    per = f"per {budget['per']}" if "per" in budget else ""
+    return " ".join(filter(None, (share, count, per))) or "–"  # noqa: RUF001
 
 
 def read_results(folder: RunFolder) -> Results:
