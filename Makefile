@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick oracle results train-tiny kernels card clean
+.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick bench bench-check results train-tiny kernels card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -92,8 +92,12 @@ demo: $(READY) ## prune two trained models at five budgets, under 5 minutes: run
 demo-quick: $(READY) ## the same, smaller, under a minute
 	$(VENV)/bin/vlm-prune demo --quick
 
-oracle: $(READY) ## prefill of a pruned prompt against a prompt that never had the tokens
-	$(VENV)/bin/vlm-prune oracle
+bench: $(READY) ## speed and memory at the shapes of LLaVA-1.5-7B, and the bounds: runs/bench/ (minutes; 8 GB)
+	$(VENV)/bin/vlm-prune bench --preset llava-1.5-7b --require
+
+bench-check: $(READY) ## no ratio worse than in the benchmark that is committed
+	$(VENV)/bin/vlm-prune bench --preset quick --tokens 64 --tokens 192 --rounds 25 --threads 1 \
+		--check eval/bench/baseline.json
 
 results: $(READY) ## every policy on the shipped models (about half an hour): docs/results.md, docs/policies.md
 	$(VENV)/bin/vlm-prune run examples/results-tiny.yaml --page docs/results.md

@@ -24,11 +24,11 @@ def call(*arguments: str):
 def test_help_names_every_command():
     result = call("--help")
     assert result.exit_code == 0
-    for command in ("demo", "policies", "families", "oracle", *ELSEWHERE):
+    for command in ("demo", "policies", "families", *ELSEWHERE):
         assert command in result.output
 
 
-@pytest.mark.parametrize("command", ["demo", "oracle", *ELSEWHERE])
+@pytest.mark.parametrize("command", ["demo", *ELSEWHERE])
 def test_every_command_has_help(command):
     result = call(command, "--help")
     assert result.exit_code == 0
@@ -108,13 +108,6 @@ def test_pope_scores_files(tmp_path):
     result = call("pope", "--questions", str(questions), "--answers", str(answers), "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["accuracy"] == 0.5
-
-
-def test_oracle_does_the_same_work():
-    result = call("oracle", "--hidden", "64", "--layers", "1", "--rounds", "1", "--bound", "100")
-    assert result.exit_code == 0, result.output
-    assert "prefill at 64 of 576 visual tokens" in result.output
-    assert float(re.search(r"hidden states: (\S+)\)", result.output)[1]) < 1e-4
 
 
 def test_cli_imports_no_evaluation():

@@ -22,6 +22,7 @@ ELSEWHERE = {
     **dict.fromkeys(("pope", "pope-questions", "chair"), "scores_cli"),
     **dict.fromkeys(("train-exit", "tune"), "learn_cli"),
     **dict.fromkeys(("report", "inspect"), "report_cli"),
+    "bench": "bench.cli",
     "lmms-tasks": "lmms.cli",
 }
 """Commands that live in other modules of ``vlm_prune.eval``."""
@@ -203,25 +204,6 @@ def run(
         if page is not None and done.processes.first:
             publish(done.lines(), page, tasks_of(done.finished_rows()))
     if done.failed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def oracle(
-    tokens: Annotated[int, typer.Option(help="Visual tokens kept, of 576.")] = 64,
-    hidden: Annotated[int, typer.Option(help="Width of the language model.")] = 1024,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed rounds, each one prefill of either kind.")] = 40,
-    bound: Annotated[float, typer.Option(help="Exit with 1 if the ratio of the medians is above.")] = 1.03,
-) -> None:
-    """Time the prefill of a pruned prompt against one that never had the dropped tokens."""
-    with plain_errors():
-        from .eval.oracle import compare
-
-        result = compare(tokens=tokens, hidden=hidden, layers=layers, rounds=rounds)
-    console.print(str(result), highlight=False, soft_wrap=True)
-    if result.ratio > bound:
-        typer.echo(f"above the bound of {bound}", err=True)
         raise typer.Exit(1)
 
 

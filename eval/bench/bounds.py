@@ -1,0 +1,188 @@
+"""The bounds that pruning has to keep at the shapes of LLaVA-1.5-7B: measured, with what each is measured against."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vlm_prune import pruned, stream
+from vlm_prune.eval.bench.clock import interleaved, spent_in
+from vlm_prune.eval.bench.speed import Row
+from vlm_prune.eval.bench.subject import Subject
+from vlm_prune.flops import tower_flops
+from vlm_prune.policies.scores import attention_mass
+from vlm_prune.policies.views import AttentionView, FeaturesView
+from vlm_prune.registry import POLICIES, find_anatomy, policy_class
+
+GROWTH = (576, 1152, 2304, 4608, 11520)
+"""Visual tokens at which the growth of cost is measured."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """``value`` shall be at most ``limit``."""
+
+    name: str
+    value: float
+    limit: float
+    against: str
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is."""
+        return self.value <= self.limit
+
+
+@torch.no_grad()
+def bounds(subject: Subject, rows: list[Row], rounds: int) -> Iterator[Bound]:
+    """Measure all of them; ``rows`` are those of `speed.speed`."""
+    for row in rows:
+        if row.prefill_over_oracle is not None and row.decode_over_oracle is not None:
+            at = f"{row.policy} at {row.tokens}"
+            yield Bound(f"prefill, {at}", row.prefill_over_oracle, 1.02, "oracle")
+            yield Bound(f"decode step, {at}", row.decode_over_oracle, 1.02, "oracle")
+    dense = rows[0].prefill_ms / subject.layers * subject.preset.depth
+    for name in POLICIES:
+        if policy_class(name).stages != ("encode",) or policy_class(name).reads_cls:
+            spent = scoring_ms(subject, name, max(3, rounds // 3))
+            if spent is not None:
+                against = f"dense prefill of all {subject.preset.depth} layers"
+                yield Bound(f"scoring, {name}", spent / dense, 0.02, against)
+    yield flowcut_tower(subject, rounds)
+    yield from selection(subject, rounds)
+    yield import_time()
+    yield from growth(rounds)
+
+
+def scoring_ms(subject: Subject, name: str, rounds: int) -> float | None:
+    """Milliseconds in a policy's own methods for one prompt, at the published depth; ``None`` if it has none there.
+
+    Calls between decoder layers are measured on the layers built, and counted for as many layers as the policy asks at
+    the published depth.
+    """
+    kind, depth = policy_class(name), subject.preset.depth
+    settings = (
+        {"k": 1} if "k" in kind.__dataclass_fields__ else {}
+    )  # FastV's layer, among the few that were built
+    try:
+        policy = kind(**settings)
+        budget = {"ratio": 1 / 9} if policy.prunes else {}
+        with pruned(subject.model, [policy], **budget):
+            owner = type(subject.model.pruning.policies[0])
+            stages = ("encode", "encode_final", "prefill", "modulate")
+            total = 0.0
+            for stage in stages:
+                with spent_in(owner, (stage,)) as calls:
+                    for _ in range(rounds):
+                        subject.model(**subject.inputs, use_cache=True, logits_to_keep=1)
+                if not calls:
+                    continue
+                asked = {"prefill": policy.prefill_layers, "modulate": policy.modulate_layers}.get(stage)
+                there = len(asked(subject.layers)) if asked else 1
+                planned = len(asked(depth)) if asked else 1
+                each = sorted(sum(calls[i::rounds]) for i in range(rounds))[rounds // 2]
+                total += each / max(there, 1) * planned
+    except ValueError:  # a policy that needs more layers than were built, or files that are not there
+        return None
+    return total
+
+
+def flowcut_tower(subject: Subject, rounds: int) -> Bound:
+    """FlowCut's tower against the time that its schedule's operations would take at the dense tower's speed."""
+    model, encode = subject.model, subject.encode()
+    tower = find_anatomy(model).tower
+
+    def ours() -> float:
+        with pruned(model, "flowcut", tokens=subject.preset.tokens):
+            return interleaved({"run": encode}, 1, warm=0)["run"].median
+
+    times = interleaved({"ours": ours, "dense": encode}, rounds)
+    with pruned(model, "flowcut", tokens=subject.preset.tokens):
+        encode()
+        receipt = model.pruning.receipt
+    share = tower_flops(tower.width, tower.weights, receipt.tower_segments) / tower_flops(
+        tower.width, tower.weights, receipt.tower_segments_dense
+    )
+    return Bound(
+        "FlowCut's tower", times["ours"].over(times["dense"]) / share, 1.03, "operations of its schedule"
+    )
+
+
+def selection(subject: Subject, rounds: int) -> Iterator[Bound]:
+    """AgilePruner's and DivPrune's choice against the matrix product, and eigenvalues, in their definition."""
+    generator = torch.Generator().manual_seed(4)
+    channels = subject.decoder.config.hidden_size
+    features = torch.randn(1, 576, channels, generator=generator)
+    carry = {"cls_attention": torch.rand(1, 576, generator=generator)}
+    keys = torch.zeros(1, dtype=torch.int64)
+
+    def choose(name: str) -> Callable[[], None]:
+        view = FeaturesView(features, (24, 24), 64, keys, None, carry)
+        return lambda: policy_class(name)().encode_final(view) and None
+
+    def product() -> torch.Tensor:
+        return features @ features.mT
+
+    def product_and_eigenvalues() -> None:
+        torch.linalg.eigvalsh(product())
+
+    for name, least, against in (
+        ("divprune", lambda: product() is None or None, "matrix product"),
+        ("agilepruner", product_and_eigenvalues, "matrix product and eigenvalues"),
+    ):
+        times = interleaved({"ours": choose(name), "least": least}, max(rounds, 10))
+        yield Bound(f"selection, {name}", times["ours"].over(times["least"]), 1.2, against)
+
+
+def import_time() -> Bound:
+    """Seconds that ``import vlm_prune`` takes once torch and transformers are imported."""
+    code = (
+        "import torch, transformers, time; a = time.perf_counter(); import vlm_prune; "
+        "print(time.perf_counter() - a)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    return Bound("import vlm_prune, s", sorted(float(run.stdout) for run in runs)[1], 1.0, "0")
+
+
+def growth(rounds: int) -> Iterator[Bound]:
+    """Cost per visual token at 11,520 of them, over that at 576."""
+    for name, build in ADDED.items():
+        times = interleaved({str(n): build(n) for n in GROWTH}, max(rounds, 10))
+        per_token = [times[str(n)].median / n for n in GROWTH]
+        curve = ", ".join(f"{n}: {times[str(n)].median:.2f} ms" for n in GROWTH)
+        yield Bound(f"growth, {name}", per_token[-1] / per_token[0], 1.2, curve)
+
+
+def _stream(tokens: int) -> Callable[[], None]:
+    """Opening, finding and closing holes, and restoring the length: one in nine tokens stays, 1024 channels."""
+    embeds = torch.randn(1, tokens, 1024)
+    index = torch.arange(0, tokens, 9)[None]
+    rows = embeds.gather(1, index[..., None].expand(-1, -1, 1024))
+
+    def run() -> None:
+        holed = stream.open_holes(rows, index, tokens, None)
+        order = stream.live_order(~stream.find_holes(holed), index.shape[1])
+        stream.restore(stream.compact(holed, order), order, tokens, None)
+
+    return run
+
+
+def _mass(tokens: int) -> Callable[[], None]:
+    """Attention of 16 rows of text to all visual tokens, 32 heads of 128."""
+    rows = tokens + 16
+    query, key = torch.randn(1, 32, rows, 128), torch.randn(1, 32, rows, 128)
+    view = AttentionView(query, key, key, 128**-0.5, has_cls=False)
+    voters = torch.zeros(1, rows, dtype=torch.bool)
+    voters[:, tokens:] = True
+    return lambda: attention_mass(view, voters, width=16) and None
+
+
+ADDED: dict[str, Callable[[int], Callable[[], None]]] = {"token stream": _stream, "attention mass": _mass}
+"""What every call adds, and what policies of the prefill stage add."""

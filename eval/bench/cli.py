@@ -1,0 +1,98 @@
+"""``vlm-prune bench``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+
+from vlm_prune import __version__
+from vlm_prune.eval.bench.bounds import Bound, bounds
+from vlm_prune.eval.bench.presets import PRESETS, TEXT_TOKENS
+from vlm_prune.eval.bench.report import bounds_table, plot, regressions, table
+from vlm_prune.eval.bench.speed import speed
+from vlm_prune.eval.bench.subject import Subject
+from vlm_prune.registry import did_you_mean
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    preset: Annotated[str, typer.Option(help=f"Layer shapes: {', '.join(PRESETS)}.")] = "llava-1.5-7b",
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Policies; uniform and flowcut by default.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Visual tokens kept per tile.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Decoder layers to build, instead of the preset's.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda"
+    if torch.cuda.is_available()
+    else "cpu",
+    require: Annotated[
+        bool, typer.Option("--require", help="Measure the bounds; exit 1 if one is missed.")
+    ] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="An earlier bench.json; exit 1 if a ratio got worse.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.svg.")] = Path("runs/bench"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print bench.json instead of tables.")] = False,
+) -> None:
+    """Measure speed, memory and operations of pruning, against no pruning and against an oracle."""
+    console = Console(stderr=as_json)
+    console.width = max(console.width, 132)  # a table that wraps cannot be read
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r}. {did_you_mean(preset, PRESETS)}", param_hint="--preset")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16", param_hint="--dtype")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    subject = Subject.of(preset, layers, getattr(torch, dtype), device)
+    shapes = subject.preset
+    title = (
+        f"{preset}: {shapes.model}, {subject.layers} of {shapes.depth} decoder layers and {shapes.tower_layers} vision "
+        f"layers, random weights, {dtype} on {device}, {torch.get_num_threads()} threads; {subject.visual} visual and "
+        f"{TEXT_TOKENS} text tokens"
+    )
+    console.print(title)
+    rows = speed(subject, policy or ["uniform", "flowcut"], tokens or [shapes.tokens], rounds, device)
+    found: list[Bound] = list(bounds(subject, rows, rounds)) if require else []
+    result = {
+        "title": title,
+        "versions": {
+            "vlm_prune": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "machine": platform.machine(),
+        },
+        "rows": [row.json() for row in rows],
+        "bounds": [{**vars(bound), "kept": bound.kept} for bound in found],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(rows, title.split(";")[0], out / "bench.svg")
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        console.print(table(rows))
+        console.print("in brackets: share of the dense model's")
+        if found:
+            console.print(bounds_table(found))
+        console.print(f"{out / 'bench.json'}, {out / 'bench.svg'}")
+    problems = [f"missed: {b.name} {b.value:.3f}, limit {b.limit}" for b in found if not b.kept]
+    if check is not None:
+        problems += regressions(rows, json.loads(check.read_text(encoding="utf-8")))
+    for problem in problems:
+        console.print(f"[red]{problem}")
+    if problems:
+        raise typer.Exit(1)

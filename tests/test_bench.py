@@ -1,0 +1,135 @@
+"""The benchmark on a model of toy size: what it measures and when it fails, not how fast anything is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+from vlm_prune.cli import app
+from vlm_prune.eval.bench import bounds, cli, presets
+from vlm_prune.eval.bench.clock import LiveBytes, Times, interleaved, spent_in
+from vlm_prune.eval.bench.report import regressions
+from vlm_prune.eval.bench.speed import speed
+from vlm_prune.eval.bench.subject import Subject
+
+
+def toy(layers, tower):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=tower, image_size=84, patch_size=14)
+    text = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=32064)
+    return LlavaForConditionalGeneration, LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=presets.IMAGE
+    )
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch):
+    image = presets._pixels(1, 3, 84, 84)
+    monkeypatch.setitem(presets.PRESETS, "quick", presets.Preset("a toy", 8, 2, 4, 9, image, toy))
+
+
+def bench(*more):
+    return CliRunner().invoke(app, ["bench", "--preset", "quick", "--rounds", "2", *more])
+
+
+def test_rows_add_up():
+    subject = Subject.of("quick", None, torch.float32, "cpu")
+    dense, ours = speed(subject, ["uniform"], [9], 2, "cpu")
+    assert (dense.tokens, dense.prompt_rows) == (36, 36 + presets.TEXT_TOKENS)
+    assert (ours.tokens, ours.prompt_rows) == (9, 9 + presets.TEXT_TOKENS)
+    assert ours.flops == ours.flops_formula < dense.flops
+    assert ours.kv_bytes * dense.prompt_rows == dense.kv_bytes * ours.prompt_rows
+    assert 0 < ours.peak_bytes < dense.peak_bytes
+    assert ours.prefill_over_oracle is not None
+    assert subject.model.__dict__.get("pruning") is None
+
+
+def test_the_oracle_computes_what_the_pruned_prefill_computes():
+    subject = Subject.of("quick", None, torch.float32, "cpu")
+    shortened = subject.shortened("flowcut", {"tokens": 9})
+    with torch.no_grad():
+        want = subject.decoder(**shortened).last_hidden_state
+        from vlm_prune import pruned
+
+        with pruned(subject.model, "flowcut", tokens=9):
+            rows = subject.model.model(**subject.inputs).last_hidden_state
+    live = rows[rows.abs().sum(-1) > 0][None]
+    torch.testing.assert_close(live, want)
+
+
+def test_command_line(tmp_path, monkeypatch):
+    first = bench("--out", str(tmp_path), "--tokens", "9", "--json")
+    result = json.loads(first.stdout[first.stdout.index("{") :])
+    assert first.exit_code == 0
+    assert [row["policy"] for row in result["rows"]] == ["dense", "uniform", "flowcut"]
+    assert (tmp_path / "bench.svg").stat().st_size > 1000
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert stored == result
+    stored["rows"][1]["kv_over_dense"] = 0.1
+    (tmp_path / "before.json").write_text(json.dumps(stored))
+    worse = bench("--out", str(tmp_path), "--tokens", "9", "--check", str(tmp_path / "before.json"))
+    assert worse.exit_code == 1
+    assert "uniform at 9: kv_over_dense" in worse.output.replace("\n", " ")
+    assert bench("--out", str(tmp_path), "--preset", "quack").exit_code == 2
+    for value, code in ((1.0, 0), (1.1, 1)):
+        made = [bounds.Bound("prefill", value, 1.02, "oracle")]
+        monkeypatch.setattr(cli, "bounds", lambda *given, made=made: iter(made))
+        assert bench("--out", str(tmp_path), "--tokens", "9", "--require").exit_code == code
+
+
+def test_bounds_are_measured(monkeypatch):
+    monkeypatch.setattr(bounds, "GROWTH", (64, 128))
+    subject = Subject.of("quick", None, torch.float32, "cpu")
+    rows = speed(subject, ["uniform"], [9], 2, "cpu")
+    found = {bound.name: bound for bound in bounds.bounds(subject, rows, 2)}
+    assert {"prefill, uniform at 9", "decode step, uniform at 9", "FlowCut's tower"} <= set(found)
+    assert {"scoring, fastv", "scoring, flowcut", "scoring, vhr", "selection, agilepruner"} <= set(found)
+    assert all(bound.value > 0 for bound in found.values())
+
+
+def test_ratios_are_taken_round_by_round():
+    assert Times([2.0, 20.0, 2.2]).over(Times([1.0, 10.0, 1.0])) == 2.0
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: 3.0}, rounds=2, warm=1)
+    assert times["b"].rounds == [3.0, 3.0]
+    assert len(order) == 3
+
+
+def test_time_in_methods_is_counted_and_they_come_back():
+    class Base:
+        def work(self):
+            return 1
+
+    class Mine(Base):
+        pass
+
+    with spent_in(Mine, ("work",)) as calls:
+        assert Mine().work() == 1
+    assert len(calls) == 1
+    assert "work" not in vars(Mine)
+
+
+def test_live_bytes_forget_what_is_gone():
+    with LiveBytes() as live:
+        a = torch.ones(1000)
+        b = torch.ones(1000) + a
+        del a
+        c = b.view(10, 100) * 2
+        del b, c
+    assert live.held == 0
+    assert live.peak == 3 * 4000
+
+
+def test_only_what_got_worse_is_a_regression():
+    subject = Subject.of("quick", None, torch.float32, "cpu")
+    row = speed(subject, ["uniform"], [9], 2, "cpu")[1]
+    row = dataclasses.replace(row, prefill_over_oracle=1.01, decode_over_oracle=1.0)
+    before = {"rows": [{**row.json(), "prefill_over_oracle": 0.97}]}
+    assert regressions([row], before) == []
+    slow = dataclasses.replace(row, prefill_over_oracle=1.05)
+    assert len(regressions([slow], before)) == 1
