@@ -18,6 +18,7 @@ from vlm_prune.encode import content_key
 from vlm_prune.packed import window_order
 from vlm_prune.policies.baselines import Random
 from vlm_prune.policies.fastv import FastV
+from vlm_prune.policies.pooling import grid_places, shrink
 from vlm_prune.versions import cache_of
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -109,7 +110,7 @@ def test_images_and_videos_share_a_receipt(composition, family):
 
 
 @often
-@pytest.mark.parametrize("policy", [*sorted(set(TABLE) - {"downsample"}), "flowcut+vhr", "visionzip+fastv"])
+@pytest.mark.parametrize("policy", [*sorted(TABLE), "flowcut+vhr", "visionzip+fastv"])
 def test_every_policy_on_mixed_sizes_in_a_batch_and_alone(policy, family):
     model, batch, more = shared(family), prompt(family, MIXED), options(policy)
     stock = model(**batch.inputs).logits
@@ -316,11 +317,49 @@ def test_released_flowcut_leaves_the_tower_alone_where_twice_the_budget_fits():
         assert int(((batch.ids == IMAGE) & output.logits.any(-1)).sum()) == 8
 
 
+# --- smaller images ---
+
+
+def cut(picture):
+    """Patches of a picture ``(3, height, width)``, as processors make them."""
+    rows, columns = (n // PATCH for n in picture.shape[1:])
+    order = [
+        (r + i, c + j)
+        for r in range(0, rows, MERGE)
+        for c in range(0, columns, MERGE)
+        for i in range(MERGE)
+        for j in range(MERGE)
+    ]
+    boxes = [picture[:, r * PATCH : (r + 1) * PATCH, c * PATCH : (c + 1) * PATCH] for r, c in order]
+    return torch.stack([box[:, None].expand(-1, FRAMES, -1, -1).flatten() for box in boxes])
+
+
+@families
+def test_downsample_shows_the_tower_smaller_images(family):
+    model, generator = shared(family), torch.Generator().manual_seed(3)
+    pictures = [torch.randn(3, 32, 32, generator=generator), torch.randn(3, 16, 48, generator=generator)]
+    patches = torch.cat([cut(picture) for picture in pictures])
+    sizes = torch.tensor([[1, 8, 8], [1, 4, 12]])
+    small = [shrink(pictures[0][None], 16, 16)[0], shrink(pictures[1][None], 8, 24)[0]]
+    grids = torch.tensor([[1, 4, 4], [1, 2, 6]])
+    want = model.model.get_image_features(torch.cat([cut(x) for x in small]), grids)
+    with pruned(model, "downsample", ratio=0.25):
+        ours = model.model.get_image_features(patches, sizes)
+        assert model.pruning.receipt.kept == [grid_places((4, 4), (2, 2)), grid_places((2, 6), (1, 3))]
+    for a, b, count in zip(ours.pooler_output, want.pooler_output, (16, 12), strict=True):
+        assert len(a) == count
+        torch.testing.assert_close(a[~a[:, 0].isnan()], b, **CLOSE)
+    for layer, expected in zip(
+        getattr(ours, "deepstack_features", []), getattr(want, "deepstack_features", []), strict=True
+    ):
+        for a, b in zip(layer, expected, strict=True):
+            torch.testing.assert_close(a[~a[:, 0].isnan()], b, **CLOSE)
+
+
 # --- what is refused ---
 
 REFUSED = {
     "compact": (PACKED, {"policy": "flowcut", "positions": "compact"}, "place in the image"),
-    "downsample": (PACKED, {"policy": "downsample"}, "max_pixels"),
     "released": (["qwen2_5_vl", "qwen3_vl"], {"policy": "flowcut", "compat": "official"}, "qwen2_vl only"),
 }
 

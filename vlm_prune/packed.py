@@ -98,12 +98,6 @@ class PackedEncoder(EncodeStage):
                 "the released code cuts single patches before they are merged, and there is none for this family's "
                 'tower. Leave compat at its default, which drops whole units, or take "qwen2_vl".'
             )
-        for policy in policies:
-            if type(policy).tower_grid is not Policy.tower_grid:
-                raise ValueError(
-                    f"{policy.name} shows the tower a smaller image, and here the processor does that: give it a "
-                    'smaller max_pixels, or choose "pool".'
-                )
 
     @property
     def group(self) -> int:
@@ -128,7 +122,9 @@ class PackedEncoder(EncodeStage):
 
     # --- inside the tower ---
 
-    def enter_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_tower(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin an encode call."""
         self.check_recompute()
         given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
@@ -142,18 +138,53 @@ class PackedEncoder(EncodeStage):
             stopwatch=Stopwatch(pixels.device),
             receipt=self.session.new_receipt(grids, targets),
         )
-        call.state = self._begin(call)
         set_encode(call)
+        shown = [self._shown(grid, target) for grid, target in zip(grids, targets, strict=True)]
+        call.state = self._begin(call, shown)
+        if shown == grids:
+            return None
+        merge, sizes = self.tower.merge, given["grid_thw"].clone()
+        firsts = [0, *accumulate(sizes[:, 0].tolist())][:-1]  # frames of a video are shown alike
+        sizes[:, 1:] = torch.tensor([shown[first] for first in firsts]).to(sizes) * merge
+        smaller = [self._shrink(call, i, small) for i, small in enumerate(shown)]
+        return (), {**given, "hidden_states": torch.cat(smaller), "grid_thw": sizes}
 
-    def _begin(self, call: EncodeCall) -> PackedState:
-        sizes = [units * self.tower.merge**2 for units in call.units]
-        tiles = []
-        for grid, size, end in zip(call.grids, sizes, accumulate(sizes), strict=True):
-            alive = torch.arange(end - size, end, device=call.pixels.device)
-            raster = None
-            if self.tower.window is not None:
-                raster = window_order(grid, self.tower.window, call.pixels.device)
-            tiles.append(Tile(end - size, alive, raster))
+    def _shown(self, grid: tuple[int, int], target: int) -> tuple[int, int]:
+        """Rows and columns of units of a tile as the tower sees it."""
+        if target == grid[0] * grid[1]:
+            return grid
+        shapes = (policy.tower_grid(grid, target) for policy in self.policies)
+        return next((shape for shape in shapes if shape is not None), grid)
+
+    def _shrink(self, call: EncodeCall, i: int, small: tuple[int, int]) -> torch.Tensor:
+        """The patches of a tile at the size that makes a ``small`` grid of units."""
+        from .policies.pooling import shrink  # importing the package imports no policy
+
+        if small == call.grids[i]:
+            return self._patches(call, i)[0]
+        frames = patches_to_frames(self._patches(call, i)[0], call.grids[i], self.tower.merge, *self._cut_in)
+        side = self.tower.merge * self._cut_in[1]
+        return frames_to_patches(
+            shrink(frames, small[0] * side, small[1] * side), small, self.tower.merge, *self._cut_in
+        )
+
+    @property
+    def _cut_in(self) -> tuple[int, int]:
+        """Frames of a patch, and its side in pixels."""
+        config: Any = self.tower.module.config
+        return int(config.temporal_patch_size), int(config.patch_size)
+
+    def _begin(self, call: EncodeCall, shown: list[tuple[int, int]]) -> PackedState:
+        from .policies.pooling import grid_places
+
+        sizes = [rows * columns * self.tower.merge**2 for rows, columns in shown]
+        tiles, device = [], call.pixels.device
+        for grid, small, size, end in zip(call.grids, shown, sizes, accumulate(sizes), strict=True):
+            raster = None if self.tower.window is None else window_order(small, self.tower.window, device)
+            if small != grid:
+                places = torch.tensor(grid_places(grid, small), device=device)
+                raster = places if raster is None else places[raster]
+            tiles.append(Tile(end - size, torch.arange(end - size, end, device=device), raster))
         return PackedState(tiles, sum(sizes))
 
     def enter_layer(
@@ -275,12 +306,10 @@ class PackedEncoder(EncodeStage):
         """A tile as a picture, ``(1, channels, height, width)``; of a video frame the mean of those it was made of."""
         known: dict[int, torch.Tensor] = call.state.pixels
         if i not in known:
-            config: Any = self.tower.module.config
-            (rows, columns), merge, patch = call.grids[i], self.tower.merge, int(config.patch_size)
-            frames = int(config.temporal_patch_size)
-            x = self._patches(call, i).view(rows, columns, merge, merge, -1, frames, patch, patch)
-            x = x.mean(5).permute(4, 0, 2, 5, 1, 3, 6)
-            known[i] = x.reshape(1, -1, rows * merge * patch, columns * merge * patch)
+            frames = patches_to_frames(
+                self._patches(call, i)[0], call.grids[i], self.tower.merge, *self._cut_in
+            )
+            known[i] = frames.mean(0, keepdim=True)
         return known[i]
 
     # --- around the merger ---
@@ -357,8 +386,8 @@ class PackedEncoder(EncodeStage):
         return left
 
     def _patches(self, call: EncodeCall, i: int) -> torch.Tensor:
-        begin, group = call.state.tiles[i].begin, self.tower.merge**2
-        return call.pixels[None, begin : begin + call.units[i] * group]
+        begin, end = (sum(call.units[:n]) * self.tower.merge**2 for n in (i, i + 1))
+        return call.pixels[None, begin:end]
 
     def _reopen(self, state: PackedState, rows: torch.Tensor) -> torch.Tensor | None:
         """``rows`` ``(living units, channels)`` among all units of the sequence."""
@@ -389,13 +418,28 @@ class PackedEncoder(EncodeStage):
             if len(hidden) == len(state.alive):
                 opened = stream.open_holes(hidden[None], state.alive[None], state.patches, None)
                 output.last_hidden_state = opened[0]
+        if sum(tile.count for tile in state.tiles) < sum(call.units) * self.tower.merge**2:
             call.keeps = [self._units(tile) for tile in state.tiles]
+            if not state.shortened:  # smaller images were shown, and stock code made all their tokens
+                self._enlarge(call, output)
         call.carry, call.state = self._carried(call), None
         call.receipt.record_tower(call, _lengths(state.segments), _lengths(state.segments_dense))
         self.session.publish(call.receipt)
         let_ride(output, call)
         if (forward := current_forward()) is not None:
             forward.add_encoded(call)
+
+    def _enlarge(self, call: EncodeCall, output: Any) -> None:
+        """Spread the tokens of smaller images over the places that the prompt has for them."""
+        ends = [0, *accumulate(call.units)]
+        places = torch.cat([n + self._numbers(tile) for n, tile in zip(ends, call.state.tiles, strict=False)])
+
+        def spread(rows: torch.Tensor) -> torch.Tensor:
+            return stream.open_holes(rows[None], places[None], ends[-1], None)[0]
+
+        output.pooler_output = spread(output.pooler_output)
+        if self.tower.deepstack:
+            output.deepstack_features = [spread(rows) for rows in output.deepstack_features]
 
     def _carried(self, call: EncodeCall) -> dict[str, torch.Tensor]:
         """What policies left per unit, as the rows that the language model gets: ``(rows of all tiles,)``."""
@@ -412,6 +456,27 @@ class PackedEncoder(EncodeStage):
                 parts.append(full)
             carried[name] = torch.cat(parts)
         return carried
+
+
+def patches_to_frames(
+    patches: torch.Tensor, grid: tuple[int, int], merge: int, frames: int, side: int
+) -> torch.Tensor:
+    """Patches ``(patches, channels * frames * side**2)`` as pictures ``(frames, channels, height, width)``.
+
+    ``grid`` counts units; the ``merge`` x ``merge`` patches of a unit stand together.
+    """
+    rows, columns = grid
+    x = patches.view(rows, columns, merge, merge, -1, frames, side, side).permute(5, 4, 0, 2, 6, 1, 3, 7)
+    return x.reshape(frames, -1, rows * merge * side, columns * merge * side)
+
+
+def frames_to_patches(
+    pictures: torch.Tensor, grid: tuple[int, int], merge: int, frames: int, side: int
+) -> torch.Tensor:
+    """Inverse of `patches_to_frames`."""
+    rows, columns = grid
+    x = pictures.view(frames, -1, rows, merge, side, columns, merge, side).permute(2, 5, 3, 6, 1, 0, 4, 7)
+    return x.reshape(rows * columns * merge**2, -1)
 
 
 def window_order(grid: tuple[int, int], window: int, device: torch.device) -> torch.Tensor:
