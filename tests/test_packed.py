@@ -25,9 +25,6 @@ CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 MIXED = [(2, -1, 4), (1, -1, 2, -2, 3), (-1, 9)]
 families = pytest.mark.parametrize("family", PACKED)
 slow = pytest.mark.slow
-often = pytest.mark.parametrize(
-    "family", ["qwen2_5_vl", pytest.param("qwen2_vl", marks=slow), pytest.param("qwen3_vl", marks=slow)]
-)
 videos = pytest.mark.parametrize("layout", VIDEO_LAYOUTS)
 
 
@@ -109,7 +106,8 @@ def test_images_and_videos_share_a_receipt(composition, family):
 # --- every policy ---
 
 
-@often
+@slow  # tests/test_support.py does much of it in seconds
+@families
 @pytest.mark.parametrize("policy", [*sorted(TABLE), "flowcut+vhr", "visionzip+fastv"])
 def test_every_policy_on_mixed_sizes_in_a_batch_and_alone(policy, family):
     model, batch, more = shared(family), prompt(family, MIXED), options(policy)

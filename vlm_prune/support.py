@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .policies.base import Policy
 from .registry import ADAPTERS, POLICIES, policy_class
 
 
@@ -44,7 +43,6 @@ NOTES = {
     "cls": "There is no CLS token: the mean query over all patches stands in for it, and the receipt says so.",
     "resized": "Images that the model does not resize (up to nine tiles); large ones and videos raise, because the "
     "policy chooses among tokens that are blended afterwards.",
-    "packed": "Raises: the processor of this family sets the size of images, by `max_pixels`.",
 }
 """Footnotes of the matrix, in its order."""
 
@@ -60,8 +58,6 @@ class Cell:
 def support(policy: str, family: str) -> Cell:
     """The cell of the matrix for two registered names."""
     kind, facts = policy_class(policy), FAMILIES[family]
-    if facts.packs and kind.tower_grid is not Policy.tower_grid:
-        return Cell(NONE, ("packed",))
     cls = ("cls",) if kind.reads_cls and not facts.cls else ()
     if facts.resizes and "encode" in kind.stages and not kind.late:
         return Cell(PART, (*cls, "resized"))
@@ -70,7 +66,7 @@ def support(policy: str, family: str) -> Cell:
 
 def matrix() -> Iterator[list[str]]:
     """The rows of the matrix in Markdown, cell by cell; the first is its head, the second the rule below it."""
-    marks = dict(zip(NOTES, ("¹", "²", "³"), strict=True))
+    marks = dict(zip(NOTES, ("¹", "²"), strict=True))
     yield ["", *(FAMILIES[name].title for name in FAMILIES)]
     yield ["---", *(":---:" for _ in FAMILIES)]
     for policy in sorted(POLICIES):
@@ -84,5 +80,5 @@ def markdown() -> str:
     if missing:
         raise RuntimeError(f"no facts about {', '.join(missing)}: write them into vlm_prune/support.py")
     rows = "\n".join("| " + " | ".join(row) + " |" for row in matrix())
-    notes = "\n".join(f"{mark} {note}  " for mark, note in zip(("¹", "²", "³"), NOTES.values(), strict=True))
+    notes = "\n".join(f"{mark} {note}  " for mark, note in zip(("¹", "²"), NOTES.values(), strict=True))
     return f"{rows}\n\n{FULL} works, {PART} works in part, {NONE} does not.  \n{notes.rstrip()}"
