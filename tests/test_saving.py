@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -230,9 +231,10 @@ class Hub:
         for place in (api, huggingface_hub):
             monkeypatch.setattr(place, "create_repo", lambda *_, **__: repo)
             monkeypatch.setattr(place, "create_commit", self.commit)
-        for name in ("create_repo", "create_commit"):
-            if hasattr(module := __import__("transformers.utils.hub", fromlist=["hub"]), name):
-                monkeypatch.setattr(module, name, getattr(huggingface_hub, name))
+        for module in ("transformers.utils.hub", "transformers.modeling_utils"):
+            for name in ("create_repo", "create_commit"):
+                if hasattr(sys.modules[module], name):  # until they asked the API object
+                    monkeypatch.setattr(f"{module}.{name}", getattr(huggingface_hub, name))
         monkeypatch.setattr(
             huggingface_hub.ModelCard, "load", lambda *_, **__: huggingface_hub.ModelCard("---\n---\n")
         )
@@ -249,7 +251,7 @@ def test_pushing(way, tmp_path, monkeypatch):
         model.push_to_hub("me/pruned")
     else:
         model.save_pretrained(tmp_path)  # a file that is there already has to go too
-        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/pruned")
+        model.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="me/pruned")
     assert hub.files.keys() - {"README.md"} == {*STOCK_FILES, "vlm_prune.json"}
     assert json.loads(hub.files["vlm_prune.json"]) == model.pruning.config
     unprune(model)
