@@ -81,8 +81,8 @@ class DecoderLayers:
         if not self.needs_text_only or rows is None or rows.visual is None:
             return
         text = ~rows.visual if rows.mask is None else ~rows.visual & rows.mask
-        alone, embeds, _ = rows.close(kwargs["inputs_embeds"], text, call.text_width() or 1, True, None)
-        valid = alone.valid
+        _, embeds, order = rows.close(kwargs["inputs_embeds"], text, call.text_width() or 1, True, None)
+        valid = text.gather(1, order)
         call.probing = True
         try:
             with torch.no_grad():
