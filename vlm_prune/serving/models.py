@@ -67,8 +67,12 @@ class Pruned:
     # --- what a family has to say ---
 
     def embed_given(self, **kwargs: Any) -> Any:
-        """Embeddings that arrive ready-made, and whatever else is not pruned: stock code."""
-        return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        """Embeddings that arrive ready-made, and whatever else is not pruned: stock code.
+
+        Images whose embeddings differ in length come as a list, which stock code refuses.
+        """
+        given = kwargs.get("image_embeds")
+        return given if isinstance(given, list | tuple) else super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
     def tile_counts(self, **kwargs: Any) -> list[int]:
         """Tiles of each image."""
@@ -148,11 +152,6 @@ class PrunedLlava(Pruned, llava.LlavaForConditionalGeneration):
     """LLaVA-1.5."""
 
     parts = staticmethod(llava_parts)
-
-    def embed_given(self, **kwargs: Any) -> Any:
-        """Also takes images whose embeddings differ in length, which stock code refuses."""
-        given = kwargs.get("image_embeds")
-        return given if isinstance(given, list | tuple) else super().embed_given(**kwargs)
 
     def tile_counts(self, **kwargs: Any) -> list[int]:
         """One each."""

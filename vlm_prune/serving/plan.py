@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..adapters.base import feature_layer, square
+from ..adapters.base import feature_layers, square
 from ..budget import Budget
 from ..errors import BudgetError, PolicyError, UnsupportedModelError
 from ..policies.base import Policy
@@ -49,8 +49,10 @@ def llava_tiles(config: Any) -> Tiles:
     if vision.model_type != "clip_vision_model":
         raise ValueError(f"a {vision.model_type!r} tower, where only CLIP's (clip_vision_model) is known")
     side = vision.image_size // vision.patch_size
-    layer = feature_layer(config.vision_feature_layer, vision.num_hidden_layers, "llava")
-    return Tiles((side, side), int(config.vision_feature_select_strategy == "full"), layer, "image")
+    layers = feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    if len(layers) > 1:
+        raise ValueError(f"features of several layers ({config.vision_feature_layer}), where one is known")
+    return Tiles((side, side), int(config.vision_feature_select_strategy == "full"), layers[0], "image")
 
 
 def internvl_tiles(config: Any) -> Tiles:
@@ -177,6 +179,14 @@ def check_served(policy: Policy) -> None:
         raise PolicyError(
             f'policy="{policy.name}" acts in the {others[0]} stage, inside the language model: {reason}. Choose a '
             "policy that acts in the encode stage alone, such as flowcut, visionzip, agilepruner or divprune."
+        )
+    if all(
+        getattr(type(policy), method) is getattr(Policy, method)
+        for method in ("encode", "encode_final", "tower_grid")
+    ):
+        raise PolicyError(
+            f'policy="{policy.name}" drops no tokens: leave "{KEY}" out of hf_overrides for the stock model. A '
+            'request may ask for all tokens of a pruned engine by {"ratio": 1.0}.'
         )
     if type(policy).tower_grid is not Policy.tower_grid:
         raise PolicyError(

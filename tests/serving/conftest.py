@@ -1,0 +1,13 @@
+"""Tests that need vLLM: `make test-vllm` runs them in an environment of their own, `make test` passes them by."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+# read when vLLM is imported: everything in this process, one thread, one GB of KV cache
+os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
