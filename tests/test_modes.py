@@ -42,7 +42,7 @@ def exact_cache(model):
 
 
 def static_cache(model):
-    return {CACHE: StaticCache(config=model.config.get_text_config(), max_cache_len=160)}
+    return {CACHE: StaticCache(config=model.config.get_text_config(), max_cache_len=400)}
 
 
 def quantized(**config):

@@ -168,11 +168,10 @@ class DecoderLayers:
             (None, None) if positions is None else stream.split_positions(positions.to(hidden.device))
         )
         mask = kwargs.get("attention_mask")
-        slots = mask is not None and mask.dim() == 4 and call.rows is None
-        if slots and layer is not None and is_static(layer):
-            mask = slots_of(mask, layer, first)
-        else:
+        if mask is None or mask.dim() != 4 or call.rows is not None or layer is None or not is_static(layer):
             mask = self._mask(call, number, hidden, layer, text, cache_of(kwargs))
+        else:
+            mask = slots_of(mask, layer, first)
         if mask is not None:
             mask = mask.to(hidden.device)
         if not moved:
@@ -328,7 +327,8 @@ class DecoderLayers:
         valid = self._valid(call, call.observed.get("layer"), query, key)
         call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
 
-    @torch.compiler.disable  # what policies do depends on values, and its state changes with every token
+    # what policies do depends on values, and its state changes with every token
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def edit_attention(
         self,
         layer: int,

@@ -188,8 +188,9 @@ class Pruning:
         encoded = any(ride_of(output) is not None for output in given.values())
         if not encoded and not self._takes_encoded:
             encoded = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
-        known = encoded and type(keep) is int and cache_of(kwargs) is not None
-        expect_drafts(max(keep - 1, 0) if known else 0)
+        if not encoded or not isinstance(keep, int) or cache_of(kwargs) is None:
+            keep = 1
+        expect_drafts(max(keep - 1, 0))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
