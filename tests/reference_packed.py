@@ -183,7 +183,7 @@ def flowcut(model: nn.Module, tile: Visual, target: int) -> Chosen:
             if remaining % 2 == 0:
                 drop = len(alive) - target
                 if remaining:
-                    evenness = float(-(attention * attention.log()).sum()) / float(
+                    evenness = float(-(attention * attention.log()).sum().detach()) / float(
                         torch.tensor(len(alive)).log()
                     )
                     drop = round(drop / remaining**0.5 * (1 - evenness**2))

@@ -15,7 +15,7 @@ from tests.policy_table import TABLE, options
 from tests.reference import POLICIES, budget, expect
 from vlm_prune import PolicyError, prune, pruned, unprune
 from vlm_prune.encode import content_key
-from vlm_prune.packed import window_order
+from vlm_prune.patches import window_order
 from vlm_prune.policies.baselines import Random
 from vlm_prune.policies.fastv import FastV
 from vlm_prune.policies.pooling import grid_places, shrink

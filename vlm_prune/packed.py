@@ -9,7 +9,6 @@ behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -23,60 +22,19 @@ from .attention import Site
 from .budget import Budget
 from .calls import EncodeCall, current_encode, current_forward, let_ride, set_encode
 from .encode import EncodeStage, content_key
+from .patches import (
+    PackedState,
+    Tile,
+    fit,
+    frames_to_patches,
+    lengths,
+    patches_to_frames,
+    pick,
+    window_order,
+)
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
 from .timing import Stopwatch
-
-Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
-"""Queries, keys and values ``(1, heads, patches, head_dim)`` of an attention call, and its scaling."""
-
-
-@dataclass
-class Tile:
-    """One image or frame inside the sequence.
-
-    Attributes:
-        begin: number of its first patch in the whole sequence.
-        alive: its patches that are left, numbered in the whole sequence, ascending.
-        raster: raster number of each of its units in the order in which they stand there; ``None`` if it is the same.
-        carry: what policies left per living unit, in raster order.
-    """
-
-    begin: int
-    alive: torch.Tensor
-    raster: torch.Tensor | None
-    carry: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """Patches left."""
-        return len(self.alive)
-
-
-@dataclass
-class PackedState:
-    """Where the tiles of a call stand inside the tower. ``fitted`` are a block's arguments for what is alive."""
-
-    tiles: list[Tile]
-    patches: int
-    seen: list[Seen] = field(default_factory=list)
-    fitted: dict[Any, Any] = field(default_factory=dict)
-    segments: list[torch.Tensor] = field(default_factory=list)
-    segments_dense: list[torch.Tensor] = field(default_factory=list)
-    pixels: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def alive(self) -> torch.Tensor:
-        """Patches that are left, ascending."""
-        if "alive" not in self.fitted:
-            self.fitted["alive"] = torch.cat([tile.alive for tile in self.tiles])
-        found: torch.Tensor = self.fitted["alive"]
-        return found
-
-    @property
-    def shortened(self) -> bool:
-        """Whether patches were cut."""
-        return sum(tile.count for tile in self.tiles) < self.patches
 
 
 class PackedEncoder(EncodeStage):
@@ -200,7 +158,7 @@ class PackedEncoder(EncodeStage):
         if state.shortened:
             key = id(ends)  # windows and whole images take turns; stock code hands on the same two tensors
             if key not in state.fitted:
-                state.fitted[key] = _fit(state.alive, kwargs)
+                state.fitted[key] = fit(state.alive, kwargs)
             kwargs = {**kwargs, **state.fitted[key]}
         state.segments.append(kwargs["cu_seqlens"])
         return args, kwargs
@@ -231,7 +189,7 @@ class PackedEncoder(EncodeStage):
         kept, begin = [], 0
         for i, tile in enumerate(state.tiles):
             rows, end = self._raster_rows(tile), begin + tile.count
-            q, k, v = (_pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
+            q, k, v = (pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
             seen = AttentionView(q, k, v, scaling, has_cls=False)
             view = self._view(number, call, i, output[None, begin:end], rows, seen)
             mine = torch.arange(begin, end, device=output.device)
@@ -265,7 +223,7 @@ class PackedEncoder(EncodeStage):
             target=call.targets[i] * scale,
             grid=grid,
             units=units,
-            hidden=_pick(hidden, rows, 1),
+            hidden=pick(hidden, rows, 1),
             attention=attention,
             slots=slots,
             pixels=self._pixels(call, i),
@@ -353,7 +311,7 @@ class PackedEncoder(EncodeStage):
                 rows = self._raster_rows(tile)
                 order = None if rows is None else rows[:: self.tower.merge**2] // self.tower.merge**2
                 view = FeaturesView(
-                    _pick(mine[None], order, 1),
+                    pick(mine[None], order, 1),
                     call.grids[i],
                     call.targets[i],
                     content_key(self._patches(call, i)),
@@ -423,7 +381,7 @@ class PackedEncoder(EncodeStage):
             if not state.shortened:  # smaller images were shown, and stock code made all their tokens
                 self._enlarge(call, output)
         call.carry, call.state = self._carried(call), None
-        call.receipt.record_tower(call, _lengths(state.segments), _lengths(state.segments_dense))
+        call.receipt.record_tower(call, lengths(state.segments), lengths(state.segments_dense))
         self.session.publish(call.receipt)
         let_ride(output, call)
         if (forward := current_forward()) is not None:
@@ -456,54 +414,3 @@ class PackedEncoder(EncodeStage):
                 parts.append(full)
             carried[name] = torch.cat(parts)
         return carried
-
-
-def patches_to_frames(
-    patches: torch.Tensor, grid: tuple[int, int], merge: int, frames: int, side: int
-) -> torch.Tensor:
-    """Patches ``(patches, channels * frames * side**2)`` as pictures ``(frames, channels, height, width)``.
-
-    ``grid`` counts units; the ``merge`` x ``merge`` patches of a unit stand together.
-    """
-    rows, columns = grid
-    x = patches.view(rows, columns, merge, merge, -1, frames, side, side).permute(5, 4, 0, 2, 6, 1, 3, 7)
-    return x.reshape(frames, -1, rows * merge * side, columns * merge * side)
-
-
-def frames_to_patches(
-    pictures: torch.Tensor, grid: tuple[int, int], merge: int, frames: int, side: int
-) -> torch.Tensor:
-    """Inverse of `patches_to_frames`."""
-    rows, columns = grid
-    x = pictures.view(frames, -1, rows, merge, side, columns, merge, side).permute(2, 5, 3, 6, 1, 0, 4, 7)
-    return x.reshape(rows * columns * merge**2, -1)
-
-
-def window_order(grid: tuple[int, int], window: int, device: torch.device) -> torch.Tensor:
-    """Raster numbers of a ``grid``'s units, window by window and in raster order within each: int64 ``(units,)``."""
-    rows, columns = grid
-    row = torch.arange(rows, device=device)[:, None] // window
-    column = torch.arange(columns, device=device) // window
-    return (row * columns + column).flatten().argsort(stable=True)
-
-
-def _fit(alive: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's arguments for the patches that are left. A window of which nothing is left disappears."""
-    ends = kwargs["cu_seqlens"]
-    left = torch.searchsorted(alive, ends.to(alive.dtype)).unique_consecutive().to(ends.dtype)
-    fitted = {
-        "cu_seqlens": left,
-        "position_embeddings": tuple(x[alive] for x in kwargs["position_embeddings"]),
-    }
-    if kwargs.get("max_seqlen") is not None:  # variable-length flash attention
-        fitted["max_seqlen"] = int(left.diff().max())
-    return fitted
-
-
-def _lengths(segments: list[torch.Tensor]) -> list[list[int]]:
-    known = {id(ends): ends.diff().tolist() for ends in segments}
-    return [known[id(ends)] for ends in segments]
-
-
-def _pick(x: torch.Tensor, rows: torch.Tensor | None, dim: int) -> torch.Tensor:
-    return x if rows is None else x.index_select(dim, rows)
