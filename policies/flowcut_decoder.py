@@ -79,7 +79,7 @@ class FlowCutQwen(FlowCut):
     reads_attention: ClassVar[bool] = True
 
     prefill_layers = FlowCutDecoder.prefill_layers
-    prefill = FlowCutDecoder.prefill  # type: ignore[assignment]
+    prefill = FlowCutDecoder.prefill
 
     def _leaving(self, target: int) -> int:
         return 2 * target
@@ -109,7 +109,7 @@ class FlowCutNext(FlowCut):
     reads_attention: ClassVar[bool] = True
 
     prefill_layers = FlowCutDecoder.prefill_layers
-    prefill = FlowCutDecoder.prefill  # type: ignore[assignment]
+    prefill = FlowCutDecoder.prefill
 
     def tile_target(self, target: int) -> int:
         """Half of it, rounded down."""

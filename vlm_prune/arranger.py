@@ -15,16 +15,16 @@ import torch
 from . import stream
 from .adapters.base import FeatureCall
 from .calls import EncodeCall, current_encode, set_arrangement, set_encode
+from .encode import EncodeStage, content_key
 from .packing import Group, Packing
 from .policies.base import Keep
 from .policies.views import FeaturesView
-from .tower import Encoder, content_key
 
 
 class Arranger:
     """Stands in for one feature method of a model's base module until `remove` is called."""
 
-    def __init__(self, base: Any, feature: FeatureCall, encoder: Encoder):
+    def __init__(self, base: Any, feature: FeatureCall, encoder: EncodeStage):
         self.base, self.feature, self.encoder = base, feature, encoder
         # generate reads off the signature which arguments are the method's
         self.__signature__ = inspect.signature(getattr(base, feature.method))

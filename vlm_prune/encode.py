@@ -11,6 +11,7 @@ from torch import nn
 from .adapters.base import PackedTower, Tower
 from .attention import Site
 from .budget import Budget
+from .calls import EncodeCall, current_forward
 from .errors import UnsupportedCallError
 from .policies.base import Keep, Policy
 from .policies.views import FeaturesView, TowerView
@@ -86,6 +87,12 @@ class EncodeStage:
         with _exact(view.hidden):
             answers = [policy.encode(view) for policy in asked]
         return [keep for keep in answers if keep is not None]
+
+    def end(self, call: EncodeCall) -> None:
+        """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
+        self.session.publish(call.receipt)
+        if (forward := current_forward()) is not None:
+            forward.add_encoded(call)
 
     def ask_final(self, view: FeaturesView, after_projector: bool | None = None) -> Keep | None:
         """What the first policy answers that chooses at this side of the projector, or at any."""

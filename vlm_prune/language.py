@@ -55,7 +55,9 @@ class Decoder:
             return None
         # where a model is spread over devices, what describes the rows is where the decoder's input is
         given = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
-        moved = {name: x.to(embeds.device) for name, x in given.items() if isinstance(x, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: x.to(embeds.device) for name, x in given.items() if isinstance(x, torch.Tensor)
+        }
         kwargs = {**kwargs, **moved}
         call.image_masks = [mask.to(embeds.device) for mask in call.image_masks]
         if call.drafts and call.has_visual_tokens():

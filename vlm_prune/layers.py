@@ -217,11 +217,11 @@ class DecoderLayers:
         if call is None or call.probing or call.rows is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        if call.rows.visual is None:
-            return None
         home = call.rows.order.device
         rows = call.rows.to(hidden.device)
         visual = rows.visual
+        if visual is None:
+            return None
         gone = torch.zeros_like(visual)
         closed_up: torch.Tensor | None = None
         for policy, budget in self.pruned.get(number, []):  # all see the layer as it was

@@ -20,7 +20,7 @@ from . import stream
 from .adapters.base import PackedTower
 from .attention import Site
 from .budget import Budget
-from .calls import EncodeCall, current_encode, current_forward, let_ride, set_encode
+from .calls import EncodeCall, current_encode, let_ride, set_encode
 from .encode import EncodeStage, content_key
 from .patches import (
     PackedState,
@@ -382,10 +382,8 @@ class PackedEncoder(EncodeStage):
                 self._enlarge(call, output)
         call.carry, call.state = self._carried(call), None
         call.receipt.record_tower(call, lengths(state.segments), lengths(state.segments_dense))
-        self.session.publish(call.receipt)
         let_ride(output, call)
-        if (forward := current_forward()) is not None:
-            forward.add_encoded(call)
+        self.end(call)
 
     def _enlarge(self, call: EncodeCall, output: Any) -> None:
         """Spread the tokens of smaller images over the places that the prompt has for them."""

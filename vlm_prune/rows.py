@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -66,7 +67,9 @@ class Rows:
         """The rows on a device, where the layers of a model are spread over several."""
         if self.order.device == device:
             return self
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)
+        }
         return replace(self, **moved, carry={name: x.to(device) for name, x in self.carry.items()})
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from . import stream
 from .adapters.base import Tower
 from .attention import Site
 from .budget import Budget
-from .calls import EncodeCall, current_arrangement, current_encode, current_forward, let_ride, set_encode
+from .calls import EncodeCall, current_arrangement, current_encode, let_ride, set_encode
 from .encode import EncodeStage, content_key
 from .errors import UnsupportedCallError
 from .kernels import gather_rows, to_device
@@ -357,9 +357,3 @@ class Encoder(EncodeStage):
         if not projected:
             output = gather_rows(output, index) if rows is None else rows
         return stream.open_holes(output, index, call.rows[0], valid)
-
-    def end(self, call: EncodeCall) -> None:
-        """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
-        self.session.publish(call.receipt)
-        if (forward := current_forward()) is not None:
-            forward.add_encoded(call)

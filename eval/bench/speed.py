@@ -92,7 +92,7 @@ def _dense(subject: Subject, rounds: int, device: str) -> Row:
 
 
 def _pruned(subject: Subject, policy: str, tokens: int, rounds: int, device: str, dense: Row) -> Row:
-    options = {"tokens": tokens}
+    options: dict[str, Any] = {"tokens": tokens}
     shortened = subject.shortened(policy, options)
     rows = shortened["inputs_embeds"].shape[1]
     stock = subject.oracle_prefill(shortened)

@@ -126,4 +126,8 @@ class Subject:
     def encode(self) -> Callable[[], None]:
         """A run of the tower and the projector."""
         media = {key: x for key, x in self.inputs.items() if key not in ("input_ids", "attention_mask")}
-        return lambda: self.model.base_model.get_image_features(**media, return_dict=True) and None
+
+        def run() -> None:
+            self.model.base_model.get_image_features(**media, return_dict=True)
+
+        return run
