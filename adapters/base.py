@@ -209,9 +209,8 @@ CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
 def clip_like_tower(base: Any, config: Any, family: str, keeps_cls: bool) -> Tower:
     """The CLIP or SigLIP tower of a LLaVA-like model. ``keeps_cls``: it hands on what CLS is, if there is one."""
-    from ..versions import (
-        flat_tower,
-    )  # with parts of transformers that a bare `import vlm_prune` does without
+    # with parts of transformers that a bare `import vlm_prune` does without
+    from ..versions import consumed_layers, flat_tower
 
     tower, vision = base.vision_tower, config.vision_config
     if vision.model_type not in CLS:
@@ -225,7 +224,7 @@ def clip_like_tower(base: Any, config: Any, family: str, keeps_cls: bool) -> Tow
         attentions=[layer.self_attn for layer in layers],
         patch_grid=lambda height, width: (height // patch, width // patch),
         image_size=square(vision.image_size),
-        feature_layers=feature_layers(config.vision_feature_layer, vision.num_hidden_layers),
+        feature_layers=feature_layers(consumed_layers(config), vision.num_hidden_layers),
         has_cls=CLS[vision.model_type],
         keeps_cls=keeps_cls and CLS[vision.model_type],
         merge=1,

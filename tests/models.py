@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.arranged import ARRANGED, ArrangedPrompt, arranged_prompt
 from tests.packed import PACKED, PackedPrompt, packed_prompt
+from vlm_prune.versions import flat_tower, takes_encoded
 
 IMAGE, PAD, TEXT, VOCAB = 60, 0, range(3, 59), 64
 
@@ -70,7 +71,7 @@ def _vipllava(text: Any, size: int = 24, **vision: Any) -> nn.Module:
         vision_config=tower,
         text_config=text,
         image_token_id=IMAGE,
-        vision_feature_layer=[-2, -4, 1],
+        vision_feature_layers=[-2, -4, 1],  # also the new name's alias, where there is one
         image_seq_length=(size // 4) ** 2,
     )
     return VipLlavaForConditionalGeneration(config)
@@ -143,6 +144,12 @@ def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
 def tower(model: nn.Module) -> nn.Module:
     """A model's vision encoder."""
     return model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
+
+
+def clip_layers() -> str:
+    """Where in a LLaVA the layers of its tower are."""
+    tower = shared("llava").model.vision_tower
+    return f"model.vision_tower{'' if flat_tower(tower) is tower else '.vision_model'}.encoder.layers"
 
 
 @dataclass
@@ -220,6 +227,17 @@ LAYOUTS: dict[str, list[tuple[int, ...]]] = {
     "row-without-image": [(2, -1, 4), (9,), (45,)],
 }
 """Batches that a user may pass, see `prompt`."""
+
+
+def repeatable(model: nn.Module, family: str) -> list[tuple[int, ...]]:
+    """A ragged batch that ``generate`` can repeat for beams and samples.
+
+    Where it does not encode images first (transformers 5.4), stock code repeats each image by itself, which mixes up
+    those of a prompt with several.
+    """
+    if takes_encoded(model) or family in PACKED:
+        return LAYOUTS["ragged"]
+    return [(2, -1, 4), (1, -1, 3), (-1, 9)]
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tests.packed import PackedPrompt
 from tests.reference_packed import PackedKept, PackedShort, packed_choose, packed_shorten
 from vlm_prune.policies.baselines import random_ranking, uniform_index
 from vlm_prune.tower import content_key
+from vlm_prune.versions import consumed_layers
 
 
 @dataclass
@@ -239,7 +240,7 @@ def _parts(model: nn.Module) -> tuple[list[nn.Module], tuple[int, ...], int]:
     """The vision layers, the numbers of the consumed ones, and the side of a unit in patches."""
     config = model.config
     layers = next(list(m) for m in model.model.vision_tower.modules() if isinstance(m, nn.ModuleList))
-    merge, setting = round(1 / getattr(config, "downsample_ratio", 1)), config.vision_feature_layer
+    merge, setting = round(1 / getattr(config, "downsample_ratio", 1)), consumed_layers(config)
     settings = [setting] if isinstance(setting, int) else setting
     return layers, tuple(range(len(layers) + 1)[s] - 1 for s in settings), merge
 

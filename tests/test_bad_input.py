@@ -13,7 +13,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.models import _llava, _qwen2, make
+from tests.models import _llava, _qwen2, clip_layers, make
 from tests.refusal import refuses
 from vlm_prune import (
     BudgetError,
@@ -182,7 +182,7 @@ BAD_MODELS = {
         ["multi_modal_projector.act", "hooks would not fire"],
     ),
     "fused attention": (
-        lambda: with_module("model.vision_tower.encoder.layers.1.self_attn", FusedAttention()),
+        lambda: with_module(f"{clip_layers()}.1.self_attn", FusedAttention()),
         ["FusedAttention", "layer 1", "uniform or random"],
     ),
 }
@@ -203,7 +203,5 @@ def test_not_a_module():
 
 
 def test_a_policy_that_reads_no_attention_takes_a_fused_tower():
-    with pruned(
-        with_module("model.vision_tower.encoder.layers.1.self_attn", FusedAttention()), "uniform"
-    ) as model:
+    with pruned(with_module(f"{clip_layers()}.1.self_attn", FusedAttention()), "uniform") as model:
         assert model.pruning.policies[0].name == "uniform"

@@ -11,9 +11,10 @@ import torch
 from transformers import DynamicCache
 
 from tests.models import EVERY, IMAGE, LAYOUTS, PACKED, prompt, shared
+from tests.packed import skip_unless_it_counts_on
 from tests.reference import CASES, POLICIES, budget, expect
-from vlm_prune import pruned
-from vlm_prune.versions import CACHE, cache_of
+from vlm_prune import UnsupportedCallError, pruned
+from vlm_prune.versions import CACHE, cache_of, takes_encoded
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 families = pytest.mark.parametrize("family", EVERY)
@@ -109,7 +110,11 @@ def test_features_encoded_beforehand(policy, family, positions):
         encoded = model.get_image_features(**batch.media)
         model(**other.inputs)  # a call in between
         given = {name: x for name, x in batch.inputs.items() if name != "pixel_values"}
-        assert torch.equal(model(**given, mm_encoder_outputs={"image": encoded}).logits, want)
+        if takes_encoded(model):
+            assert torch.equal(model(**given, mm_encoder_outputs={"image": encoded}).logits, want)
+        else:
+            with pytest.raises(UnsupportedCallError, match="encoded beforehand"):
+                model(**given, mm_encoder_outputs={"image": encoded})
         if family in PACKED:  # which cannot tell from embeddings where in an image they belong
             return
         rest = {"attention_mask": batch.mask}
@@ -128,6 +133,7 @@ def test_features_encoded_beforehand(policy, family, positions):
 def test_interleaved_calls(policy, family, positions):
     """Two conversations decoded in turns, each with its own cache."""
     model = shared(family)
+    skip_unless_it_counts_on(model, family)
     batches = [prompt(family, [(3, -1, 4)], seed=4), prompt(family, [(2, -1, 2)], seed=5)]
     with pruned(model, policy, positions=positions, **budget(policy)):
         want = [

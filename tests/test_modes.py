@@ -15,7 +15,7 @@ import torch
 from transformers import Cache, StaticCache, StoppingCriteriaList, cache_utils
 from transformers.cache_utils import QuantizedLayer
 
-from tests.models import ARRANGED, FAMILIES, IMAGE, LAYOUTS, PACKED, PAD, VOCAB, prompt, shared
+from tests.models import ARRANGED, FAMILIES, IMAGE, LAYOUTS, PACKED, PAD, VOCAB, prompt, repeatable, shared
 from tests.packed import VIDEO
 from tests.policy_table import IN_DECODER, options
 from tests.reference import CASES, POLICIES, budget, expect
@@ -109,7 +109,8 @@ def everything():
 
 @pytest.mark.parametrize(("family", "policy", "positions", "mode"), everything())
 def test_equals_the_shortened_prompt(mode, policy, family, positions):
-    model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
+    model = shared(family)
+    batch = prompt(family, repeatable(model, family))
     with torch.no_grad():
         _, short = expect(model, batch, policy, positions)
     with short.given(model):

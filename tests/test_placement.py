@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vlm_prune
-from tests.models import LAYOUTS, make, prompt
+from tests.models import LAYOUTS, clip_layers, make, prompt
 from tests.policy_table import TABLE, options
 from tests.second_device import SECOND, move, second_device
 from vlm_prune import prune, pruned, unprune
@@ -25,7 +25,7 @@ SPLITS = {
     "tower": ["model.vision_tower"],
     "projector": ["model.multi_modal_projector"],
     "decoder": [*(f"model.language_model.{part}" for part in DECODER), "lm_head"],
-    "tower layers": [f"model.vision_tower.encoder.layers.{n}" for n in (2, 3)],
+    "tower layers": [f"{clip_layers()}.{n}" for n in (2, 3)],
     "decoder layers": [f"model.language_model.layers.{n}" for n in (1, 2)],
 }
 

@@ -16,6 +16,7 @@ from tests.models import FAMILIES, LAYOUTS, fingerprint, make, prompt
 from tests.reference import CASES, POLICIES, budget
 from vlm_prune import attention, prune, pruned, unprune
 from vlm_prune.calls import current_encode, current_forward
+from vlm_prune.versions import flat_tower
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,7 +103,7 @@ class Fault:
 
 
 PLACES = {
-    "tower": lambda m: m.model.vision_tower.encoder,
+    "tower": lambda m: flat_tower(m.model.vision_tower).encoder,
     "projector": lambda m: m.model.multi_modal_projector.linear_2,
     "decoder layer": lambda m: m.model.language_model.layers[1],
     "head": lambda m: m.lm_head,

@@ -48,7 +48,9 @@ class Arranger:
                 )
             as_tuple = isinstance(output, tuple)  # return_dict=False
             features = output[1] if as_tuple else output.pooler_output
-            rows: Any = self._finish(call, list(features))
+            # one video's may come frame by frame (transformers 5.19)
+            rows: Any = self._finish(call, [x.flatten(0, -2) for x in features])
+            rows = [x.view(like.shape) for x, like in zip(rows, features, strict=True)]
         finally:
             set_arrangement(None)
             set_encode(None)

@@ -13,9 +13,9 @@ from .calls import ride_of
 from .errors import UnsupportedCallError
 from .masks import padding_mask
 from .storage import check_cache
-from .versions import cache_of
+from .versions import cache_of, takes_encoded
 
-READ_AT_PRUNE = ("vision_feature_layer", "vision_feature_select_strategy")
+READ_AT_PRUNE = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")
 
 
 def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
@@ -35,6 +35,11 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
                 "it again."
             )
     given = kwargs.get("mm_encoder_outputs") or {}
+    if given and not takes_encoded(anatomy.base):
+        raise UnsupportedCallError(
+            "mm_encoder_outputs: in this version of transformers the model takes no images encoded beforehand and "
+            "would not see them. Pass pixel_values, or inputs_embeds with the features in them, or upgrade it."
+        )
     if brings_features({**kwargs, "inputs_embeds": None}):
         check_cache(cache_of(kwargs))
         padding_mask(kwargs.get("attention_mask"), cache_of(kwargs))
@@ -46,6 +51,21 @@ def brings_features(kwargs: dict[str, Any]) -> bool:
     given = kwargs.get("mm_encoder_outputs") or {}
     names = ("pixel_values", "pixel_values_videos", "inputs_embeds")
     return any(kwargs.get(name) is not None for name in names) or any(x is not None for x in given.values())
+
+
+def check_chunk(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
+    """Raise if a chunk of a prompt has lost its images, see `versions.CHUNKS_BRING_IMAGES`. Waits for the device.
+
+    Drafts of an assistant may hold placeholders too; those calls ask for more logits than the last.
+    """
+    ids, keep = kwargs.get("input_ids"), kwargs.get("logits_to_keep")
+    if ids is None or ids.shape[1] == 1 or keep != 1 or brings_features(kwargs):
+        return
+    if torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).any():
+        raise UnsupportedCallError(
+            "This part of a prompt holds image placeholders and comes without images: in this version of transformers "
+            "chunked prefill drops them. Leave prefill_chunk_size out, or upgrade transformers."
+        )
 
 
 def runs_again(layer: nn.Module) -> bool:

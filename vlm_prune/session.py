@@ -23,7 +23,7 @@ from .calls import (
     ride_of,
     set_encode,
 )
-from .checks import brings_features, check_forward
+from .checks import brings_features, check_chunk, check_forward
 from .config import to_config
 from .drafts import expect_drafts, take_drafts
 from .errors import StateError, UnsupportedCallError
@@ -35,7 +35,7 @@ from .policies.base import Policy
 from .receipt import MEAN_QUERY, Receipt
 from .saving import Saver
 from .tower import Encoder
-from .versions import cache_of
+from .versions import CHUNKS_BRING_IMAGES, cache_of, takes_encoded
 
 
 class Pruning:
@@ -124,7 +124,9 @@ class Pruning:
         self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
         self._handles.append(Loss(self._model))
         # older versions of transformers, and some families, encode images inside the first forward
-        self._takes_encoded = "mm_encoder_outputs" in inspect.signature(self._model.forward).parameters
+        self._takes_encoded = takes_encoded(self._model)
+        if not CHUNKS_BRING_IMAGES:
+            self._handles.append(self._model.register_forward_pre_hook(self._see_chunk, with_kwargs=True))
         if self._layers is not None:
             self._handles.append(self._model.register_forward_pre_hook(self._see_drafts, with_kwargs=True))
         self._handles += [
@@ -181,6 +183,10 @@ class Pruning:
         self._receipts[threading.current_thread()] = receipt
 
     # --- hooks around a forward ---
+
+    def _see_chunk(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse chunks of a prompt from which an older version of transformers has taken the images."""
+        check_chunk(self._anatomy, kwargs)
 
     def _see_drafts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell a prompt with drafts behind it from others: assisted decoding asks for the logits of each draft."""
