@@ -9,7 +9,8 @@ WORKERS ?= 2
 VENV := .venv
 WHEEL_VENV := .venv-wheel
 VERSIONS ?= 5.4 5.19 5.23 5.24
-TESTS ?= tests
+# what each version is tested with: what a version of transformers can break, minutes each
+TESTS ?= $(patsubst %,tests/test_%.py,promises generate turns calls unprune saving modes arranged support)
 LMMS_VENV := .venv-lmms
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python -m
@@ -53,7 +54,7 @@ test-browser: $(READY) ## the report in headless Chromium: what it looks like, a
 	$(RUN) pip --quiet --python $(@D)/bin/python install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test-versions: $(VERSIONS:%=.venv-transformers-%/.ready) ## the same tests on transformers 5.4 (the floor), 5.19, 5.23, 5.24
+test-versions: $(VERSIONS:%=.venv-transformers-%/.ready) ## what versions can break, on transformers 5.4 (the floor), 5.19, 5.23, 5.24
 	@for version in $(VERSIONS); do echo "transformers $$version"; OMP_NUM_THREADS=1 \
 		.venv-transformers-$$version/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not chromium" $(TESTS) || exit 1; done
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from ..versions import video_pixels
 from .base import Anatomy, Arrangement, FeatureCall, clip_like_tower
 
 
@@ -105,7 +106,7 @@ def _onevision_images(base: Any, given: Mapping[str, Any]) -> Arrangement:
 
 
 def _next_videos(base: Any, given: Mapping[str, Any]) -> Arrangement:
-    videos, frames = given["pixel_values_videos"].shape[:2]
+    videos, frames = video_pixels(given).shape[:2]
     side = base.config.vision_config.image_size // base.config.vision_config.patch_size
     stride = base.config.spatial_pool_stride
 
@@ -116,7 +117,7 @@ def _next_videos(base: Any, given: Mapping[str, Any]) -> Arrangement:
 
 
 def _onevision_videos(base: Any, given: Mapping[str, Any]) -> Arrangement:
-    videos, frames = given["pixel_values_videos"].shape[:2]
+    videos, frames = video_pixels(given).shape[:2]
     side = math.ceil(
         base.config.vision_config.image_size // base.config.vision_config.patch_size / 2
     )  # of apply_pooling

@@ -23,6 +23,7 @@ from vlm_prune import pruned
 from vlm_prune.versions import CACHE
 
 STEPS = 5
+OLD_QUANTISED = "reorder_cache" not in vars(QuantizedLayer)  # transformers 5.4
 HAS_FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")  # since transformers 5.24
 
 
@@ -109,6 +110,8 @@ def everything():
 
 @pytest.mark.parametrize(("family", "policy", "positions", "mode"), everything())
 def test_equals_the_shortened_prompt(mode, policy, family, positions):
+    if OLD_QUANTISED and mode.startswith("quantized") and family in PACKED:
+        pytest.skip("stock code makes a quantised cache of too few layers")
     model = shared(family)
     batch = prompt(family, repeatable(model, family))
     with torch.no_grad():
@@ -140,6 +143,8 @@ PLAIN = {
 def test_equals_a_plain_cache(policy, family, mode):
     model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
     kind, decoding = PLAIN[mode]
+    if OLD_QUANTISED and mode == "quantized-cache-beams":
+        pytest.skip("stock code cannot reorder the rows of a quantised cache")
     with pruned(model, **options(policy)):
         want = generate(model, batch.inputs, decoding)
         ours = generate(model, batch.inputs, decoding, **(kind(model) if callable(kind) else kind))
