@@ -48,9 +48,11 @@ class Arranger:
                 )
             as_tuple = isinstance(output, tuple)  # return_dict=False
             features = output[1] if as_tuple else output.pooler_output
-            # one video's may come frame by frame (transformers 5.19)
-            rows: Any = self._finish(call, [x.flatten(0, -2) for x in features])
-            rows = [x.view(like.shape) for x, like in zip(rows, features, strict=True)]
+            pairs = zip(features, call.packings, strict=True)
+            rows: Any = self._finish(call, [_rows(x, len(packing.source)) for x, packing in pairs])
+            rows = [
+                x[: like[..., 0].numel()].view(like.shape) for x, like in zip(rows, features, strict=True)
+            ]
         finally:
             set_arrangement(None)
             set_encode(None)
@@ -148,3 +150,13 @@ class Arranger:
         mask[packing.numbers.to(alive.device)] = alive
         there = mask[1:].split(sizes)
         return [Keep(torch.arange(len(x), device=x.device)[None], x[None]) for x in there]
+
+
+def _rows(features: torch.Tensor, count: int) -> torch.Tensor:
+    """Features of an image or a video as ``(count, channels)``.
+
+    One video's may come frame by frame (transformers 5.19), and a newline behind them be added later (5.4).
+    """
+    rows = features.flatten(0, -2)
+    missing = count - len(rows)
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
