@@ -56,8 +56,8 @@ def brings_features(kwargs: dict[str, Any]) -> bool:
 def check_chunk(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
     """Raise if a chunk of a prompt has lost its images, see `versions.CHUNKS_BRING_IMAGES`. Waits for the device.
 
-    Placeholders without images are no mistake in two other calls: an assistant's first one, which has an empty cache, and
-    that of its drafts, which asks for more logits than the last.
+    Placeholders without images are no mistake in two other calls: an assistant's first one, which has an empty cache,
+    and that of its drafts, which asks for more logits than the last.
     """
     ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
     if ids is None or ids.shape[1] == 1 or kwargs.get("logits_to_keep") != 1 or brings_features(kwargs):
