@@ -23,10 +23,11 @@ from .budget import Budget
 from .cache import PrunedLayer, spare_slots, trim, wrap
 from .calls import RESUME, ForwardCall, current_forward
 from .checks import runs_again
+from .decoder_attention import DecoderAttention
 from .errors import UnsupportedCallError, UnsupportedModelError
 from .masks import join_masks, past_mask, slots_of
 from .policies.base import Policy
-from .policies.views import AttentionView, ModulateView, PrefillView
+from .policies.views import PrefillView
 from .rows import Rows
 from .storage import is_static, stored_rows
 from .versions import CACHE, HOOKS_RUN_AGAIN, cache_of
@@ -55,6 +56,7 @@ class DecoderLayers:
             editors.sort(key=lambda policy: ("logits", "probabilities", "outputs").index(policy.modulates))
         self.trimmed = {layer for policy, _ in policies for layer in policy.trimmed_layers(self.depth)}
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
+        self.attention = DecoderAttention(self.depth, self.pruned, self.modulated)
         self.sites: list[Site] = []
 
     def __bool__(self) -> bool:
@@ -68,8 +70,8 @@ class DecoderLayers:
             )
             reads = any(policy.reads_attention for policy, _ in self.pruned.get(number, []))
             if reads or number in self.modulated:
-                edit = self.edit_attention if number in self.modulated else None
-                self.sites.append(Site(layer.self_attn, number, self.see_attention, edit))
+                edit = self.attention.edit if number in self.modulated else None
+                self.sites.append(Site(layer.self_attn, number, self.attention.see, edit))
             # behind a cut, what stock code adds to the first layers' visual rows is added here
             if number in self.pruned or (self.pruned and number < self.deepstack):
                 # in front of the hooks by which transformers collects hidden states
@@ -314,107 +316,6 @@ class DecoderLayers:
         left = policy.left(number, self.depth, entered, target, call.plain_tiles())
         return None if left is None else min(left, call.visual_left)
 
-    # --- attention ---
-
-    def see_attention(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> None:
-        """Keep what a layer's attention computes with until its policies are asked."""
-        call = current_forward()
-        if call is None or call.probing or call.rows is None or layer not in self.pruned:
-            return
-        key, value = _filled(call, key, value)
-        valid = self._valid(call, call.observed.get("layer"), query, key)
-        call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
-
-    # what policies do depends on values, and its state changes with every token
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def edit_attention(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        output: torch.Tensor,
-    ) -> torch.Tensor:
-        """Let the policies edit the head outputs ``(batch, queries, heads, head_dim)`` of one layer."""
-        call = current_forward()
-        if call is None:
-            return output
-        if call.probing:
-            call.text_only[layer] = output[:, -1]
-            return output
-        stored: PrunedLayer | None = call.observed.get("layer")
-        if call.rows is None and (stored is None or "visual" not in stored.marks):
-            return output  # no image in this prompt
-        key, value = _filled(call, key, value)
-        marks = self._marks(call, stored, query, key)
-        logit_edits: list[Any] = []
-        brings: torch.Tensor | None = None
-        if call.rows is not None and call.entered is not None and call.entered.visual is not None:
-            brings = call.entered.visual.any(-1).to(query.device) if len(output) > 1 else None
-        for policy in self.modulated[layer]:
-            view = ModulateView(
-                layer=layer,
-                depth=self.depth,
-                query=query,
-                key=key,
-                value=value,
-                scaling=scaling,
-                output=output,
-                hidden=call.observed["hidden"].to(query.device) if policy.reads_hidden else None,
-                visual=marks["visual"],
-                valid=self._valid(call, stored, query, key),
-                prefill=call.rows is not None,
-                state=stored.state if stored is not None else {},
-                carry={name: x for name, x in marks.items() if name != "visual"},
-                text_only=call.text_only.get(layer),
-                logit_edits=logit_edits,
-                brings=brings,
-                most_text=call.text_width,
-            )
-            edited = policy.modulate(view)
-            output = output if edited is None else edited
-            marks.update(view.carry)
-        if stored is not None:
-            stored.marks = marks
-        return output
-
-    def _marks(
-        self, call: ForwardCall, stored: PrunedLayer | None, query: torch.Tensor, key: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """What is known of each key ``(batch, keys)``: whether it is a visual token, and what the encode stage left."""
-        queries, keys = query.shape[2], key.shape[2]
-        known = stored.marks if stored is not None else {}
-        if call.rows is None:
-            return {name: torch.nn.functional.pad(x, (0, keys - x.shape[1])) for name, x in known.items()}
-        rows = call.rows.to(query.device)
-        now = dict(rows.carry)
-        if rows.visual is not None:
-            now["visual"] = rows.visual
-        marks: dict[str, torch.Tensor] = {}
-        for name in {**known, **now}:
-            new = now.get(name)
-            new = known[name].new_zeros(len(known[name]), queries) if new is None else new
-            past = known.get(name, new.new_zeros(len(new), 0))
-            past = torch.nn.functional.pad(past, (0, keys - queries - past.shape[1]))
-            marks[name] = torch.cat([past, new], 1)
-        return marks
-
-    def _valid(
-        self, call: ForwardCall, stored: PrunedLayer | None, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Keys of a layer that may be attended, bool ``(batch, keys)``; ``None`` if all may."""
-        queries, keys = query.shape[2], key.shape[2]
-        missing = stored.missing if stored is not None else 0
-        logical = keys - queries + missing
-        now = call.rows.mask if call.rows is not None else None
-        if call.rows is None and call.mask is not None:
-            now = call.mask[:, logical:].bool()
-        mask = join_masks(past_mask(stored, call.mask, logical), now, logical, queries)
-        return None if mask is None else mask[:, missing:].to(query.device)
-
     def trim_cache(self, cache: Cache, layer_rows: list[Rows], final: Rows) -> list[Rows]:
         """After prefill, take dropped tokens out of earlier layers too; returns the rows that each layer now holds."""
         held = list(layer_rows)
@@ -438,12 +339,6 @@ def check_decoder(decoder: Any) -> None:
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:
     stored = getattr(cache, "layers", ())[number : number + 1]
     return stored[0] if stored and isinstance(stored[0], PrunedLayer) else None
-
-
-def _filled(call: ForwardCall, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values without the empty slots of a static cache."""
-    rows = call.observed.get("rows")
-    return key[:, :, :rows], value[:, :, :rows]
 
 
 def _key(rows: Rows | None, layer: PrunedLayer | None) -> tuple[int, int]:
