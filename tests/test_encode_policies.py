@@ -133,7 +133,7 @@ def test_downsampling_is_the_stock_tower_on_a_smaller_image(family, keep):
     rows, columns = smaller_grid((side, side), keep)
     unit = batch.pixels.shape[-1] // side
     small = shrink(batch.pixels, rows * unit, columns * unit)
-    _, consumed, merge = reference._parts(model)
+    _, (consumed,), merge = reference._parts(model)
     options = {} if family == "internvl" else {"interpolate_pos_encoding": True}
     hidden = model.model.vision_tower(small, output_hidden_states=True, **options).hidden_states[consumed + 1]
     features = hidden[:, 1 - cls :]

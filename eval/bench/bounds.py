@@ -54,7 +54,7 @@ def bounds(subject: Subject, rows: list[Row], rounds: int) -> Iterator[Bound]:
     dense = rows[0].prefill_ms / subject.layers * subject.preset.depth
     for name in POLICIES:
         if policy_class(name).stages != ("encode",) or policy_class(name).reads_cls:
-            spent = scoring_ms(subject, name, max(3, rounds // 3))
+            spent = scoring_ms(subject, name, 2)
             if spent is not None:
                 against = f"dense prefill of all {subject.preset.depth} layers"
                 yield Bound(f"scoring, {name}", spent / dense, 0.02, against)
@@ -78,19 +78,16 @@ def scoring_ms(subject: Subject, name: str, rounds: int) -> float | None:
         budget = {"ratio": 1 / 9} if policy.prunes else {}
         with pruned(subject.model, [policy], **budget):
             owner = type(subject.model.pruning.policies[0])
-            stages = ("encode", "encode_final", "prefill", "modulate")
+            with spent_in(owner, ("encode", "encode_final", "prefill", "modulate")) as spent:
+                for _ in range(rounds):
+                    subject.model(**subject.inputs, use_cache=True, logits_to_keep=1)
             total = 0.0
-            for stage in stages:
-                with spent_in(owner, (stage,)) as calls:
-                    for _ in range(rounds):
-                        subject.model(**subject.inputs, use_cache=True, logits_to_keep=1)
-                if not calls:
-                    continue
+            for stage, calls in spent.items():
                 asked = {"prefill": policy.prefill_layers, "modulate": policy.modulate_layers}.get(stage)
-                there = len(asked(subject.layers)) if asked else 1
-                planned = len(asked(depth)) if asked else 1
-                each = sorted(sum(calls[i::rounds]) for i in range(rounds))[rounds // 2]
-                total += each / max(there, 1) * planned
+                there, planned = (len(asked(subject.layers)), len(asked(depth))) if asked else (1, 1)
+                size = len(calls) // rounds  # of one run
+                runs = [sum(calls[size * run : size * (run + 1)]) for run in range(rounds)]
+                total += min(runs) / max(there, 1) * planned
     except ValueError:  # a policy that needs more layers than were built, or files that are not there
         return None
     return total

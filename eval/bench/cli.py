@@ -33,7 +33,7 @@ def bench(
     layers: Annotated[
         int | None, typer.Option(help="Decoder layers to build, instead of the preset's.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda"

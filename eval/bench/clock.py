@@ -45,7 +45,7 @@ def synchronize() -> None:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], float | None]], rounds: int, warm: int = 2
+    runs: Mapping[str, Callable[[], float | None]], rounds: int, warm: int = 1
 ) -> dict[str, Times]:
     """Time each of ``runs`` once a round, in alternating order. A run may return its own milliseconds."""
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -84,24 +84,24 @@ def timed(module: torch.nn.Module) -> Iterator[list[float]]:
 
 
 @contextmanager
-def spent_in(owner: type, names: tuple[str, ...]) -> Iterator[list[float]]:
-    """Milliseconds of each call of some methods of a class inside the block."""
-    found: list[float] = []
+def spent_in(owner: type, names: tuple[str, ...]) -> Iterator[dict[str, list[float]]]:
+    """Milliseconds of each call of some methods of a class inside the block, by the method's name."""
+    found: dict[str, list[float]] = {name: [] for name in names}
     stock = {name: owner.__dict__.get(name) for name in names}
 
-    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             synchronize()
             begun = time.perf_counter()
             result = method(*args, **kwargs)
             synchronize()
-            found.append(1e3 * (time.perf_counter() - begun))
+            found[name].append(1e3 * (time.perf_counter() - begun))
             return result
 
         return call
 
     for name in names:
-        setattr(owner, name, watched(getattr(owner, name)))
+        setattr(owner, name, watched(name, getattr(owner, name)))
     try:
         yield found
     finally:
