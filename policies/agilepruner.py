@@ -41,9 +41,29 @@ def effective_rank(features: torch.Tensor, exact: bool = True) -> torch.Tensor:
     x = features.to(torch.float64 if exact else torch.float32)
     x = x - x.mean(1, keepdim=True)
     gram = x.mT @ x if exact and x.shape[1] > x.shape[2] else x @ x.mT
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0.0 if exact else 1e-12).sqrt()
+    return _rank_of(gram, 0.0 if exact else 1e-12)
+
+
+def _rank_of(gram: torch.Tensor, least: float) -> torch.Tensor:
+    singular = torch.linalg.eigvalsh(gram).clamp(min=least).sqrt()
     share = singular / (singular.sum(-1, keepdim=True) + 1e-12)
     return (-(share * (share + 1e-12).log()).sum(-1)).exp()
+
+
+def rank_and_distance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`effective_rank` and `cosine_distance` of features, ``(batch,)`` and ``(batch, tokens, tokens)``.
+
+    Where there are as many channels as tokens, so that rounding raises no eigenvalue from zero, both come from one
+    matrix product in fp32: centring a Gram matrix is taking its row and column means off. Else the rank is exact.
+    """
+    if features.shape[1] > features.shape[2] or features.dtype == torch.float64:
+        return effective_rank(features), cosine_distance(features)
+    x = features.float()
+    gram = x @ x.mT
+    length = gram.diagonal(dim1=-2, dim2=-1).sqrt() + 1e-8
+    distance = 1.0 - gram / length[:, :, None] / length[:, None]
+    mean = gram.mean(1, keepdim=True)
+    return _rank_of(gram - mean - mean.mT + mean.mean(2, keepdim=True), 0.0).double(), distance
 
 
 def calibrate_erank(features: Iterable[torch.Tensor]) -> float:
@@ -165,22 +185,33 @@ class AgilePruner(Policy):
         features, centred = view.features, official and view.features.dtype == torch.float32
         if centred:
             features = features - features.mean(1, keepdim=True)
-        distance = cosine_distance(features.detach(), features.dtype if official else None)
+        average = self._average(view)
+        if official:
+            distance = cosine_distance(features.detach(), features.dtype)
+            rank = effective_rank(view.features.detach(), exact=False) if average else None
+        elif average is None:
+            distance, rank = cosine_distance(features.detach()), None
+        else:
+            rank, distance = rank_and_distance(features.detach())
         order = view.carry["cls_attention"].argsort(dim=-1, descending=True, stable=not official)
-        index = pick(order, distance, self._thresholds(view), view.target).sort(dim=-1).values
+        tau = self._thresholds(view, None if rank is None or average is None else rank.double() / average)
+        index = pick(order, distance, tau, view.target).sort(dim=-1).values
         rows = gather_rows(features, index) if centred else None
         return Keep(index, rows=rows)
 
-    def _thresholds(self, view: FeaturesView) -> torch.Tensor:
-        """The threshold of each rank: ``(batch, units)``."""
+    def _average(self, view: FeaturesView) -> float | None:
+        """The average rank that thresholds compare with; ``None`` if they do not adapt to the image."""
+        if self.tau is not None:
+            return None
+        if self.erank_avg is None and (view.grid == (24, 24) or self.compat == "official"):
+            return RELEASED_ERANK
+        return self.erank_avg
+
+    def _thresholds(self, view: FeaturesView, growth: torch.Tensor | None) -> torch.Tensor:
+        """The threshold of each rank, ``(batch, units)``; ``growth`` ``(batch,)`` is the rank over the average one."""
         batch, units = view.features.shape[:2]
         if self.tau is not None:
             return view.features.new_full((batch, units), self.tau, dtype=torch.float64)
-        average = self.erank_avg
-        if average is None and (view.grid == (24, 24) or self.compat == "official"):
-            average = RELEASED_ERANK
-        if average is None:
+        if growth is None:
             growth = view.features.new_ones(batch, dtype=torch.float64)
-        else:
-            growth = effective_rank(view.features.detach(), exact=self.compat is None).double() / average
         return adaptive_tau(growth, units, self.tau_step, self.tau_max)

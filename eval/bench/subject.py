@@ -88,6 +88,23 @@ class Subject:
 
         return run
 
+    def pruned_prefill(self, policy: str, options: dict[str, Any]) -> Callable[[], float]:
+        """The same of a pruned model that is handed its encoded image, as ``generate`` hands it.
+
+        The tower is not run in between: it would leave caches and memory in another state than the oracle finds.
+        """
+        media = {key: x for key, x in self.inputs.items() if key not in ("input_ids", "attention_mask")}
+        text = {key: x for key, x in self.inputs.items() if key in ("input_ids", "attention_mask")}
+        with pruned(self.model, policy, **options):
+            encoded = self.model.base_model.get_image_features(**media, return_dict=True)
+
+        def run() -> float:
+            with pruned(self.model, policy, **options), timed(self.decoder) as spent:
+                self.model(**text, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
+            return spent[0]
+
+        return run
+
     def oracle_prefill(self, shortened: dict[str, Any]) -> Callable[[], float]:
         """A run of the stock prefill that is handed the shortened prompt."""
 
