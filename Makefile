@@ -107,7 +107,7 @@ typecheck: wheel ## mypy on the installed wheel
 demo: $(READY) ## prune two trained models at five budgets, under 5 minutes: runs/demo/
 	$(VENV)/bin/vlm-prune demo
 
-demo-quick: $(READY) ## the same, smaller, under a minute
+demo-quick: $(READY) ## the same, smaller, about a minute
 	$(VENV)/bin/vlm-prune demo --quick
 
 bench: $(READY) ## speed and memory at the shapes of LLaVA-1.5-7B, and the bounds: runs/bench/ (minutes; 8 GB)
