@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.models import IMAGE, prompt, shared
 from vlm_prune.calls import current_encode, current_forward
@@ -44,10 +43,10 @@ def stock(family, attention="sdpa"):
 
 
 def assert_stock(model, family):
-    """The model is unpruned: same bits, nothing registered, nothing under way."""
+    """The model is unpruned: same bits, no sites left, nothing under way."""
     logits, sequences = stock(family)
     batch = prompt(family, RAGGED)
-    assert "vlm_prune" not in ALL_ATTENTION_FUNCTIONS
+    assert not any(hasattr(module, "vlm_prune_site") for module in model.modules())
     assert current_forward() is None
     assert current_encode() is None
     assert torch.equal(model(**batch.inputs).logits, logits)

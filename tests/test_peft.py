@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import pytest
@@ -60,21 +59,9 @@ def merged():
     return stir(peft.get_peft_model(make("llava"), lora())).merge_and_unload().eval()
 
 
-def traces(model):
-    """The model's fingerprint without the table in which pruned models of other tests may be, not yet collected."""
-    return {name: seen for name, seen in fingerprint(model).items() if name != "attention functions"}
-
-
 def answers(model, batch):
     with torch.no_grad():
         return model(**batch.inputs).logits, model.generate(**batch.inputs, max_new_tokens=4)
-
-
-@pytest.fixture(autouse=True)
-def _tidy():
-    """Let go of models that are still pruned, for tests that look at what all of them share."""
-    yield
-    gc.collect()
 
 
 @orders
@@ -99,7 +86,7 @@ def test_a_pruned_model_with_an_adapter_is_the_merged_one_pruned(policy, order):
 
 def test_unpruning_gives_back_the_adapted_model():
     batch, tuned = prompt("llava", LAYOUTS["ragged"]), stir(peft.get_peft_model(make("llava"), lora())).eval()
-    want, before = answers(tuned, batch), traces(tuned)
+    want, before = answers(tuned, batch), fingerprint(tuned)
     for model in (tuned, tuned.get_base_model()):
         for undo in (tuned, tuned.get_base_model()):
             assert prune(model, "flowcut+vhr", ratio=0.3) is model
@@ -107,7 +94,7 @@ def test_unpruning_gives_back_the_adapted_model():
                 prune(tuned)
             answers(tuned, batch)
             assert unprune(undo) is undo
-            assert traces(tuned) == before
+            assert fingerprint(tuned) == before
     for ours, theirs in zip(answers(tuned, batch), want, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -209,10 +196,10 @@ def test_a_projector_that_is_trained_and_saved_whole():
     whole = lora(modules_to_save=["multi_modal_projector"])
     tuned = stir(peft.get_peft_model(make("llava"), whole)).eval()
     answers(tuned, batch)  # the first call installs hooks of transformers
-    before = traces(tuned)
+    before = fingerprint(tuned)
     with pruned(tuned, "flowcut", ratio=0.3), pruned(merged(), "flowcut", ratio=0.3) as plain:
         torch.testing.assert_close(answers(tuned, batch)[0], answers(plain, batch)[0], atol=1e-4, rtol=1e-4)
-    assert traces(tuned) == before
+    assert fingerprint(tuned) == before
     with pytest.raises(StateError, match=r"modules_to_save.*unprune"):
         peft.get_peft_model(prune(make("llava"), "flowcut"), whole)
 
@@ -221,7 +208,7 @@ def test_learned_prompts_are_refused():
     tuned = peft.get_peft_model(
         make("llava"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
-    before = traces(tuned)
+    before = fingerprint(tuned)
     with pytest.raises(UnsupportedModelError, match="learned tokens into the prompt"):
         prune(tuned, "uniform")
-    assert traces(tuned) == before
+    assert fingerprint(tuned) == before

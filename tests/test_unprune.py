@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.models import FAMILIES, LAYOUTS, fingerprint, make, prompt
+from tests.models import FAMILIES, LAYOUTS, attention_functions, fingerprint, make, prompt
 from tests.reference import CASES, POLICIES, budget
-from vlm_prune import attention, prune, pruned, unprune
+from vlm_prune import prune, pruned, unprune
 from vlm_prune.calls import current_encode, current_forward
 from vlm_prune.versions import flat_tower
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _tidy():
-    """Forget models that other tests pruned and dropped: the table entry goes with the last one that is unpruned."""
-    gc.collect()
-    if not attention._open_sites:
-        ALL_ATTENTION_FUNCTIONS.pop("vlm_prune", None)
-
 
 cases = pytest.mark.parametrize(("policy", "family", "positions"), CASES)
 
@@ -64,15 +53,18 @@ def test_nothing_stays_behind(policy, family, backend):
 
 
 def test_attention_function_stays_while_any_model_is_pruned():
-    before = set(ALL_ATTENTION_FUNCTIONS)
+    before = attention_functions()
     first, second = make("llava"), make("internvl")
     prune(first, "flowcut")
     prune(second, "flowcut")
     unprune(first)
-    assert "vlm_prune" in ALL_ATTENTION_FUNCTIONS
+    assert attention_functions() > before
     answers(second, prompt("internvl", LAYOUTS["single"]))
     unprune(second)
-    assert set(ALL_ATTENTION_FUNCTIONS) == before
+    assert attention_functions() == before
+    prune(second, "flowcut")
+    del second  # never unpruned
+    assert attention_functions() == before
 
 
 class BrokenError(RuntimeError):
@@ -205,7 +197,7 @@ def test_state_dict_and_saved_files_are_stock(policy, family, positions, tmp_pat
 @cases
 def test_a_deep_copy_is_pruned_by_itself(policy, family, positions):
     model, batch = make(family), prompt(family, LAYOUTS["ragged"])
-    stock, before = answers(model, batch), set(ALL_ATTENTION_FUNCTIONS)
+    stock, before = answers(model, batch), attention_functions()
     prune(model, policy, positions=positions, **budget(policy))
     ours = answers(model, batch)
     twin = copy.deepcopy(model)
@@ -219,4 +211,4 @@ def test_a_deep_copy_is_pruned_by_itself(policy, family, positions):
     assert_same(answers(twin, batch), ours)
     unprune(twin)
     assert_same(answers(twin, batch), stock)
-    assert set(ALL_ATTENTION_FUNCTIONS) == before
+    assert attention_functions() == before

@@ -65,6 +65,7 @@ class Site:
 
     def _open(self) -> None:
         _open_sites.add(self)
+        weakref.finalize(self, _leave_table).atexit = False
         ALL_ATTENTION_FUNCTIONS[NAME] = ALL_ATTENTION_FUNCTIONS[PACKED_FLASH] = attend
 
     def close(self) -> None:
@@ -72,9 +73,15 @@ class Site:
         self.module.config = self.stock_config
         del self.module.vlm_prune_site
         _open_sites.discard(self)
-        if not _open_sites:
-            ALL_ATTENTION_FUNCTIONS.pop(NAME, None)
-            ALL_ATTENTION_FUNCTIONS.pop(PACKED_FLASH, None)
+        _leave_table()
+
+
+def _leave_table() -> None:
+    """Take our names out of transformers' table when no site is open: all closed, or gone with their models."""
+    # by iteration, which skips sites that are gone: the set may not have heard of it yet
+    if not any(True for _ in _open_sites):
+        ALL_ATTENTION_FUNCTIONS.pop(NAME, None)
+        ALL_ATTENTION_FUNCTIONS.pop(PACKED_FLASH, None)
 
 
 class _Stock:
