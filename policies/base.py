@@ -189,7 +189,7 @@ class Policy:
     def left(
         self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
     ) -> int | None:
-        """How many visual tokens `prefill` leaves a single sequence at ``layer``, where that follows from the budget.
+        """How many visual tokens `prefill` leaves a sequence at ``layer``, where that follows from the budget.
 
         The host then need not wait for the device to count them. ``None``: it depends on what the policy sees.
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from vlm_prune.cli import app
 from vlm_prune.eval.bench import bounds, cli, presets
-from vlm_prune.eval.bench.clock import LiveBytes, Times, interleaved, spent_in
+from vlm_prune.eval.bench.clock import LiveBytes, Times, interleaved, moved_bytes, spent_in
 from vlm_prune.eval.bench.report import regressions
 from vlm_prune.eval.bench.speed import speed
 from vlm_prune.eval.bench.subject import Subject
@@ -133,3 +133,10 @@ def test_only_what_got_worse_is_a_regression():
     assert regressions([row], before) == []
     slow = dataclasses.replace(row, prefill_over_oracle=1.06)
     assert len(regressions([slow], before)) == 1
+
+
+def test_moved_bytes_are_those_that_operations_take_and_return():
+    x = torch.zeros(100)
+    assert moved_bytes(x.clone) == 800
+    assert moved_bytes(lambda: x.view(10, 10)) == 0
+    assert moved_bytes(lambda: (x + x)[:50].sum()) == 1200 + 204

@@ -12,7 +12,8 @@ from tests.models import LAYOUTS, fingerprint, make, prompt
 from tests.policy_table import options
 from tests.test_training import gradients, text
 from vlm_prune import StateError, UnsupportedModelError, prune, pruned, unprune
-from vlm_prune.calls import current_encode, current_forward
+from vlm_prune.calls import current_forward
+from vlm_prune.encode_call import current_encode
 
 peft = pytest.importorskip("peft")
 

@@ -13,7 +13,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from tests.models import FAMILIES, LAYOUTS, attention_functions, fingerprint, make, prompt
 from tests.reference import CASES, POLICIES, budget
 from vlm_prune import prune, pruned, unprune
-from vlm_prune.calls import current_encode, current_forward
+from vlm_prune.calls import current_forward
+from vlm_prune.encode_call import current_encode
 from vlm_prune.versions import flat_tower
 
 cases = pytest.mark.parametrize(("policy", "family", "positions"), CASES)

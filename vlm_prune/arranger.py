@@ -14,8 +14,8 @@ import torch
 
 from . import stream
 from .adapters.base import FeatureCall
-from .calls import EncodeCall, current_encode, set_arrangement, set_encode
 from .encode import EncodeStage, content_key
+from .encode_call import EncodeCall, current_encode, set_arrangement, set_encode
 from .packing import Group, Packing
 from .policies.base import Keep
 from .policies.views import FeaturesView

@@ -71,14 +71,14 @@ class Budget:
         A ``ratio`` is a share of these; ``tokens`` are kept for each tile of the ``call``, or all that a tile has.
         """
         if self.ratio is not None:
-            return (base * self.ratio).round().long().clamp(min=1).minimum(base)
+            return (base.double() * self.ratio).round().long().clamp(min=1).minimum(base)
         return call.per_sequence(self._of_tiles).minimum(base)
 
-    def of_prompt(self, base: int, call: ForwardCall) -> int:
-        """The same for the one prompt of a call, on the host."""
+    def of_prompt(self, base: int, tiles: list[list[int]]) -> int:
+        """The same for one prompt, on the host; ``tiles`` are the rows of each tile of each of its images."""
         if self.ratio is not None:
             return min(max(round(base * self.ratio), 1), base)
-        return min(sum(self._of_tiles(tiles) for encoded in call.encoded for _, tiles in encoded.spans), base)
+        return min(sum(self._of_tiles(rows) for rows in tiles), base)
 
     def _of_tiles(self, tiles: list[int]) -> int:
         tokens = self.tokens or 1

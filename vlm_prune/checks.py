@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .adapters.base import Anatomy
-from .calls import ride_of
+from .encode_call import ride_of
 from .errors import UnsupportedCallError
 from .masks import padding_mask
 from .storage import check_cache
@@ -88,7 +88,7 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
     # where tiles are arranged to images, stock code counts their rows as soon as it has them
     need = fresh = None if anatomy.features else anatomy.tower.placeholders(kwargs)
     if need is None and rides:
-        need = [rows for ride in rides for rows, _ in ride.spans]
+        need = [span.rows for ride in rides for span in ride.spans]
     if need is None:
         return
     found, total = int(torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).sum()), sum(need)

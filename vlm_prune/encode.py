@@ -11,7 +11,8 @@ from torch import nn
 from .adapters.base import PackedTower, Tower
 from .attention import Site
 from .budget import Budget
-from .calls import EncodeCall, current_forward
+from .calls import current_forward
+from .encode_call import EncodeCall
 from .errors import UnsupportedCallError
 from .policies.base import Keep, Policy
 from .policies.views import FeaturesView, TowerView

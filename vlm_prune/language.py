@@ -79,8 +79,6 @@ class Decoder:
         kwargs["attention_mask"] = call.mask = mask = padding_mask(kwargs.get("attention_mask"), past)
         rows = self._rows(call, kwargs, holes, inside)
         call.rows = call.entered = rows
-        if inside:
-            call.count_visual()
         for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
             spare_slots(past, layer, rows)
         self._fit(kwargs, rows, continued[0] if continued else None, mask)
@@ -143,6 +141,11 @@ class Decoder:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(logical, logical + length, device=embeds.device)[None]
+        # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
+        alive = ~stream.find_holes(embeds) if holes else None
+        live = alive if alive is None or now is None or batch == 1 else alive & now
+        if holes:
+            call.count(live, alive)
         rows = Rows(
             length=length,
             order=torch.arange(length, device=embeds.device).expand(batch, -1),
@@ -152,17 +155,13 @@ class Decoder:
         if inside:
             rows = call.mark_visual(rows)
         features: list[torch.Tensor] | None = kwargs.get("deepstack_visual_embeds")
-        if not holes:
+        if alive is None or live is None:
             if features and inside:
                 self._note_deepstack(call, kwargs, kwargs["visual_pos_masks"], list(features))
             return rows
 
-        alive = ~stream.find_holes(embeds)
-        # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
-        live = alive & now if now is not None and batch > 1 else alive
-        count, even = call.live_rows(alive, live)
-        gone = ~alive if self.positions == "compact" else None
-        rows, kwargs["inputs_embeds"], order = rows.close(embeds, live, count, not even, gone)
+        census, gone = call.count(), ~alive if self.positions == "compact" else None
+        rows, kwargs["inputs_embeds"], order = rows.close(embeds, live, census.width, not census.even, gone)
         if features:
             masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
             self._note_deepstack(call, kwargs, *masks)

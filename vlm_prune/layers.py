@@ -238,7 +238,7 @@ class DecoderLayers:
         if call.deepstack is not None:
             hidden = call.deepstack.add(number, hidden)
         if number in self.pruned:
-            hidden = self._drop(call, number, rows, hidden, gone, closed_up)
+            hidden = self._drop(call, number, rows, visual, hidden, gone, closed_up)
             call.rows = call.rows.to(home)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -275,6 +275,7 @@ class DecoderLayers:
         call: ForwardCall,
         number: int,
         rows: Rows,
+        visual: torch.Tensor,
         hidden: torch.Tensor,
         gone: torch.Tensor,
         closed_up: torch.Tensor | None,
@@ -286,13 +287,13 @@ class DecoderLayers:
         live = ~gone
         if rows.mask is not None and len(hidden) > 1:
             live = live & rows.mask
-        if (left := self._left(call, number)) is not None and call.visual_left is not None:
-            dropped = call.visual_left - left
-            counts = [rows.count - dropped]
+        if (left := self._left(call, number)) is not None:
+            dropped = sum(call.left or ()) - sum(left)
+            counts = [text + kept for text, kept in zip(call.count().text, left, strict=True)]
         else:
-            *counts, dropped = torch.cat([live.sum(-1), gone.sum()[None]]).tolist()
-        if call.visual_left is not None:
-            call.visual_left -= dropped
+            counts, left, lost = torch.stack([x.sum(-1) for x in (live, live & visual, gone)]).tolist()
+            dropped = sum(lost)
+        call.left = left
         if not dropped:
             return hidden
         call.observed.pop("attention", None)
@@ -305,16 +306,23 @@ class DecoderLayers:
             call.deepstack.cut(order, call.rows.valid)
         return hidden
 
-    def _left(self, call: ForwardCall, number: int) -> int | None:
-        """Visual rows left behind layer ``number``, if the host can tell; else the device is asked."""
-        if call.visual_entered is None or call.visual_left is None or len(self.pruned[number]) > 1:
+    def _left(self, call: ForwardCall, number: int) -> list[int] | None:
+        """Visual tokens of each sequence that are left behind layer ``number``; ``None`` if only the device knows."""
+        (policy, budget), *others = self.pruned[number]
+        if others or call.unknown_features or type(policy).left is Policy.left:
             return None
-        (policy, budget), *_ = self.pruned[number]
-        entered = call.visual_entered
-        dense = sum(rows for encoded in call.encoded for rows, _ in encoded.spans)
-        target = budget.of_prompt(dense if "encode" in policy.stages else entered, call)
-        left = policy.left(number, self.depth, entered, target, call.plain_tiles())
-        return None if left is None else min(left, call.visual_left)
+        entered, counts = call.count().visual, []
+        for here, now, spans in zip(entered, call.left or entered, call.spans_by_sequence(), strict=True):
+            dense = sum(span.rows for span in spans)
+            target = budget.of_prompt(
+                dense if "encode" in policy.stages else here, [span.tiles for span in spans]
+            )
+            tiles = [] if any(span.plain is None for span in spans) else [span.plain for span in spans]
+            left = policy.left(number, self.depth, here, target, tiles) if here else 0
+            if left is None:
+                return None
+            counts.append(min(left, now))
+        return counts
 
     def trim_cache(self, cache: Cache, layer_rows: list[Rows], final: Rows) -> list[Rows]:
         """After prefill, take dropped tokens out of earlier layers too; returns the rows that each layer now holds."""

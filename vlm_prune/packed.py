@@ -20,8 +20,8 @@ from . import stream
 from .adapters.base import PackedTower
 from .attention import Site
 from .budget import Budget
-from .calls import EncodeCall, current_encode, let_ride, set_encode
 from .encode import EncodeStage, content_key
+from .encode_call import EncodeCall, current_encode, let_ride, set_encode
 from .patches import (
     PackedState,
     Tile,

@@ -14,7 +14,7 @@ from .policies.base import Keep
 from .survivors import DecoderTrace, Units, tile_units
 
 if TYPE_CHECKING:
-    from .calls import EncodeCall
+    from .encode_call import EncodeCall
 
 
 MEAN_QUERY = "attention of the mean query"

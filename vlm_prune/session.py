@@ -14,18 +14,11 @@ from torch import nn
 from .adapters.base import Anatomy, PackedTower
 from .arranger import Arranger
 from .budget import Budget
-from .calls import (
-    ForwardCall,
-    begin_forward,
-    end_forward,
-    forget_calls,
-    nothing_under_way,
-    ride_of,
-    set_encode,
-)
+from .calls import ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way
 from .checks import brings_features, check_chunk, check_forward
 from .config import to_config
 from .drafts import expect_drafts, take_drafts
+from .encode_call import ride_of, set_encode
 from .errors import StateError, UnsupportedCallError
 from .language import Decoder
 from .layers import DecoderLayers, check_decoder

@@ -65,25 +65,19 @@ def lay_out(
     values: Sequence[torch.Tensor],
     kinds: Sequence[int],
     masks: Sequence[torch.Tensor],
-    copies: dict[int, int] | None = None,
+    copies: Sequence[int],
 ) -> torch.Tensor:
     """Values of visual tokens, in order, at their placeholders: ``(batch, length)``, 0 elsewhere.
 
     ``values[i]`` ``(tokens,)`` belong to placeholders of kind ``kinds[i]``, those that are True in ``masks[kinds[i]]``
-    ``(batch, length)``. Beams come as copies of a row next to it, so every so many rows share their values: how many is
-    asked of the device where there are several rows, and remembered in ``copies``.
+    ``(batch, length)``. Beams come as copies of a row next to it, so every ``copies[kind]`` rows share their values.
     """
-    copies = {} if copies is None else copies
     full = values[0].new_zeros(masks[0].shape)
-    for number, mask in enumerate(masks):
+    for number, (mask, repeats) in enumerate(zip(masks, copies, strict=True)):
         mine = [x for x, kind in zip(values, kinds, strict=True) if kind == number]
         if not mine:
             continue
-        flat = torch.cat(mine)
-        if number not in copies:
-            copies[number] = int(mask.sum()) // len(flat) if len(mask) > 1 else 1
-        repeats = copies[number]
-        some = full[::repeats].masked_scatter(mask[::repeats], flat)
+        some = full[::repeats].masked_scatter(mask[::repeats], torch.cat(mine))
         full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
     return full
 

@@ -31,6 +31,7 @@ class DecoderTrace:
 
     Attributes:
         masks: for each kind of placeholder, bool ``(batch, length)``: where they are in the prompts.
+        copies: for each kind, how many sequences next to each other share their values.
         kinds: of each encode call of the forward.
         numbers: of each encode call, the visual token that each row is, see `calls.EncodeCall.numbers`.
         number: which of these calls this is about.
@@ -38,6 +39,7 @@ class DecoderTrace:
     """
 
     masks: Sequence[torch.Tensor]
+    copies: Sequence[int]
     kinds: Sequence[int]
     numbers: Sequence[torch.Tensor]
     number: int
@@ -50,7 +52,7 @@ class DecoderTrace:
             first.append(first[-1] + rows * columns)
         # 0 stands for text, and for the tokens of other calls
         values = [x if i == self.number else torch.zeros_like(x) for i, x in enumerate(self.numbers)]
-        where = stream.lay_out(values, self.kinds, [mask.cpu() for mask in self.masks])
+        where = stream.lay_out(values, self.kinds, [mask.cpu() for mask in self.masks], self.copies)
         known: dict[int, Units] = {}
         for order, valid in self.layers:
             if id(order) not in known:

@@ -19,8 +19,8 @@ from . import stream
 from .adapters.base import Tower
 from .attention import Site
 from .budget import Budget
-from .calls import EncodeCall, current_arrangement, current_encode, let_ride, set_encode
 from .encode import EncodeStage, content_key
+from .encode_call import EncodeCall, current_arrangement, current_encode, let_ride, set_encode
 from .errors import UnsupportedCallError
 from .kernels import gather_rows, to_device
 from .packing import read_packing

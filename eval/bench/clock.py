@@ -142,6 +142,26 @@ class LiveBytes(TorchDispatchMode):
             self.held -= size
 
 
+class _MovedBytes(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            parts = tree_leaves((args, kwargs, result))
+            self.moved += sum(x.nbytes for x in parts if isinstance(x, torch.Tensor))
+        return result
+
+
+def moved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of all tensors that the operations of ``run`` take and return, views apart."""
+    with _MovedBytes() as count:
+        run()
+    return count.moved
+
+
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
     """Most memory that ``run`` held at a time, above what was held before."""
     if torch.device(device).type == "cuda":

@@ -19,7 +19,7 @@ from tests.parity._files import Golden, npz_cases
 from tests.parity._given import embeds_model
 from vlm_prune import prune, stream
 from vlm_prune.adapters.llava_next import _next_images
-from vlm_prune.calls import current_encode
+from vlm_prune.encode_call import current_encode
 from vlm_prune.packing import read_packing
 from vlm_prune.policies.flowcut import drop_counts, information_score, value_magnitude
 from vlm_prune.policies.flowcut_decoder import FlowCutDecoder
