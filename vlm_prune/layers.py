@@ -317,7 +317,8 @@ class DecoderLayers:
             target = budget.of_prompt(
                 dense if "encode" in policy.stages else here, [span.tiles for span in spans]
             )
-            tiles = [] if any(span.plain is None for span in spans) else [span.plain for span in spans]
+            plain = [span.plain for span in spans if span.plain is not None]
+            tiles = plain if len(plain) == len(spans) else []
             left = policy.left(number, self.depth, here, target, tiles) if here else 0
             if left is None:
                 return None
