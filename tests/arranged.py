@@ -20,6 +20,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tests.padding import padded
+
 PAD, IMAGE, VIDEO, VOCAB, SIDE = 0, 60, 61, 64, 6
 """``SIDE`` is that of a tile in patches."""
 
@@ -187,10 +189,5 @@ def arranged_prompt(
             sizes.append(size)
             sequence += [IMAGE] * _length(family, size, single)
         sequences.append(sequence)
-    length = max(map(len, sequences))
-    ids = torch.full((len(rows), length), PAD)
-    mask = torch.zeros_like(ids)
-    for b, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), None) if pad == "left" else slice(len(sequence))
-        ids[b, place], mask[b, place] = torch.tensor(sequence), 1
+    ids, mask = padded(sequences, pad, PAD)
     return ArrangedPrompt(family, ids, mask, pictures, sizes, tiles)

@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.arranged import ARRANGED, ArrangedPrompt, arranged_prompt
 from tests.packed import PACKED, PackedPrompt, packed_prompt
+from tests.padding import padded
 from vlm_prune.versions import flat_tower, takes_encoded
 
 IMAGE, PAD, TEXT, VOCAB = 60, 0, range(3, 59), 64
@@ -210,12 +211,7 @@ def prompt(
                 tiles[-1] += range(number, number - part)
                 number -= part
         sequences.append(sequence)
-    length = max(map(len, sequences))
-    ids = torch.full((len(rows), length), PAD)
-    mask = torch.zeros_like(ids)
-    for b, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), None) if pad == "left" else slice(len(sequence))
-        ids[b, place], mask[b, place] = torch.tensor(sequence), 1
+    ids, mask = padded(sequences, pad, PAD)
     contrast = torch.tensor([0.3, 1.0, 3.0, 0.6]).repeat(number)[:number, None, None, None]
     pixels = torch.randn(number, 3, spec.size, spec.size, generator=generator) * contrast
     return Prompt(ids, mask, pixels if number else None, tiles)

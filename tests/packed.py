@@ -19,6 +19,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from tests.padding import padded
+
 IMAGE, VIDEO, PAD, TEXT, VOCAB = 60, 61, 0, range(3, 59), 64
 PATCH, MERGE, FRAMES = 4, 2, 2
 SIZES = [(8, 8), (6, 10), (4, 12), (10, 6)]
@@ -168,12 +170,7 @@ def packed_prompt(family: str, rows: list[tuple[Any, ...]], pad: str = "left", s
                 for _ in range(-part):
                     sequence += show((1, *SIZES[made % 4]), IMAGE)
         sequences.append(sequence)
-    length = max(map(len, sequences))
-    ids = torch.full((len(rows), length), PAD)
-    mask = torch.zeros_like(ids)
-    for b, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), None) if pad == "left" else slice(len(sequence))
-        ids[b, place], mask[b, place] = torch.tensor(sequence), 1
+    ids, mask = padded(sequences, pad, PAD)
     return PackedPrompt(ids, mask, visuals)
 
 

@@ -161,14 +161,10 @@ def families(
     if markdown:
         typer.echo(support.markdown())
         return
-    table = Table("model_type", "models", "policies that work in part", "not", box=SIMPLE_HEAD)
+    table = Table("model_type", "models", "policies that work in part", box=SIMPLE_HEAD)
     for name, family in support.FAMILIES.items():
-        levels = {policy: support.support(policy, name).level for policy in sorted(POLICIES)}
-        part, none = (
-            ", ".join(policy for policy, level in levels.items() if level == wanted)
-            for wanted in (support.PART, support.NONE)
-        )
-        table.add_row(name, family.title, part, none)
+        part = [policy for policy in sorted(POLICIES) if support.support(policy, name).level == support.PART]
+        table.add_row(name, family.title, ", ".join(part))
     console.print(table)
     console.print("All other policies work. vlm-prune families --markdown prints the matrix and its notes.")
 

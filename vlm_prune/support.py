@@ -15,13 +15,11 @@ class Family:
     Attributes:
         title: its name to people.
         cls: whether its vision tower has a CLS token.
-        packs: whether its tower takes images of any size, packed to one sequence.
         resizes: whether the grid of large images, and of videos, is resized behind the projector.
     """
 
     title: str
     cls: bool = True
-    packs: bool = False
     resizes: bool = False
 
 
@@ -32,13 +30,13 @@ FAMILIES = {
     "llava_next_video": Family("LLaVA-NeXT-Video"),
     "llava_onevision": Family("LLaVA-OneVision", cls=False, resizes=True),
     "internvl": Family("InternVL"),
-    "qwen2_vl": Family("Qwen2-VL", cls=False, packs=True),
-    "qwen2_5_vl": Family("Qwen2.5-VL", cls=False, packs=True),
-    "qwen3_vl": Family("Qwen3-VL", cls=False, packs=True),
+    "qwen2_vl": Family("Qwen2-VL", cls=False),
+    "qwen2_5_vl": Family("Qwen2.5-VL", cls=False),
+    "qwen3_vl": Family("Qwen3-VL", cls=False),
 }
 """``config.model_type`` -> facts of the family, in the order of the matrix."""
 
-FULL, PART, NONE = "●", "◐", "○"
+FULL, PART = "●", "◐"
 NOTES = {
     "cls": "There is no CLS token: the mean query over all patches stands in for it, and the receipt says so.",
     "resized": "Images that the model does not resize (up to nine tiles); large ones and videos raise, because the "
@@ -49,7 +47,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """How far a policy works on a family: `FULL`, `PART` or `NONE`, and which of `NOTES` belong to it."""
+    """How far a policy works on a family: `FULL` or `PART`, and which of `NOTES` belong to it."""
 
     level: str
     notes: tuple[str, ...] = ()
@@ -81,4 +79,4 @@ def markdown() -> str:
         raise RuntimeError(f"no facts about {', '.join(missing)}: write them into vlm_prune/support.py")
     rows = "\n".join("| " + " | ".join(row) + " |" for row in matrix())
     notes = "\n".join(f"{mark} {note}  " for mark, note in zip(("¹", "²"), NOTES.values(), strict=True))
-    return f"{rows}\n\n{FULL} works, {PART} works in part, {NONE} does not.  \n{notes.rstrip()}"
+    return f"{rows}\n\n{FULL} works, {PART} works in part.  \n{notes.rstrip()}"
