@@ -2,8 +2,7 @@
 
 Such a tower finds out by ``cu_seqlens`` where an image (a frame, a window) ends, and by rotary tables where in it a
 patch stands. Before each block the hooks here hand it both for the patches that are left; behind it they ask the
-policies, one tile after the other, each by itself. The merger computes live units only, and the holes are re-opened
-behind it.
+policies, one tile after the other, each by itself. What happens around the merger is in ``merger.py``.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from . import stream
 from .adapters.base import PackedTower
 from .attention import Site
 from .budget import Budget
-from .encode import EncodeStage, content_key
+from .encode import EncodeStage
 from .encode_call import EncodeCall, current_encode, let_ride, set_encode
+from .merger import Merger
 from .patches import (
     PackedState,
     Tile,
     fit,
     frames_to_patches,
     lengths,
-    patches_to_frames,
     pick,
     window_order,
 )
 from .policies.base import Keep, Policy
-from .policies.views import AttentionView, FeaturesView, TowerView
+from .policies.views import AttentionView, TowerView
 from .timing import Stopwatch
 
 
@@ -73,10 +72,11 @@ class PackedEncoder(EncodeStage):
             handles.append(block.register_forward_hook(partial(self.leave_layer, number), prepend=True))
         for number in self.asked:
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention, packed=True))
-        handles.append(self.projector.register_forward_pre_hook(self.enter_merger))
-        handles.append(self.projector.register_forward_hook(self.leave_merger))
-        for merger in self.tower.deepstack:
-            handles.append(merger.register_forward_hook(self.leave_deepstack))
+        merger = Merger(self, self.tower.merge**2)
+        handles.append(self.projector.register_forward_pre_hook(merger.enter))
+        handles.append(self.projector.register_forward_hook(merger.leave))
+        for module in self.tower.deepstack:
+            handles.append(module.register_forward_hook(merger.leave_deepstack))
 
     # --- inside the tower ---
 
@@ -104,7 +104,7 @@ class PackedEncoder(EncodeStage):
         merge, sizes = self.tower.merge, given["grid_thw"].clone()
         firsts = [0, *accumulate(sizes[:, 0].tolist())][:-1]  # frames of a video are shown alike
         sizes[:, 1:] = torch.tensor([shown[first] for first in firsts]).to(sizes) * merge
-        smaller = [self._shrink(call, i, small) for i, small in enumerate(shown)]
+        smaller = [self._shrink(call.state, i, small) for i, small in enumerate(shown)]
         return (), {**given, "hidden_states": torch.cat(smaller), "grid_thw": sizes}
 
     def _shown(self, grid: tuple[int, int], target: int) -> tuple[int, int]:
@@ -114,23 +114,15 @@ class PackedEncoder(EncodeStage):
         shapes = (policy.tower_grid(grid, target) for policy in self.policies)
         return next((shape for shape in shapes if shape is not None), grid)
 
-    def _shrink(self, call: EncodeCall, i: int, small: tuple[int, int]) -> torch.Tensor:
+    def _shrink(self, state: PackedState, i: int, small: tuple[int, int]) -> torch.Tensor:
         """The patches of a tile at the size that makes a ``small`` grid of units."""
         from .policies.pooling import shrink  # importing the package imports no policy
 
-        if small == call.grids[i]:
-            return self._patches(call, i)[0]
-        frames = patches_to_frames(self._patches(call, i)[0], call.grids[i], self.tower.merge, *self._cut_in)
-        side = self.tower.merge * self._cut_in[1]
-        return frames_to_patches(
-            shrink(frames, small[0] * side, small[1] * side), small, self.tower.merge, *self._cut_in
-        )
-
-    @property
-    def _cut_in(self) -> tuple[int, int]:
-        """Frames of a patch, and its side in pixels."""
-        config: Any = self.tower.module.config
-        return int(config.temporal_patch_size), int(config.patch_size)
+        if small == state.grids[i]:
+            return state.given(i)[0]
+        merge, _, side = state.sides
+        frames = shrink(state.frames(i), small[0] * merge * side, small[1] * merge * side)
+        return frames_to_patches(frames, small, *state.sides)
 
     def _begin(self, call: EncodeCall, shown: list[tuple[int, int]]) -> PackedState:
         from .policies.pooling import grid_places
@@ -142,8 +134,11 @@ class PackedEncoder(EncodeStage):
             if small != grid:
                 places = torch.tensor(grid_places(grid, small), device=device)
                 raster = places if raster is None else places[raster]
-            tiles.append(Tile(end - size, torch.arange(end - size, end, device=device), raster))
-        return PackedState(tiles, sum(sizes))
+            alive = torch.arange(end - size, end, device=device)
+            tiles.append(Tile(end - size, alive, raster, self.tower.merge**2, self.single_patches))
+        config: Any = self.tower.module.config
+        sides = (self.tower.merge, int(config.temporal_patch_size), int(config.patch_size))
+        return PackedState(tiles, sum(sizes), call.grids, call.pixels, sides)
 
     def enter_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -178,7 +173,7 @@ class PackedEncoder(EncodeStage):
             return None
         state: PackedState = call.state
         call.tower_tokens.append(max(tile.count for tile in state.tiles))
-        call.tower_keeps.append([self._units(tile) for tile in state.tiles])
+        call.tower_keeps.append([Keep(tile.units[None]) for tile in state.tiles])
         if not state.seen:
             return None
         query, key, value = (
@@ -188,7 +183,7 @@ class PackedEncoder(EncodeStage):
         state.seen = []
         kept, begin = [], 0
         for i, tile in enumerate(state.tiles):
-            rows, end = self._raster_rows(tile), begin + tile.count
+            rows, end = tile.raster_rows, begin + tile.count
             q, k, v = (pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
             seen = AttentionView(q, k, v, scaling, has_cls=False)
             view = self._view(number, call, i, output[None, begin:end], rows, seen)
@@ -212,7 +207,7 @@ class PackedEncoder(EncodeStage):
         attention: AttentionView,
     ) -> TowerView:
         tile, grid = call.state.tiles[i], call.grids[i]
-        slots, units, scale = None, self._numbers(tile)[None], 1
+        slots, units, scale = None, tile.units[None], 1
         if self.single_patches:
             units, scale = (tile.alive - tile.begin)[None], self.tower.merge**2
         else:
@@ -226,28 +221,9 @@ class PackedEncoder(EncodeStage):
             hidden=pick(hidden, rows, 1),
             attention=attention,
             slots=slots,
-            pixels=self._pixels(call, i),
+            pixels=call.state.picture(i),
             carry=tile.carry,
         )
-
-    def _numbers(self, tile: Tile) -> torch.Tensor:
-        """Raster numbers of a tile's living units, ascending. Single patches are counted by the merger's groups."""
-        group = self.tower.merge**2
-        if self.single_patches:
-            return torch.arange(-(-tile.count // group), device=tile.alive.device)
-        place = (tile.alive[::group] - tile.begin) // group
-        return place if tile.raster is None else tile.raster[place].sort().values
-
-    def _units(self, tile: Tile) -> Keep:
-        return Keep(self._numbers(tile)[None])
-
-    def _raster_rows(self, tile: Tile) -> torch.Tensor | None:
-        """Rows of a tile's living patches in raster order of their units; ``None`` if they stand so."""
-        if tile.raster is None:
-            return None
-        group = self.tower.merge**2
-        order = tile.raster[(tile.alive[::group] - tile.begin) // group].argsort()
-        return stream.grouped(order, group)
 
     def _cut(self, tile: Tile, keep: Keep, rows: torch.Tensor | None) -> torch.Tensor:
         """Keep the chosen units of a tile; returns the rows of its patches that stay, ascending."""
@@ -259,108 +235,6 @@ class PackedEncoder(EncodeStage):
         tile.carry = {name: x.gather(1, keep.index) for name, x in tile.carry.items()}
         tile.alive = tile.alive[index]
         return index
-
-    def _pixels(self, call: EncodeCall, i: int) -> torch.Tensor:
-        """A tile as a picture, ``(1, channels, height, width)``; of a video frame the mean of those it was made of."""
-        known: dict[int, torch.Tensor] = call.state.pixels
-        if i not in known:
-            frames = patches_to_frames(
-                self._patches(call, i)[0], call.grids[i], self.tower.merge, *self._cut_in
-            )
-            known[i] = frames.mean(0, keepdim=True)
-        return known[i]
-
-    # --- around the merger ---
-
-    def enter_merger(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Ask the policies that choose behind the tower; hand the merger the live units only."""
-        call = current_encode()
-        if call is None:
-            return None
-        live = self._choose(call, args[0], self.tower.merge**2, after_projector=False)
-        return None if live is None else (live, *args[1:])
-
-    def leave_merger(
-        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Ask the policies that choose behind the merger; re-open the holes."""
-        call = current_encode()
-        if call is None:
-            return None
-        live = self._choose(call, output, 1, after_projector=True)
-        return self._reopen(call.state, output if live is None else live)
-
-    def leave_deepstack(
-        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Re-open the holes in what goes to the decoder's first layers."""
-        call = current_encode()
-        return None if call is None else self._reopen(call.state, output)
-
-    def _choose(
-        self, call: EncodeCall, features: torch.Tensor, group: int, after_projector: bool
-    ) -> torch.Tensor | None:
-        """What is left of ``features``, ``group`` rows per unit, if a policy drops any at this side of the merger."""
-        state: PackedState = call.state
-        pieces, begin, dropped = [], 0, False
-        for i, tile in enumerate(state.tiles):
-            units = tile.count // self.tower.merge**2
-            mine = features[begin : begin + units * group].reshape(units, -1)
-            begin += units * group
-            if units == call.units[i] and call.targets[i] < units:
-                rows = self._raster_rows(tile)
-                order = None if rows is None else rows[:: self.tower.merge**2] // self.tower.merge**2
-                view = FeaturesView(
-                    pick(mine[None], order, 1),
-                    call.grids[i],
-                    call.targets[i],
-                    content_key(self._patches(call, i)),
-                    self._pixels(call, i),
-                    tile.carry,
-                )
-                keep = self.ask_final(view, after_projector)
-                if keep is not None:
-                    mine, dropped = self._keep_final(tile, mine, keep, order), True
-            pieces.append(mine.reshape(-1, features.shape[1]))
-        if not dropped:
-            return None
-        state.fitted = {}
-        return torch.cat(pieces)
-
-    def _keep_final(
-        self, tile: Tile, features: torch.Tensor, keep: Keep, order: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The chosen units of a whole tile's ``features`` ``(units, channels)``, or what they were merged to."""
-        index, merged = keep.index[0], keep.rows
-        place = index if order is None else order[index]
-        if merged is None:
-            place = place.sort().values
-            left = features[place]
-        else:
-            place, by_place = place.sort()
-            left = merged[0][by_place]
-        tile.carry = {name: x.gather(1, keep.index) for name, x in tile.carry.items()}
-        tile.alive = tile.alive[stream.grouped(place, self.tower.merge**2)]
-        return left
-
-    def _patches(self, call: EncodeCall, i: int) -> torch.Tensor:
-        begin, end = (sum(call.units[:n]) * self.tower.merge**2 for n in (i, i + 1))
-        return call.pixels[None, begin:end]
-
-    def _reopen(self, state: PackedState, rows: torch.Tensor) -> torch.Tensor | None:
-        """``rows`` ``(living units, channels)`` among all units of the sequence."""
-        if not state.shortened:
-            return None
-        group = self.tower.merge**2
-        if "places" not in state.fitted:
-            places = [
-                tile.begin // group + self._numbers(tile)
-                if self.single_patches
-                else tile.alive[::group] // group
-                for tile in state.tiles
-            ]
-            state.fitted["places"] = torch.cat(places)
-        return stream.open_holes(rows[None], state.fitted["places"][None], state.patches // group, None)[0]
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The encode call ends here; it rides on the output object."""
@@ -377,18 +251,20 @@ class PackedEncoder(EncodeStage):
                 opened = stream.open_holes(hidden[None], state.alive[None], state.patches, None)
                 output.last_hidden_state = opened[0]
         if sum(tile.count for tile in state.tiles) < sum(call.units) * self.tower.merge**2:
-            call.keeps = [self._units(tile) for tile in state.tiles]
+            call.keeps = [Keep(tile.units[None]) for tile in state.tiles]
             if not state.shortened:  # smaller images were shown, and stock code made all their tokens
                 self._enlarge(call, output)
         call.carry, call.state = self._carried(call), None
-        call.receipt.record_tower(call, lengths(state.segments), lengths(state.segments_dense))
+        call.receipt.record_tower(
+            call, partial(lengths, state.segments), partial(lengths, state.segments_dense)
+        )
         let_ride(output, call)
         self.end(call)
 
     def _enlarge(self, call: EncodeCall, output: Any) -> None:
         """Spread the tokens of smaller images over the places that the prompt has for them."""
         ends = [0, *accumulate(call.units)]
-        places = torch.cat([n + self._numbers(tile) for n, tile in zip(ends, call.state.tiles, strict=False)])
+        places = torch.cat([n + tile.units for n, tile in zip(ends, call.state.tiles, strict=False)])
 
         def spread(rows: torch.Tensor) -> torch.Tensor:
             return stream.open_holes(rows[None], places[None], ends[-1], None)[0]
@@ -408,7 +284,7 @@ class PackedEncoder(EncodeStage):
                 full = torch.zeros(units, device=call.pixels.device)
                 if name in tile.carry:
                     x = tile.carry[name][0]
-                    full = x.new_zeros(units).scatter(0, self._numbers(tile), x)
+                    full = x.new_zeros(units).scatter(0, tile.units, x)
                 parts.append(full)
             carried[name] = torch.cat(parts)
         return carried

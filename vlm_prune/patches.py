@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from . import stream
+
 Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
 """Queries, keys and values ``(1, heads, patches, head_dim)`` of an attention call, and its scaling."""
 
@@ -19,12 +21,16 @@ class Tile:
         begin: number of its first patch in the whole sequence.
         alive: its patches that are left, numbered in the whole sequence, ascending.
         raster: raster number of each of its units in the order in which they stand there; ``None`` if it is the same.
+        group: patches of a unit, which stand together.
+        single: whether single patches are cut, so that the merger's groups are not units any more.
         carry: what policies left per living unit, in raster order.
     """
 
     begin: int
     alive: torch.Tensor
     raster: torch.Tensor | None
+    group: int
+    single: bool = False
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -32,18 +38,53 @@ class Tile:
         """Patches left."""
         return len(self.alive)
 
+    @property
+    def units(self) -> torch.Tensor:
+        """Raster numbers of its living units, ascending. Single patches are counted by the merger's groups."""
+        if self.single:
+            return torch.arange(-(-self.count // self.group), device=self.alive.device)
+        place = (self.alive[:: self.group] - self.begin) // self.group
+        return place if self.raster is None else self.raster[place].sort().values
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where its living units stand among those of the whole sequence."""
+        return (
+            self.begin // self.group + self.units if self.single else self.alive[:: self.group] // self.group
+        )
+
+    @property
+    def raster_rows(self) -> torch.Tensor | None:
+        """Rows of its living patches in raster order of their units; ``None`` if they stand so."""
+        if self.raster is None:
+            return None
+        order = self.raster[(self.alive[:: self.group] - self.begin) // self.group].argsort()
+        return stream.grouped(order, self.group)
+
 
 @dataclass
 class PackedState:
-    """Where the tiles of a call stand inside the tower. ``fitted`` are a block's arguments for what is alive."""
+    """Where the tiles of a call stand inside the tower.
+
+    Attributes:
+        tiles: what is left of each.
+        patches: how many there are in the sequence before anything is cut.
+        grids: rows and columns of units of each, as the processor prepared it.
+        pixels: the tower's input.
+        sides: patches along a unit, frames of a patch, pixels along a patch.
+        fitted: a block's arguments for what is alive.
+    """
 
     tiles: list[Tile]
     patches: int
+    grids: list[tuple[int, int]]
+    pixels: torch.Tensor
+    sides: tuple[int, int, int]
     seen: list[Seen] = field(default_factory=list)
     fitted: dict[Any, Any] = field(default_factory=dict)
     segments: list[torch.Tensor] = field(default_factory=list)
     segments_dense: list[torch.Tensor] = field(default_factory=list)
-    pixels: dict[int, torch.Tensor] = field(default_factory=dict)
+    pictures: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def alive(self) -> torch.Tensor:
@@ -57,6 +98,31 @@ class PackedState:
     def shortened(self) -> bool:
         """Whether patches were cut."""
         return sum(tile.count for tile in self.tiles) < self.patches
+
+    def given(self, i: int) -> torch.Tensor:
+        """The patches of tile ``i`` as the processor prepared them: ``(1, patches, values)``."""
+        sizes = [rows * columns * self.sides[0] ** 2 for rows, columns in self.grids]
+        begin = sum(sizes[:i])
+        return self.pixels[None, begin : begin + sizes[i]]
+
+    def frames(self, i: int) -> torch.Tensor:
+        """Tile ``i`` as pictures, ``(frames, channels, height, width)``."""
+        return patches_to_frames(self.given(i)[0], self.grids[i], *self.sides)
+
+    def picture(self, i: int) -> torch.Tensor:
+        """The same as one picture, ``(1, channels, height, width)``: of a video the mean of a patch's frames."""
+        if i not in self.pictures:
+            self.pictures[i] = self.frames(i).mean(0, keepdim=True)
+        return self.pictures[i]
+
+    def reopen(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """``rows`` ``(living units, channels)`` among all units; ``None`` if all live."""
+        if not self.shortened:
+            return None
+        if "places" not in self.fitted:
+            self.fitted["places"] = torch.cat([tile.places for tile in self.tiles])
+        units = self.patches // self.sides[0] ** 2
+        return stream.open_holes(rows[None], self.fitted["places"][None], units, None)[0]
 
 
 def patches_to_frames(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .encode_call import EncodeCall
 
 
+Segments = Callable[[], "list[list[int]]"]
+"""Reads lengths of sequences off the device, where a packed tower has them."""
+
 MEAN_QUERY = "attention of the mean query"
 """What `policies.scores.global_attention` takes where there is no CLS token."""
 
@@ -33,8 +36,6 @@ class Receipt:
         targets: visual tokens wanted of each tile.
         positions: the policy's rule for RoPE positions.
         tower_tokens: tokens that each tower layer computed of the tile with most, CLS counted.
-        tower_segments: for each tower layer, the lengths of the sequences that attention ran over.
-        tower_segments_dense: the same without pruning.
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
         tower_size: channels of the tower, and elements of one of its layers' matrices.
@@ -50,8 +51,6 @@ class Receipt:
     targets: list[int]
     positions: str
     tower_tokens: list[int] = field(default_factory=list)
-    tower_segments: list[list[int]] = field(default_factory=list)
-    tower_segments_dense: list[list[int]] = field(default_factory=list)
     prompt_tokens: int = 0
     batch: int = 0
     decoder_tokens: list[int] = field(default_factory=list)
@@ -64,6 +63,7 @@ class Receipt:
     tower_size: tuple[int, int] = (0, 0)
     stand_in: str | None = None
     text_config: Any = field(default=None, repr=False)
+    _tower_segments: tuple[Segments, Segments] = field(default=(list, list), repr=False)
     _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
     _prefill_ms: Callable[[], float] | None = field(default=None, repr=False)
 
@@ -105,6 +105,16 @@ class Receipt:
         return self.trace.units(self.grids)
 
     @property
+    def tower_segments(self) -> list[list[int]]:
+        """For each tower layer, the lengths of the sequences that attention ran over."""
+        return self._tower_segments[0]()
+
+    @property
+    def tower_segments_dense(self) -> list[list[int]]:
+        """The same without pruning."""
+        return self._tower_segments[1]()
+
+    @property
     def tower_ms(self) -> float | None:
         """Milliseconds from the tower's entry to behind the projector."""
         return self._tower_ms() if self._tower_ms else None
@@ -127,11 +137,11 @@ class Receipt:
         prefill = [self.prompt_tokens] * len(self.decoder_tokens)
         return tower + self.batch * flops.decoder_flops(self.text_config, prefill)
 
-    def record_tower(self, call: EncodeCall, segments: list[list[int]], dense: list[list[int]]) -> None:
-        """Note what the tower did; see `tower_segments` and `tower_segments_dense`."""
+    def record_tower(self, call: EncodeCall, segments: Segments, dense: Segments) -> None:
+        """Note what the tower did. `tower_segments` and `tower_segments_dense` ask for theirs when someone asks."""
         self.keeps, self.tower_tokens = call.keeps, call.tower_tokens
         self.tower_keeps, self.tower_grids = call.tower_keeps, call.grids
-        self.tower_segments, self.tower_segments_dense = segments, dense
+        self._tower_segments = (segments, dense)
         self._tower_ms = call.stopwatch.stop()
 
     def record_prefill(self, batch: int, length: int, rows: list[int], cache: Cache | None) -> None:
@@ -185,10 +195,7 @@ class JoinedReceipt(Receipt):
         """Join receipts of the same prefill."""
         shared = {f.name: getattr(parts[0], f.name) for f in fields(Receipt)}
         lists = ("grids", "targets", "tower_grids")
-        layers = ("tower_segments", "tower_segments_dense")
         shared |= {name: [x for part in parts for x in getattr(part, name)] for name in lists}
-        for name in layers:
-            shared[name] = _tiles_joined([getattr(part, name) for part in parts])
         counts = zip(*(part.tower_tokens for part in parts), strict=True)
         return cls(**{**shared, "tower_tokens": [max(layer) for layer in counts]}, parts=parts)
 
@@ -201,6 +208,16 @@ class JoinedReceipt(Receipt):
     def tower_units(self) -> list[Units]:
         """See `Receipt.tower_units`."""
         return _tiles_joined([part.tower_units for part in self.parts])
+
+    @property
+    def tower_segments(self) -> list[list[int]]:
+        """See `Receipt.tower_segments`."""
+        return _tiles_joined([part.tower_segments for part in self.parts])
+
+    @property
+    def tower_segments_dense(self) -> list[list[int]]:
+        """See `Receipt.tower_segments_dense`."""
+        return _tiles_joined([part.tower_segments_dense for part in self.parts])
 
     @property
     def decoder_units(self) -> list[Units]:

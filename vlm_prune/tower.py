@@ -348,7 +348,7 @@ class Encoder(EncodeStage):
         if call.state is not None:
             call.carry, call.state = self._carried(call, call.state), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
-        call.receipt.record_tower(call, segments, segments[:1] * len(segments))
+        call.receipt.record_tower(call, lambda: segments, lambda: segments[:1] * len(segments))
         if call.arrangement is None:  # else `arranger.Arranger` ends the call
             self.end(call)
         if call.keeps is None:
