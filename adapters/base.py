@@ -117,10 +117,10 @@ class PackedTower:
         """0-based number of the block whose output the merger consumes."""
         return len(self.layers) - 1
 
-    def grids(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
-        """Rows and columns of units of each tile."""
+    def grids(self, sizes: list[list[int]]) -> list[tuple[int, int]]:
+        """Rows and columns of units of each tile; ``sizes`` are those of ``grid_thw``."""
         merge = self.merge
-        return [(h // merge, w // merge) for t, h, w in grid_thw.tolist() for _ in range(t)]
+        return [(h // merge, w // merge) for t, h, w in sizes for _ in range(t)]
 
     def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
         """How many placeholders each tile of a forward's arguments needs; ``None`` if it brings no pixels."""
@@ -129,7 +129,7 @@ class PackedTower:
         known = [size for size in sizes if size is not None]
         if not known or len(known) < len(sizes):
             return None
-        return [rows * columns for size in known for rows, columns in self.grids(size)]
+        return [rows * columns for size in known for rows, columns in self.grids(size.tolist())]
 
 
 @dataclass(frozen=True)

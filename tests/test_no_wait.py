@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 import vlm_prune
-from tests.models import FAMILIES, prompt, shared
+from tests.arranged import ARRANGED
+from tests.models import EVERY, FAMILIES, prompt, shared
 from tests.policy_table import TABLE, options
 from vlm_prune import pruned
 from vlm_prune.policies import fastv
+from vlm_prune.support import PART, support
 from vlm_prune.timing import Stopwatch
 from vlm_prune.versions import CACHE, cache_of
 
@@ -130,6 +132,30 @@ def test_waits_of_a_padded_batch(policy, monkeypatch):
         questions = Questions(monkeypatch)
         model(**inputs)
     assert questions.seen == BATCH[policy]
+
+
+ON_THE_HOST = ("packing.py", "checks.py", "vflowopt.py")
+"""Their questions are about tensors that are made on the host, or asked only if they are there."""
+
+
+@pytest.mark.parametrize("family", EVERY[len(FAMILIES) :])
+@torch.no_grad()
+def test_waits_of_one_sequence_where_images_have_any_size(family, monkeypatch):
+    """Whether a newline is left depends on the tokens left of its line, so tiled families take a census.
+
+    Packed towers ask for the sizes of the images, as stock code does.
+    """
+    model, inputs = shared(family), prompt(family, [(3, -1, 5)]).inputs
+    for policy in TABLE:
+        if policy in ADAPTIVE or (family == "llava_onevision" and support(policy, family).level == PART):
+            continue
+        with pruned(model, **options(policy)), monkeypatch.context() as patch:
+            questions = Questions(patch)
+            model(**inputs)
+        seen = [name for name in questions.seen if name not in ON_THE_HOST]
+        cuts = ["layers.py"] * 2 if policy == "vflowopt" else []
+        allowed = [[], ["census.py", *cuts]] if family in ARRANGED else [["packed.py"]]
+        assert seen in allowed, policy
 
 
 class Operations(TorchDispatchMode):

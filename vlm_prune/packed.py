@@ -87,7 +87,8 @@ class PackedEncoder(EncodeStage):
         self.check_recompute()
         given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
         pixels: torch.Tensor = given["hidden_states"]
-        grids = self.tower.grids(given["grid_thw"])
+        sizes = given["grid_thw"].tolist()  # stock code waits for them too
+        grids = self.tower.grids(sizes)
         targets = [self.budget.units(rows * columns) for rows, columns in grids]
         call = EncodeCall(
             grids=grids,
@@ -101,11 +102,12 @@ class PackedEncoder(EncodeStage):
         call.state = self._begin(call, shown)
         if shown == grids:
             return None
-        merge, sizes = self.tower.merge, given["grid_thw"].clone()
-        firsts = [0, *accumulate(sizes[:, 0].tolist())][:-1]  # frames of a video are shown alike
-        sizes[:, 1:] = torch.tensor([shown[first] for first in firsts]).to(sizes) * merge
+        firsts = [0, *accumulate(frames for frames, _, _ in sizes)][:-1]  # frames of a video are shown alike
+        patches = [[self.tower.merge * side for side in shown[first]] for first in firsts]
+        shrunk = given["grid_thw"].clone()
+        shrunk[:, 1:] = torch.tensor(patches)
         smaller = [self._shrink(call.state, i, small) for i, small in enumerate(shown)]
-        return (), {**given, "hidden_states": torch.cat(smaller), "grid_thw": sizes}
+        return (), {**given, "hidden_states": torch.cat(smaller), "grid_thw": shrunk}
 
     def _shown(self, grid: tuple[int, int], target: int) -> tuple[int, int]:
         """Rows and columns of units of a tile as the tower sees it."""
