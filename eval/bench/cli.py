@@ -59,9 +59,10 @@ def bench(
         torch.set_num_threads(threads)
     subject = Subject.of(preset, layers, getattr(torch, dtype), device)
     shapes = subject.preset
+    cores = torch.get_num_threads()
     title = (
         f"{preset}: {shapes.model}, {subject.layers} of {shapes.depth} decoder layers and {shapes.tower_layers} vision "
-        f"layers, random weights, {dtype} on {device}, {torch.get_num_threads()} threads; {subject.visual} visual and "
+        f"layers, random weights, {dtype} on {device}, {cores} thread{'s' if cores > 1 else ''}; {subject.visual} visual and "
         f"{TEXT_TOKENS} text tokens"
     )
     console.print(title)
