@@ -59,11 +59,12 @@ def bench(
         torch.set_num_threads(threads)
     subject = Subject.of(preset, layers, getattr(torch, dtype), device)
     shapes = subject.preset
-    cores = torch.get_num_threads()
+    count = torch.get_num_threads()
+    cores = f"{count} thread" if count == 1 else f"{count} threads"
     title = (
         f"{preset}: {shapes.model}, {subject.layers} of {shapes.depth} decoder layers and {shapes.tower_layers} vision "
-        f"layers, random weights, {dtype} on {device}, {cores} thread{'s' if cores > 1 else ''}; {subject.visual} visual and "
-        f"{TEXT_TOKENS} text tokens"
+        f"layers, random weights, {dtype} on {device}, {cores}; {subject.visual} visual "
+        f"and {TEXT_TOKENS} text tokens"
     )
     console.print(title)
     rows = speed(subject, policy or ["uniform", "flowcut"], tokens or [shapes.tokens], rounds, device)
