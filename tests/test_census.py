@@ -10,6 +10,7 @@ from tests.policy_table import options
 from vlm_prune import calls, pruned
 from vlm_prune.budget import Budget
 from vlm_prune.census import Census
+from vlm_prune.layers import DecoderLayers
 
 
 @pytest.mark.parametrize("kinds", [0, 1, 2])
@@ -63,3 +64,44 @@ def test_host_and_device_round_a_share_alike(ratio):
     budget = Budget(ratio=ratio)
     counts = torch.arange(3000)
     assert budget.of_visual(counts, None).tolist() == [budget.of_prompt(n, []) for n in counts.tolist()]
+
+
+@torch.no_grad()
+def test_a_cut_that_the_device_counts_is_not_forgotten():
+    """MustDrop asks the device what it leaves; FastV, behind it, is planned on the host."""
+    settings = {"mustdrop": {"layers": (0, 1), "merge_threshold": 1.0}, "fastv": {"k": 2}}
+    model, batch = shared("llava"), prompt("llava", [(3, -1, 5), (2, -1, 1)])
+    with pruned(model, "mustdrop+fastv", ratio=0.2, **settings):
+        together = model(**batch.inputs).logits
+        kept = model.pruning.receipt.decoder_tokens
+        for b, row in enumerate(batch.rows()):
+            alone = model(**row.inputs).logits[0]
+            torch.testing.assert_close(together[b, batch.mask[b].bool()], alone, atol=5e-4, rtol=1e-3)
+    assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize("policy", ["fastv", "vflowopt"])
+@torch.no_grad()
+def test_placeholders_that_are_masked_out(policy):
+    """They are no rows that could be left, so the host does not plan with them."""
+    model, batch = shared("llava"), prompt("llava", [(9, -1, 5), (2, -1, 4)])
+    inputs = {**batch.inputs, "attention_mask": batch.mask.clone()}
+    first = int((batch.ids[0] == batch.ids[0].mode().values).nonzero()[0])
+    inputs["attention_mask"][0, first : first + 20] = 0
+    with pruned(model, **options(policy)):
+        planned = model(**inputs).logits
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DecoderLayers, "_left", lambda *_: None)
+            counted = model(**inputs).logits
+    assert torch.equal(planned, counted)
+
+
+@torch.no_grad()
+def test_a_placeholder_that_stands_for_nothing(monkeypatch):
+    """Stock code takes it for an ordinary token where its own check is off."""
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    model, batch = shared("qwen3_vl"), prompt("qwen3_vl", [(3, -1, 5), (4, -1, 3)])
+    inputs = batch.inputs  # mm_token_type_ids say that it is text
+    inputs["input_ids"][1, -1] = 61
+    with pruned(model, "fastv"):
+        assert model(**inputs).logits.isfinite().all()

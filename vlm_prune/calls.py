@@ -164,7 +164,8 @@ class ForwardCall:
                     f"The image features hold {self.census.holes} rows of NaN where {planned} tokens were dropped: the "
                     "vision tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
                 )
-            self.left = list(self.census.visual)
+            if self.left is None:  # else a cut has counted since
+                self.left = list(self.census.visual)
         return self.census
 
     def _planned(self) -> int | None:
@@ -196,6 +197,16 @@ class ForwardCall:
             return [1 for _ in kinds]
         rows = [sum(span.rows for span in self._spans(kind)) for kind in kinds]
         return [sum(self.count().placeholders[kind]) // rows[kind] if rows[kind] else 1 for kind in kinds]
+
+    @property
+    def accounted(self) -> bool:
+        """Whether every placeholder stands for a row of a tile that is known here, and none is masked out."""
+        census = self.count()
+        found = [sum(counts) for counts in census.placeholders]
+        known = [
+            copies * sum(span.rows for span in self._spans(kind)) for kind, copies in enumerate(self.copies)
+        ]
+        return found == known and sum(found) - census.holes == sum(census.visual)
 
     def spans_by_sequence(self) -> list[list[Span]]:
         """What the encode stage handed to each sequence."""

@@ -311,6 +311,8 @@ class DecoderLayers:
         (policy, budget), *others = self.pruned[number]
         if others or call.unknown_features or type(policy).left is Policy.left:
             return None
+        if not call.accounted:
+            return None
         entered, counts = call.count().visual, []
         for here, now, spans in zip(entered, call.left or entered, call.spans_by_sequence(), strict=True):
             dense = sum(span.rows for span in spans)
