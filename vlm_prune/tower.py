@@ -114,14 +114,25 @@ class Encoder(EncodeStage):
             if merge > 1:
                 slots = stream.unit_patches(patches, merge, pixels.device).expand(len(pixels), -1, -1)
             call.state = TowerState(patches, units, slots, None, None, {}, merge)
-        set_encode(call)
         shapes = (policy.tower_grid(grid, targets[0]) for policy in self.policies if not call.whole)
         small = next((shape for shape in shapes if shape is not None), None)
+        if small is not None and self.tower.resizing:
+            self._check_at_hand()
+        set_encode(call)
         if small is None:
             return None
         pixels = self._shrink(call, small)
         kwargs = {**kwargs, **self.tower.resizing}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _check_at_hand(self) -> None:
+        """Raise if position embeddings, which stock code reads without calling their module, are offloaded."""
+        for name, weight in self.tower.module.named_parameters():
+            if weight.is_meta and "position_embedding" in name:
+                raise UnsupportedCallError(
+                    f"The vision tower's {name} is offloaded, and stock code cannot interpolate it there, as smaller "
+                    "images need. Give the vision tower a device in the device_map, or choose another policy."
+                )
 
     def _shrink(self, call: EncodeCall, small: tuple[int, int]) -> torch.Tensor:
         """The image at the size that makes a ``small`` grid of units, and the state of the call that goes with it."""
