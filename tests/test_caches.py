@@ -96,6 +96,20 @@ def test_a_static_cache_is_as_small_as_what_is_kept(policy, family):
     assert receipt.kv_bytes_dense == 2 * len(cache.layers) * one.nbytes // one.shape[2] * ROOM
 
 
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_a_static_cache_is_cut_where_only_the_decoder_drops(family):
+    """MustDrop that merges nothing: layer 0 takes whole prompts in, and loses tokens after prefill."""
+    model, batch = shared(family), prompt(family, [(3, -1, 5)])
+    settings = {"layers": (0, 1), "merge_threshold": 1.0, "ratio": 0.5}
+    with pruned(model, "mustdrop", **settings):
+        want = generate(model, batch.inputs)
+        assert len(set(model.pruning.receipt.decoder_tokens)) > 1
+        cache = CACHES["static"](model)
+        assert torch.equal(generate(model, batch.inputs, **{CACHE: cache}), want)
+    assert len({layer.keys.shape[2] for layer in cache.layers}) == 1
+    assert cache.layers[0].keys.shape[2] < ROOM
+
+
 @cases
 @pytest.mark.parametrize("kind", CACHES)
 def test_it_can_be_reset(kind, policy, family, positions):

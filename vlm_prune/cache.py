@@ -236,9 +236,12 @@ def wrap(cache: Cache, index: int) -> PrunedLayer:
     return layer
 
 
-def spare_slots(cache: Cache | None, index: int, rows: Rows) -> None:
-    """Let layer ``index`` of a cache that gets its first tokens, if it is static, be made for ``rows`` only."""
-    if cache is None or rows.whole or index >= len(cache.layers):
+def spare_slots(cache: Cache | None, index: int, rows: Rows, trimmed: bool = False) -> None:
+    """Let layer ``index`` of a cache that gets its first tokens, if it is static, be made for ``rows`` only.
+
+    One that will be ``trimmed`` after prefill can be made smaller then.
+    """
+    if cache is None or (rows.whole and not trimmed) or index >= len(cache.layers):
         return
     if storage.is_static(cache.layers[index]) and not cache.layers[index].is_initialized:
         wrap(cache, index).shorten(rows.length - rows.count)

@@ -126,7 +126,7 @@ class DecoderLayers:
             call.layer_rows.append(call.rows)
             if cache is not None and number in self.modulated:
                 wrap(cache, number)
-            spare_slots(cache, number, call.rows)
+            spare_slots(cache, number, call.rows, trimmed=number in self.trimmed)
         layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
         call.observed["layer"] = layer
         looked_at = number in self.modulated or (self.sites and call.rows is not None)
