@@ -56,19 +56,25 @@ class Keep:
         mask = self._mask(units)
         return Keep.from_mask(mask | torch.tensor(spared, device=mask.device)[:, None], units)
 
-    def among(self, chosen: torch.Tensor, features: torch.Tensor) -> Keep:
-        """As an answer for all rows of ``features`` ``(batch, units, channels)``, where it is one for those ``chosen``.
+    @classmethod
+    def joined(cls, parts: list[tuple[torch.Tensor, Keep]], features: torch.Tensor, units: int) -> Keep:
+        """Answers for some tiles each of ``features`` ``(batch, tokens, channels)``, as one for all of them.
 
-        Of the others, all units stay.
+        Tiles that no part is about keep all of their ``units``, and so does the longest row that comes of it.
         """
-        batch, units, _ = features.shape
-        mask = torch.ones(batch, units, dtype=torch.bool, device=chosen.device)
-        mask[chosen] = self._mask(units)
-        keep = Keep.from_mask(mask, units)
-        if self.rows is None:
+        mask = torch.ones(len(features), units, dtype=torch.bool, device=features.device)
+        for chosen, keep in parts:
+            mask[chosen] = keep._mask(units)
+        answered = sum(len(chosen) for chosen, _ in parts)
+        keep = cls.from_mask(
+            mask, max(k.index.shape[1] for _, k in parts) if answered == len(mask) else units
+        )
+        merged = [(chosen, part.rows) for chosen, part in parts if part.rows is not None]
+        if not merged:
             return keep
-        rows = features.gather(1, keep.index[..., None].expand_as(features))
-        rows[chosen, : self.rows.shape[1]] = self.rows.to(rows.dtype)
+        rows = features.gather(1, keep.index[..., None].expand(-1, -1, features.shape[2]))
+        for chosen, new in merged:
+            rows[chosen, : new.shape[1]] = new.to(rows.dtype)
         return replace(keep, rows=rows)
 
     def _mask(self, units: int) -> torch.Tensor:

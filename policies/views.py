@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
     from .rows import LogitEdit
+
+View = TypeVar("View", "AttentionView", "TowerView", "FeaturesView")
+
+
+def _of(view: View, tiles: torch.Tensor) -> View:
+    """A view of which every tensor, batch first, has the ``tiles`` only."""
+    some: dict[str, Any] = {
+        f.name: x[tiles] for f in fields(view) if isinstance(x := getattr(view, f.name), torch.Tensor)
+    }
+    if isinstance(carry := getattr(view, "carry", None), dict):
+        some["carry"] = {name: x[tiles] for name, x in carry.items()}
+    return replace(view, **some)
 
 
 @dataclass
@@ -26,6 +38,10 @@ class AttentionView:
     scaling: float
     has_cls: bool
     valid: torch.Tensor | None = None
+
+    def of(self, tiles: torch.Tensor) -> AttentionView:
+        """The same of some ``tiles`` only, int64 numbers."""
+        return _of(self, tiles)
 
 
 @dataclass
@@ -58,6 +74,10 @@ class TowerView:
     valid: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     pixels: torch.Tensor | None = None
+
+    def of(self, tiles: torch.Tensor, target: int) -> TowerView:
+        """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
+        return replace(_of(self, tiles), attention=self.attention.of(tiles), target=target)
 
     def per_unit(self, per_patch: torch.Tensor) -> torch.Tensor:
         """Sum a quantity ``(batch, patches, ...)`` over the patches of each unit: ``(batch, units, ...)``.
@@ -93,6 +113,10 @@ class FeaturesView:
     content_key: torch.Tensor
     pixels: torch.Tensor | None
     carry: dict[str, torch.Tensor]
+
+    def of(self, tiles: torch.Tensor, target: int) -> FeaturesView:
+        """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
+        return replace(_of(self, tiles), target=target)
 
 
 @dataclass

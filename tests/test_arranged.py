@@ -111,6 +111,36 @@ def test_a_budget_per_image_holds_over_all_its_tiles(policy, tokens, family):
         assert sum(map(len, receipt.kept)) == 3 * tokens
 
 
+OWN = {
+    "vflowopt": ("vflowopt", {"t": 1.0, "m": 2.0, "tokens": 60, "per": "image"}),
+    "flowcut": ("flowcut", {"tokens": 15, "per": "image"}),
+    # as released for LLaVA-NeXT it cuts each tile to half the budget of its image
+    "official": ("flowcut", {"ratio": 0.2, "compat": "official"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        *((case, family) for family in ARRANGED for case in ("vflowopt", "flowcut")),
+        ("official", "llava_next"),
+    ],
+)
+def test_images_of_five_tiles_and_of_four_have_each_their_own_targets(case, family):
+    model, batch = shared(family), arranged_prompt(family, [(2, -1, 4), (4, -3, 2), (9,)])
+    policy, settings = OWN[case]
+    with pruned(model, policy, **settings):
+        together, receipt = model(**batch.inputs).logits, model.pruning.receipt
+        assert len(set(receipt.targets)) > 1
+        alone = []
+        for b, row in enumerate(batch.rows()[:2]):
+            single = model(**row.inputs).logits[0]
+            torch.testing.assert_close(together[b, batch.mask[b].bool()], single, **CLOSE)
+            alone.append(model.pruning.receipt)
+        assert receipt.targets == [target for one in alone for target in one.targets]
+        assert receipt.kept == [kept for one in alone for kept in one.kept]
+
+
 def test_tiles_compete_for_a_budget_per_image():
     """A dull tile gets less than its even share."""
     model, batch = shared("llava_next"), arranged_prompt("llava_next", LAYOUTS["single"])

@@ -139,9 +139,13 @@ class Arranger:
 
     def _targets(self, call: EncodeCall, packing: Packing) -> list[int]:
         """Tokens wanted of each grid of the receipt."""
-        if packing.resized and not packing.joint:
+        if not packing.resized:
+            return call.targets[packing.tiles.start : packing.tiles.stop]
+        if not packing.joint:
             return [self._target(packing, group) for group in packing.groups for _ in group.rows]
-        return call.targets[:1] * len(packing.grids)
+        (group,) = packing.choices  # they compete for it: each has the share that it has of the tokens
+        share = self._target(packing, group) / group.rows.shape[1]
+        return [max(1, round(rows * columns * share)) for rows, columns in packing.grids]
 
     def _kept(self, packing: Packing, alive: torch.Tensor) -> list[Keep]:
         """The tokens of each grid of the receipt that reach the language model."""

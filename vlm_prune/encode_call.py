@@ -107,6 +107,13 @@ class EncodeCall:
         """Of each tile, whether its tokens are chosen behind the arranging."""
         return [packing.late for packing in self.packings for _ in packing.tiles] or [False] * self.tiles
 
+    def groups(self, tiles: list[int]) -> dict[int, list[int]]:
+        """Those ``tiles`` together of which equally many units are wanted: that number, and theirs."""
+        groups: dict[int, list[int]] = {}
+        for tile in tiles:
+            groups.setdefault(self.targets[tile], []).append(tile)
+        return groups
+
     @property
     def numbers(self) -> torch.Tensor:
         """The visual token that each row of the language model is, counted from 1 through the receipt's grids.

@@ -209,7 +209,7 @@ class Encoder(EncodeStage):
         view = TowerView(
             layer=number,
             feature_layer=self.tower.feature_layer,
-            target=call.targets[0],
+            target=max(call.targets),
             grid=call.grids[0],
             units=state.units,
             hidden=hidden[:, int(self.tower.has_cls) :],
@@ -220,11 +220,26 @@ class Encoder(EncodeStage):
             carry=state.carry,
         )
         state.attention = None
-        for keep in self.ask_layer(number, view, call.whole):
+        for keep in self._answers(number, view, call):
             spared = keep.sparing(call.late, state.units.shape[1])
             if spared is not None:
                 hidden = self._cut(hidden, state, spared)
         return hidden
+
+    def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
+        """What the policies answer; they are asked about tiles of one target at a time."""
+        groups, units = call.groups(list(range(call.tiles))), call.units[0]
+        if len(groups) == 1:
+            return self.ask_layer(number, view, call.whole)
+        parts, carry = [], dict(view.carry)
+        for target, tiles in groups.items():
+            chosen = to_device(tiles, view.hidden.device)
+            some = view.of(chosen, target)
+            parts += [(chosen, keep) for keep in self.ask_layer(number, some, target == units)]
+            for name, x in some.carry.items():  # 0 for tiles about which a policy has nothing to note
+                carry[name] = carry.get(name, x.new_zeros(view.units.shape)).index_copy(0, chosen, x)
+        view.carry.update(carry)
+        return [Keep.joined(parts, view.hidden, view.units.shape[1])] if parts else []
 
     def _cut(self, hidden: torch.Tensor, state: TowerState, keep: Keep) -> torch.Tensor:
         """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and of all that goes with them."""
@@ -316,23 +331,25 @@ class Encoder(EncodeStage):
         if call.keeps is not None or state is None or call.whole:
             return None
         late, cls, features = call.late, features[:, : call.extra], features[:, call.extra :]
-        if all(late):
+        early = [i for i, x in enumerate(late) if not x and call.targets[i] < call.units[i]]
+        if not early:
             return None
-        early = (
-            None
-            if not any(late)
-            else torch.tensor([i for i, x in enumerate(late) if not x]).to(features.device)
-        )
         state.follow(features.device)
-        given = call.pixels.to(features.device)
-        shown = (features, content_key(given), given, *state.carry.values())
-        some, keys, pixels, *carry = shown if early is None else (x[early] for x in shown)
-        notes = dict(zip(state.carry, carry, strict=True))
-        view = FeaturesView(some, call.grids[0], call.targets[0], keys, pixels, notes)
-        keep = self.ask_final(view, after_projector)
+        pixels, groups = call.pixels.to(features.device), call.groups(early)
+        view = FeaturesView(
+            features, call.grids[0], max(groups), content_key(pixels), pixels, dict(state.carry)
+        )
+        if len(early) == call.tiles and len(groups) == 1:
+            keep = self.ask_final(view, after_projector)
+        else:
+            parts = []
+            for target, tiles in groups.items():
+                chosen = to_device(tiles, features.device)
+                if (part := self.ask_final(view.of(chosen, target), after_projector)) is not None:
+                    parts.append((chosen, part))
+            keep = Keep.joined(parts, features, features.shape[1]) if parts else None
         if keep is None:
             return None
-        keep = keep if early is None else keep.among(early, features)
         call.keeps = [keep]
         return None if keep.rows is None else torch.cat([cls, keep.rows], 1)
 
