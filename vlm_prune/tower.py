@@ -8,7 +8,7 @@ live rows only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,36 +27,8 @@ from .packing import read_packing
 from .policies.base import Keep, Policy
 from .policies.views import AttentionView, FeaturesView, TowerView
 from .registry import POLICIES, policy_class
+from .tiles import TowerState
 from .timing import Stopwatch
-
-
-@dataclass
-class TowerState:
-    """Where a batch of tiles stands inside the tower.
-
-    ``units`` ``(tiles, alive)`` are the original unit numbers in the order in which they stand in the sequence;
-    ``slots`` ``(tiles, alive, patches per unit)`` says where their patches stand (``None``: one patch per unit, in the
-    same order); ``valid`` marks the real ones where tiles keep different numbers. ``merge`` is the side of the square
-    of patches that makes a unit, ``consumed`` where things stood behind each layer whose output is consumed.
-    """
-
-    grid: tuple[int, int]
-    units: torch.Tensor
-    slots: torch.Tensor | None
-    valid: torch.Tensor | None
-    attention: AttentionView | None
-    carry: dict[str, torch.Tensor]
-    merge: int
-    consumed: dict[int, TowerState] = field(default_factory=dict)
-
-    def follow(self, device: torch.device) -> None:
-        """Move to where the next layer's output is, where a tower is spread over devices."""
-        if self.units.device == device:
-            return
-        self.units = self.units.to(device)
-        self.slots = None if self.slots is None else self.slots.to(device)
-        self.valid = None if self.valid is None else self.valid.to(device)
-        self.carry = {name: x.to(device) for name, x in self.carry.items()}
 
 
 class Encoder(EncodeStage):
@@ -113,7 +85,7 @@ class Encoder(EncodeStage):
             slots = None
             if merge > 1:
                 slots = stream.unit_patches(patches, merge, pixels.device).expand(len(pixels), -1, -1)
-            call.state = TowerState(patches, units, slots, None, None, {}, merge)
+            call.state = TowerState(patches, int(self.tower.has_cls), merge, units, slots)
         shapes = (policy.tower_grid(grid, targets[0]) for policy in self.policies if not call.whole)
         small = next((shape for shape in shapes if shape is not None), None)
         if small is not None and self.tower.resizing:
@@ -167,7 +139,7 @@ class Encoder(EncodeStage):
         if state is None:
             return None
         state.follow(query.device)
-        valid = self._valid_tokens(state)
+        valid = state.valid_tokens()
         if layer in self.asked:
             state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
         return valid
@@ -175,13 +147,6 @@ class Encoder(EncodeStage):
     def _state(self) -> TowerState | None:
         call = current_encode()
         return call.state if call is not None else None
-
-    def _valid_tokens(self, state: TowerState) -> torch.Tensor | None:
-        """``valid`` of each token, CLS in front."""
-        if state.valid is None:
-            return None
-        valid = state.valid.repeat_interleave(state.merge**2, dim=1)
-        return torch.nn.functional.pad(valid, (int(self.tower.has_cls), 0), value=True)
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind layer ``number``: ask the policies that want to be asked here, and cut."""
@@ -223,7 +188,7 @@ class Encoder(EncodeStage):
         for keep in self._answers(number, view, call):
             spared = keep.sparing(call.late, state.units.shape[1])
             if spared is not None:
-                hidden = self._cut(hidden, state, spared)
+                hidden = state.cut(hidden, spared)
         return hidden
 
     def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
@@ -241,26 +206,6 @@ class Encoder(EncodeStage):
         view.carry.update(carry)
         return [Keep.joined(parts, view.hidden, view.units.shape[1])] if parts else []
 
-    def _cut(self, hidden: torch.Tensor, state: TowerState, keep: Keep) -> torch.Tensor:
-        """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and of all that goes with them."""
-        cls, per_unit = int(self.tower.has_cls), state.merge**2
-        index = keep.index
-        if per_unit > 1:
-            slots = state.slots
-            if slots is None:
-                raise RuntimeError("a tower with merged patches lost track of them")
-            index = slots.gather(1, keep.index[..., None].expand(-1, -1, per_unit)).flatten(1)
-            kept = torch.arange(index.shape[1], device=index.device).view(1, -1, per_unit)
-            state.slots = kept.expand(len(index), -1, -1)
-        if cls:
-            index = torch.nn.functional.pad(index + 1, (1, 0), value=0)
-        state.units = state.units.gather(1, keep.index)
-        state.carry = {name: x.gather(1, keep.index) for name, x in state.carry.items()}
-        state.valid = keep.valid
-        if keep.rows is not None:
-            return torch.cat([hidden[:, :cls], keep.rows], 1)
-        return gather_rows(hidden, index)
-
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
         call = current_encode()
@@ -273,39 +218,18 @@ class Encoder(EncodeStage):
         let_ride(output, call)
         if state is not None:
             # once more behind the projector, where policies may merge
-            call.carry = self._carried(call, state)
+            call.carry = state.carried(call.units[0], call.extra)
         if state is None or (state.valid is None and state.units.numel() == sum(call.units)):
             return
         call.keeps = [Keep(state.units, state.valid)]
         hidden_states = list(getattr(output, "hidden_states", None) or ())
         for layer, then in state.consumed.items():
             if hidden_states and hidden_states[layer + 1] is not None:
-                hidden_states[layer + 1] = self._reopen(hidden_states[layer + 1], then)
+                hidden_states[layer + 1] = then.reopen(hidden_states[layer + 1])
             if layer + 1 == len(self.tower.layers):
-                output.last_hidden_state = self._reopen(output.last_hidden_state, then)
+                output.last_hidden_state = then.reopen(output.last_hidden_state)
         if hidden_states:
             output.hidden_states = tuple(hidden_states)
-
-    def _carried(self, call: EncodeCall, state: TowerState) -> dict[str, torch.Tensor]:
-        """What policies left per unit, laid out as the rows that the language model gets: ``(rows of all tiles,)``."""
-        carried = {}
-        for name, x in state.carry.items():
-            x = x if state.valid is None else x.masked_fill(~state.valid, 0)
-            full = x.new_zeros(call.tiles, call.units[0]).scatter(1, state.units, x)
-            carried[name] = torch.nn.functional.pad(full, (call.extra, 0)).flatten()
-        return carried
-
-    def _reopen(self, hidden: torch.Tensor, state: TowerState) -> torch.Tensor:
-        state.follow(hidden.device)
-        cls, merge = int(self.tower.has_cls), state.merge
-        table = stream.unit_patches(state.grid, merge, hidden.device)
-        index, valid = table[state.units].flatten(1), self._valid_tokens(state)
-        if state.slots is not None:
-            # behind a cut the patches of a unit stand together, those of a smaller image in raster order
-            index = index.scatter(1, state.slots.flatten(1), index)
-        if cls:
-            index = torch.nn.functional.pad(index + 1, (1, 0), value=0)
-        return stream.open_holes(hidden, index, cls + state.grid[0] * state.grid[1], valid)
 
     # --- around the projector ---
 
@@ -374,7 +298,7 @@ class Encoder(EncodeStage):
         projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
         if call.state is not None:
-            call.carry, call.state = self._carried(call, call.state), None
+            call.carry, call.state = call.state.carried(call.units[0], call.extra), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
         call.receipt.record_tower(call, lambda: segments, lambda: segments[:1] * len(segments))
         if call.arrangement is None:  # else `arranger.Arranger` ends the call
