@@ -92,6 +92,7 @@ class PackedTower:
         layers: its transformer blocks, each called with ``hidden_states``, ``cu_seqlens`` and ``position_embeddings``.
         attentions: the attention module of each block.
         merge: side of the square of patches that the merger turns into one token.
+        patch: frames of a patch, and pixels along its side.
         window: side in units of the windows by which units are sorted, ``None`` where they stand in raster order.
         deepstack: mergers whose output the decoder's first layers add to visual tokens, in order.
         single_patches: whether patches may be cut one by one, as FlowCut's released code does.
@@ -103,6 +104,7 @@ class PackedTower:
     layers: list[nn.Module]
     attentions: list[nn.Module]
     merge: int
+    patch: tuple[int, int]
     window: int | None
     deepstack: list[nn.Module]
     single_patches: bool

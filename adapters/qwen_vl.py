@@ -28,6 +28,7 @@ def anatomy(model: Any) -> Anatomy:
             layers=list(tower.blocks),
             attentions=[block.attn for block in tower.blocks],
             merge=vision.spatial_merge_size,
+            patch=(vision.temporal_patch_size, vision.patch_size),
             window=vision.window_size // vision.spatial_merge_size // vision.patch_size if windowed else None,
             deepstack=list(getattr(tower, "deepstack_merger_list", ())),
             single_patches=first,

@@ -138,9 +138,7 @@ class PackedEncoder(EncodeStage):
                 raster = places if raster is None else places[raster]
             alive = torch.arange(end - size, end, device=device)
             tiles.append(Tile(end - size, alive, raster, self.tower.merge**2, self.single_patches))
-        config: Any = self.tower.module.config
-        sides = (self.tower.merge, int(config.temporal_patch_size), int(config.patch_size))
-        return PackedState(tiles, sum(sizes), call.grids, call.pixels, sides)
+        return PackedState(tiles, sum(sizes), call.grids, call.pixels, (self.tower.merge, *self.tower.patch))
 
     def enter_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
