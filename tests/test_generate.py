@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.models import IMAGE, LAYOUTS, PACKED, PAD, VOCAB, Prompt, make, prompt, repeatable, shared
 from tests.packed import VIDEO
+from tests.policy_table import options
 from tests.reference import CASES, budget, expect
 from vlm_prune import UnsupportedCallError, pruned
 from vlm_prune.versions import CACHE, CHUNKS_BRING_IMAGES, cache_of
@@ -170,6 +171,29 @@ def test_assistant_model(policy, family, positions):
 def test_chunked_prefill(size, policy, family, positions):
     model, batch = shared(family), prompt(family, LAYOUTS["ragged"])
     with pruned(model, policy, positions=positions, **budget(policy)):
+        want = generate(model, batch.inputs)
+        assert torch.equal(generate(model, batch.inputs, prefill_chunk_size=size), want)
+
+
+@pytest.mark.skipif(not CHUNKS_BRING_IMAGES, reason="stock code drops images in chunked prefill")
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_vl"])
+@pytest.mark.parametrize("policy", ["fastv", "mustdrop", "vhr"])
+def test_chunked_prefill_is_refused_to_decoders_also_where_the_image_fits_a_chunk(policy, family):
+    model, batch = shared(family), prompt(family, [(2, -1, 9)])
+    with pruned(model, **options(policy)):
+        want = generate(model, batch.inputs)
+        with pytest.raises(UnsupportedCallError, match="Leave prefill_chunk_size out"):
+            generate(model, batch.inputs, prefill_chunk_size=batch.ids.shape[1] - 7)
+        assert torch.equal(generate(model, batch.inputs), want)
+
+
+@pytest.mark.skipif(not CHUNKS_BRING_IMAGES, reason="stock code drops images in chunked prefill")
+@pytest.mark.parametrize("size", [5, 17, 25, 31])
+@pytest.mark.parametrize("rows", [("video", -1, 5), (-1, "video", 5)], ids=["video-first", "image-first"])
+@pytest.mark.parametrize("family", PACKED)
+def test_chunked_prefill_of_an_image_and_a_video(family, rows, size):
+    model, batch = shared(family), prompt(family, [rows])
+    with pruned(model, "flowcut", ratio=0.4):
         want = generate(model, batch.inputs)
         assert torch.equal(generate(model, batch.inputs, prefill_chunk_size=size), want)
 

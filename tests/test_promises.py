@@ -61,6 +61,23 @@ def test_live_rows_are_those_of_the_shortened_prompt(policy, family, positions, 
 
 @families
 @policies
+def test_a_prompt_may_end_with_an_image(policy, family):
+    """The next token then follows from the last row that is left, as it does for the shortened prompt."""
+    model, batch = shared(family), prompt(family, [(3, -1), (2, -1, 4)])
+    _, short = expect(model, batch, policy)
+    with short.given(model):
+        want = model(**short.inputs).logits[:, -1]
+        tokens = model.generate(**short.inputs, max_new_tokens=4)
+    with pruned(model, policy, **budget(policy)):
+        logits = model(**batch.inputs).logits[:, -1]
+        ours = model.generate(**batch.inputs, max_new_tokens=4)[:, batch.ids.shape[1] :]
+    torch.testing.assert_close(logits, want, **CLOSE)
+    assert logits.any(-1).all()
+    assert torch.equal(ours, tokens)
+
+
+@families
+@policies
 @pytest.mark.parametrize("layout", ["ragged", "row-without-image"])
 def test_a_batch_gives_what_its_rows_give_alone(policy, family, layout):
     model, batch = shared(family), prompt(family, LAYOUTS[layout])

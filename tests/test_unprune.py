@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from tests.models import FAMILIES, LAYOUTS, attention_functions, fingerprint, make, prompt
 from tests.reference import CASES, POLICIES, budget
-from vlm_prune import prune, pruned, unprune
+from vlm_prune import StateError, UnsupportedCallError, prune, pruned, unprune
 from vlm_prune.calls import current_forward
 from vlm_prune.encode_call import current_encode
-from vlm_prune.versions import flat_tower
+from vlm_prune.versions import CACHE, cache_of, flat_tower
 
 cases = pytest.mark.parametrize(("policy", "family", "positions"), CASES)
 
@@ -213,3 +214,27 @@ def test_a_deep_copy_is_pruned_by_itself(policy, family, positions):
     unprune(twin)
     assert_same(answers(twin, batch), stock)
     assert attention_functions() == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+@torch.no_grad()
+def test_a_pruned_cache_needs_a_pruned_model(again):
+    model, batch = make("llava"), prompt("llava", [(3, -1, 4)])
+    step = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, batch.ids.shape[1] + 1).long()}
+    with pruned(model, "uniform", ratio=0.3):
+        cache = cache_of(model(**batch.inputs))
+        want = model(**step, **{CACHE: copy.deepcopy(cache)}).logits
+    if again:
+        with pruned(model, "random", ratio=0.5):
+            assert torch.equal(model(**step, **{CACHE: cache}).logits, want)
+        return
+    with pytest.raises(UnsupportedCallError, match="not pruned any more"):
+        model(**step, **{CACHE: cache})
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_vl"])
+def test_a_pruned_model_is_not_pickled(family):
+    model = make(family)
+    with pruned(model, "flowcut"), pytest.raises(StateError, match="save_pretrained"):
+        pickle.dumps(model)
+    pickle.dumps(model)

@@ -84,10 +84,11 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
         return
     if os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK") == "1":  # switches stock code's own check off, too
         return
-    rides = [ride for output in given.values() if (ride := ride_of(output)) is not None]
+    outputs = [ride_of(output) for output in given.values() if output is not None]
+    rides = [ride for ride in outputs if ride is not None]
     # where tiles are arranged to images, stock code counts their rows as soon as it has them
     need = fresh = None if anatomy.features else anatomy.tower.placeholders(kwargs)
-    if need is None and rides:
+    if need is None and rides and len(rides) == len(outputs):  # of features from elsewhere nothing is known
         need = [span.rows for ride in rides for span in ride.spans]
     if need is None:
         return

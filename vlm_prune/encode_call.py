@@ -160,13 +160,16 @@ def ride_of(output: Any) -> EncodeCall | None:
     """The encode call that an output object comes from; ``None`` if it is not known.
 
     transformers and accelerate copy such objects when they move their tensors to another device. A copy is known by the
-    features of the last few that are still there.
+    features of the last few that are still there. What chunked prefill slices out of one is no copy, even if it is all
+    of an image: of the other outputs nothing is left in it.
     """
     call: EncodeCall | None = getattr(output, RIDE, None)
     features = getattr(output, "pooler_output", None)
     if call is None and features is not None:
         for reference in _riding.get():
-            if (known := reference()) is not None and _alike(known.pooler_output, features):
+            if (known := reference()) is None or known.keys() != output.keys():
+                continue
+            if _alike(known.pooler_output, features):
                 call = getattr(known, RIDE)
                 setattr(output, RIDE, call)
                 break

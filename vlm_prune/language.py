@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from . import stream
-from .cache import PrunedLayer, pruned_layers, record_turn, spare_slots
+from .cache import PRUNED, PrunedLayer, pruned_layers, record_turn, spare_slots
 from .calls import RESUME, ForwardCall, current_forward, leave_live_rows, next_forward
 from .deepstack import Deepstack, shorten
 from .drafts import join, split
@@ -39,8 +39,14 @@ class Decoder:
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
+        handles.append(self)
+        PRUNED.add(self.module)
         handles.append(self.module.register_forward_pre_hook(self.enter, with_kwargs=True))
         handles.append(self.module.register_forward_hook(self.leave))
+
+    def remove(self) -> None:
+        """The decoder is not pruned any more; its hooks have handles of their own."""
+        PRUNED.discard(self.module)
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,7 +192,9 @@ class Decoder:
             by_layer = call.layer_rows or [call.entered] * self.depth
             counts = [r.count for r in by_layer]
             if not rows.whole:
-                output.last_hidden_state = rows.restore(output.last_hidden_state)
+                output.last_hidden_state = rows.restore(live := output.last_hidden_state)
+                # the next token follows from the last row that is left, also where the prompt ends with a dropped one
+                output.last_hidden_state[:, -1] = live[:, -1]
                 leave_live_rows(rows)
                 if output.hidden_states is not None:
                     states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
@@ -194,7 +202,7 @@ class Decoder:
             if cache is not None:
                 if self.layers is not None:
                     by_layer = self.layers.trim_cache(cache, by_layer, rows)
-                record_turn(cache, by_layer, call.mask)
+                record_turn(cache, by_layer, call.mask, self.module)
         for number, encoded in enumerate(call.encoded):
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, cache)
             encoded.receipt.trace = call.trace(number)

@@ -97,6 +97,18 @@ class Pruning:
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Hooks into a model cannot be pickled.
+
+        Raises:
+            StateError: always; `copy.deepcopy` goes another way.
+        """
+        raise StateError(
+            "A pruned model cannot be pickled, as torch.save(model) and multiprocessing would: save it by "
+            "model.save_pretrained(folder) and load it by vlm_prune.from_pretrained(folder), or prune it in the other "
+            "process. copy.deepcopy(model) works."
+        )
+
     @property
     def name(self) -> str:
         """The policies' names, joined by "+"."""
@@ -216,9 +228,10 @@ class Pruning:
             elif output is not None:
                 if self._layers is not None:
                     raise UnsupportedCallError(
-                        f"The image features of this call are a part of what the tower returned, as in chunked "
-                        f"prefill, but {self.name} decides inside the decoder, where it needs whole images and the "
-                        "text behind them. Leave prefill_chunk_size out, or choose a policy of the encode stage alone."
+                        f"The image features of this call are not all that the tower of this pruned model returned: "
+                        f"chunked prefill takes a part, or they come from elsewhere. {self.name} decides inside the "
+                        "decoder, where it needs whole images and the text behind them. Leave prefill_chunk_size out, "
+                        "encode the images with the pruned model, or choose a policy of the encode stage alone."
                     )
                 call.unknown_features = True
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
