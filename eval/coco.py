@@ -11,15 +11,17 @@ from typing import Any
 from vlm_prune.eval.records import read_json
 
 ImageId = int | str
-_FILE_NAME = re.compile(r"(?:^|_)(\d{12})\.\w+$")
+_FILE_NAME = re.compile(r"(?:^|_)(\d{12})(?:\.\w+)?$")
 
 
 def image_id(value: Any) -> ImageId:
     """The number of an image from a number, a string of digits or COCO's file name; other strings stay.
 
-    >>> image_id("COCO_val2014_000000310196.jpg"), image_id("42"), image_id("scene-7")
-    (310196, 42, 'scene-7')
+    >>> image_id("COCO_val2014_000000310196.jpg"), image_id("42"), image_id(7.0), image_id("scene-7")
+    (310196, 42, 7, 'scene-7')
     """
+    if isinstance(value, float) and value.is_integer():  # what pandas makes of a column with gaps
+        return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str) or not value:
@@ -47,6 +49,12 @@ def _part(path: Path | str, data: Any, key: str, kind: str) -> list[dict[str, An
     return part
 
 
+def _category(path: Path | str, value: Any) -> ImageId:
+    if not isinstance(value, int | str):
+        raise ValueError(f"{path}: a category id is a number or a string, got {value!r}")
+    return value
+
+
 def instance_objects(
     path: Path | str, image_ids: Collection[ImageId] | None = None
 ) -> dict[ImageId, tuple[str, list[str]]]:
@@ -59,13 +67,17 @@ def instance_objects(
     data = read_json(path)
     found: dict[ImageId, tuple[str, list[str]]] = {}
     with _missing_keys(path):
-        names = {row["id"]: row["name"] for row in _part(path, data, "categories", "instances")}
+        names: dict[ImageId, str] = {}
+        for row in _part(path, data, "categories", "instances"):
+            if not isinstance(row["name"], str):
+                raise ValueError(f"{path}: the name of category {row['id']!r} is {row['name']!r}, not text")
+            names[_category(path, row["id"])] = row["name"]
         for row in _part(path, data, "images", "instances"):
             image = image_id(row["id"])
             if image_ids is None or image in image_ids:
                 found[image] = (row.get("file_name", str(row["id"])), [])
         for row in _part(path, data, "annotations", "instances"):
-            image, category = image_id(row["image_id"]), row["category_id"]
+            image, category = image_id(row["image_id"]), _category(path, row["category_id"])
             if category not in names:
                 raise ValueError(f"{path}: category {category} of an annotation is not in 'categories'")
             if image_ids is None or image in image_ids:

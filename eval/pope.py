@@ -149,8 +149,17 @@ def score_splits(
     for question, answer in matched.pairs:
         name = str(question.get("category", question.get("split", "all")))
         found.setdefault(name, []).append((question, answer))
+    answered = {name: pairs for name, pairs in found.items() if any(text is not None for _, text in pairs)}
+    if not answered:
+        raise ValueError(f"none of the {len(matched.pairs)} questions has an answer")
+    warnings = [
+        f"no question of {name!r} has an answer: its {len(pairs)} questions are not scored"
+        for name, pairs in found.items()
+        if name not in answered
+    ]
     return {
-        name: _score(Matched(pairs, matched.by, matched.warnings), parser) for name, pairs in found.items()
+        name: _score(Matched(pairs, matched.by, [*matched.warnings, *warnings]), parser)
+        for name, pairs in answered.items()
     }
 
 

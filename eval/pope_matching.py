@@ -31,6 +31,11 @@ def match_answers(questions: Sequence[Row], answers: Sequence[Row]) -> Matched:
     texts = [_answer_text(row, number) for number, row in enumerate(answers, 1)]
     if ids := _ids(answers, "answers"):
         known = _ids(questions, "questions")
+        if not known:
+            raise ValueError(
+                "the answers have a 'question_id', and no question has one: add them to the questions, or take them "
+                "out of the answers to go by order"
+            )
         unknown = sorted(set(ids) - set(known))
         if unknown:
             raise ValueError(
@@ -69,8 +74,12 @@ def _answer_text(row: Row, number: int) -> str:
     return answer
 
 
+def _id(value: Any) -> str:
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
 def _ids(rows: Sequence[Row], what: str) -> list[str]:
-    ids = [str(row["question_id"]) for row in rows if "question_id" in row]
+    ids = [_id(row["question_id"]) for row in rows if "question_id" in row]
     if len(ids) not in (0, len(rows)):
         raise ValueError(
             f"{len(rows) - len(ids)} of {len(rows)} {what} have no 'question_id'; give it to all or none"

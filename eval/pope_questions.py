@@ -56,9 +56,10 @@ def build_questions(
     Raises:
         ValueError: too few images, or an image that leaves no object to ask for.
     """
-    if "{}" not in template or per_image < 1:
+    if template.count("{}") != 1 or set(template.replace("{}", "")) & {*"{}"} or per_image < 1:
         raise ValueError(
-            f"a template with '{{}}' and per_image >= 1 are needed, got {template!r} and {per_image}"
+            f"a template with one '{{}}' and no other braces, and per_image >= 1, are needed: got {template!r} and "
+            f"{per_image}"
         )
     lists = {image: list(dict.fromkeys(names)) for image, names in objects.items()}
     images = [image for image, names in lists.items() if len(names) >= per_image]
@@ -130,6 +131,9 @@ def read_object_lists(path: Path | str, captions: Path | str | None = None) -> d
             isinstance(row.get("image"), str) and isinstance(row.get("objects"), list) for row in rows
         ):
             raise ValueError(f"{path}: COCO instances, or lines with 'image' and 'objects', are needed")
+        for row in rows:
+            if bad := [name for name in row["objects"] if not isinstance(name, str) or not name]:
+                raise ValueError(f"{path}: object {bad[0]!r} of image {row['image']!r} is no name")
         return {row["image"]: row["objects"] for row in rows}
     found = instance_objects(path)
     if captions is not None:

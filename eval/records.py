@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+_SPACE, _COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
 
 
 def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
@@ -38,26 +41,25 @@ def read_text(path: Path | str) -> str:
 
 def read_json(path: Path | str) -> Any:
     """One JSON value from a file."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    values = _values(path, read_text(path))
+    if len(values) > 1:
+        raise ValueError(f"{path}: one JSON value is needed, and several stand one after another")
+    return values[0]
 
 
 def read_records(path: Path | str) -> list[dict[str, Any]]:
-    """Records from JSON lines, a JSON list, one JSON object, or CHAIR's ``{"imgToEval": {id: record}}``.
+    """Records from JSON lines or any other JSON objects one after another, a JSON list, or one JSON object.
 
-    The content decides, not the file's ending: POPE's own question files are JSON lines named ``.json``.
+    Of one object, ``{"annotations": [record ..]}`` and CHAIR's ``{"imgToEval": {id: record}}`` are taken apart. The
+    content decides, not the file's ending: POPE's own question files are JSON lines named ``.json``.
     """
-    text = read_text(path)
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-        found = _json_lines(path, text)
+    values = _values(path, read_text(path))
+    found = values[0] if len(values) == 1 else values
     if isinstance(found, dict):
-        found = list(found["imgToEval"].values()) if isinstance(found.get("imgToEval"), dict) else [found]
+        if isinstance(by_id := found.get("imgToEval"), dict):
+            found = [{"image_id": key, **row} if isinstance(row, dict) else row for key, row in by_id.items()]
+        else:
+            found = found["annotations"] if isinstance(found.get("annotations"), list) else [found]
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise ValueError(f"{path}: a list of JSON objects is needed, or one object a line")
     if not found:
@@ -65,12 +67,24 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     return found
 
 
-def _json_lines(path: Path | str, text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    return rows
+def _values(path: Path | str, text: str) -> list[Any]:
+    """The JSON values of a text, at least one. A comma may stand between them."""
+    decoder, values, at = json.JSONDecoder(), [], 0
+    while (at := _gap(text, at, comma=bool(values))) < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        except RecursionError as error:
+            line = text.count("\n", 0, at) + 1
+            raise ValueError(f"{path}, line {line}: JSON nested too deeply to be read") from error
+        values.append(value)
+    if not values:
+        raise ValueError(f"{path} is empty")
+    return values
+
+
+def _gap(text: str, at: int, comma: bool) -> int:
+    """Where the white space that begins at ``at`` ends, with a comma in it if one may be there."""
+    match = (_COMMA if comma else _SPACE).match(text, at)
+    return match.end() if match else at

@@ -266,7 +266,8 @@ def test_command_prints_only_json_on_stdout(tmp_path):
     ("text", "message"),
     [
         (None, "does not exist"),
-        ("", "not JSON"),
+        ("", "is empty"),
+        pytest.param("[" * 100_000, "nested too deeply", id="deep"),
         ('{"question_id": 1, "text": "yes"}\n{"question', "line 2: not JSON"),
         ("[1, 2]", "a list of JSON objects is needed"),
         ("[]", "holds no records"),

@@ -132,8 +132,8 @@ class PrunedLayer(CacheLayerMixin):
         short = self.missing or self.seen is not None
         if short and not torch.compiler.is_compiling() and self.decoder and self.decoder() not in PRUNED:
             raise UnsupportedCallError(
-                "This cache holds a prompt whose visual tokens were pruned, and the model is not pruned any more: it knows "
-                "neither positions nor mask of what is left. Go on inside the `with pruned(...)` block or prune "
+                "This cache holds a prompt whose visual tokens were pruned. The model is not pruned any more, and "
+                "knows neither positions nor mask of what is left. Go on inside the `with pruned(...)` block, prune "
                 "the model again, or start with a new cache."
             )
         return self.inner.update(key_states, value_states, *args, **kwargs)

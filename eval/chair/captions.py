@@ -39,8 +39,9 @@ def read_captions(
             raise ValueError(
                 f"{where}: the caption is {caption!r}, not text (an empty caption is an empty string)"
             )
+        key = _key(row, image_key, _IMAGE_KEYS, where)
         try:
-            found.append((image_id(row[_key(row, image_key, _IMAGE_KEYS, where)]), caption))
+            found.append((image_id(row[key]), caption))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return found

@@ -132,4 +132,8 @@ def token_spans(caption: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
         )
         spans.append((start, start + width))
         at = start + width
-    return spans
+    if len(text) == len(caption):
+        return spans
+    # a few letters are longer in lower case: back to the characters that each of these stands for
+    place = [number for number, letter in enumerate(caption) for _ in letter.lower()] + [len(caption)]
+    return [(place[start], place[end - 1] + 1 if end > start else place[start]) for start, end in spans]
