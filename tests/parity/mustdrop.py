@@ -114,7 +114,7 @@ def check_vision(golden: Golden) -> None:
     official = golden["features"]
     assert live.sum(-1).tolist() == [official.shape[1]] * len(official)
     torch.testing.assert_close(features[live].view_as(official), official, atol=1e-4, rtol=1e-4)
-    keys = getattr(output, RIDE).carry[KEY] > 0
+    keys = getattr(output, RIDE).carry[KEY].view(len(official), -1) > 0
     assert torch.equal(keys.nonzero()[:, 1].view(len(keys), -1), golden["key_set"].sort().values)
     ratio = MustDrop().key_ratio
     assert torch.equal(key_set(golden["cls_attn"], ratio), keys[:, : official.shape[1]])
