@@ -69,7 +69,8 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
 
 def _values(path: Path | str, text: str) -> list[Any]:
     """The JSON values of a text, at least one. A comma may stand between them."""
-    decoder, values, at = json.JSONDecoder(), [], 0
+    decoder, at = json.JSONDecoder(), 0
+    values: list[Any] = []
     while (at := _gap(text, at, comma=bool(values))) < len(text):
         try:
             value, at = decoder.raw_decode(text, at)
