@@ -230,6 +230,28 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path):
     assert len(done.failed) == 4
 
 
+def test_brackets_in_labels_errors_and_answers_are_shown_as_they_are(tmp_path, monkeypatch):
+    ask = asking.ask
+
+    def chatty(*given):
+        return [record | {"answer": "Sure [/INST] it is"} for record in ask(*given)]
+
+    monkeypatch.setattr(run, "ask", chatty)
+    text = f"""\
+models: [{{model: "{tmp_path}/gone[/models]", label: "gone[/models]"}}, {{model: tiny-llava, label: "[bold]"}}]
+policies: [{{policy: none, label: "all[/]"}}]
+tasks: [{{task: pope, label: "pope[/x]", data: {{scenes: 3}}, splits: [random], max_new_tokens: 2, parser: strict}}]
+output: "{tmp_path}/run[/out]"
+"""
+    done, screen = execute(tmp_path, text)
+    assert len(done.failed) == 1
+    assert "gone[/models]" in screen
+    assert "[bold] all[/] pope[/x]" in screen
+    assert "Sure [/INST] it is" in screen
+    assert f"look at {tmp_path}/run[/out]/report.html" in screen
+    assert (tmp_path / "run[" / "out]" / "report.html").exists()
+
+
 def test_times_are_kept_apart_and_can_be_taken_again(tmp_path):
     text = TEXT[: TEXT.index("tasks:")] + SPEED + "output: OUTPUT\n"
     execute(tmp_path, text)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from vlm_prune import pruned
 from vlm_prune.eval.records import read_json
@@ -192,32 +193,35 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             )
             write_whole(config.output / "config.yaml", text)
             done = len(run.cells) - len(run.missing)
-            console.print(
-                f"{len(run.cells)} cells, {done} of them finished already: {config.output}", soft_wrap=True
-            )
+            _say(console, f"{len(run.cells)} cells, {done} of them finished already: {config.output}")
         watch(run, console)
     finally:
         processes.leave()
     if processes.first:
-        for problem in run.failed.values():
-            console.print(
-                f"[red]failed[/red] {problem['cell']}: {problem['error']}", soft_wrap=True, highlight=False
-            )
-        if warned := [row for row in run.finished_rows() if row["warnings"]]:
-            first = f"{warned[0]['cell']}: {warned[0]['warnings'][0]}"
-            console.print(
-                f"{len(warned)} cells have warnings, see results.json; first {first}",
-                soft_wrap=True,
-                highlight=False,
-            )
-        console.print(
-            f"{len(run.finished_rows())} of {len(run.cells)} cells in {config.output / 'results.json'} and results.md, "
-            f"{len(run.failed)} failed" + (", see failed.json" if run.failed else ""),
-            soft_wrap=True,
-        )
-        if (written := report_of(run)) is not None:
-            console.print(f"look at {written}", soft_wrap=True)
+        _summary(run, console)
     return run
+
+
+def _summary(run: Run, console: Console) -> None:
+    """What failed, what has warnings and where all of it is."""
+    for problem in run.failed.values():
+        _say(console, ("failed", "red"), f" {problem['cell']}: {problem['error']}")
+    rows = run.finished_rows()
+    if warned := [row for row in rows if row["warnings"]]:
+        first = f"{warned[0]['cell']}: {warned[0]['warnings'][0]}"
+        _say(console, f"{len(warned)} cells have warnings, see results.json; first {first}")
+    kept = f"{len(rows)} of {len(run.cells)} cells in {run.folder.path / 'results.json'} and results.md"
+    _say(console, f"{kept}, {len(run.failed)} failed" + (", see failed.json" if run.failed else ""))
+    if (written := report_of(run)) is not None:
+        _say(console, f"look at {written}")
+
+
+def _say(console: Console, *parts: str | tuple[str, str]) -> None:
+    """A line on the screen, or ``(text, style)`` parts of one.
+
+    Labels, errors and answers are other people's: brackets in them, such as ``[/INST]``, are no markup.
+    """
+    console.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def report_of(run: Run) -> Path | None:
@@ -229,7 +233,8 @@ def report_of(run: Run) -> Path | None:
 
 def watch(run: Run, console: Console) -> None:
     """Do the work under a progress bar with the time that is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    names = TextColumn("{task.description}", markup=False)  # a label may have brackets
+    columns = (names, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not run.processes.first) as progress:
         task = progress.add_task("prompts", total=sum(map(_prompts, run.missing)))
         run.work(
