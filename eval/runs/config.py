@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from vlm_prune.errors import PolicyError
 from vlm_prune.eval.chair import VARIANTS
 from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
-from vlm_prune.registry import PolicyError, policy_class
+from vlm_prune.registry import policy_class
 
 Split = Literal["random", "popular", "adversarial"]
 Ratio = Annotated[float, Field(gt=0, le=1)]

@@ -21,7 +21,7 @@ from vlm_prune.eval.runs.cells import Cell, build_cells
 from vlm_prune.eval.runs.config import RunConfig, SpeedTask
 from vlm_prune.eval.runs.folder import Record, RunFolder, write_json, write_lines, write_whole
 from vlm_prune.eval.runs.models import Loaded, load
-from vlm_prune.eval.runs.parts import add_part, read_parts, remove_parts
+from vlm_prune.eval.runs.parts import add_part, read_parts, read_remains, remove_parts
 from vlm_prune.eval.runs.processes import Processes
 from vlm_prune.eval.runs.scoring import Scorer
 from vlm_prune.eval.runs.speed import time_prompts
@@ -43,6 +43,7 @@ class Run:
 
     Attributes:
         rows: of the finished cells, by name.
+        broken: what is wrong on disk with cells that were finished once, by name; they are done again.
         failed: what went wrong with others.
     """
 
@@ -50,17 +51,26 @@ class Run:
         self.config, self.processes = config, processes
         self.folder = RunFolder(config.output)
         self.cells = build_cells(config)
-        found = {cell.name: self.folder.row(cell.name) for cell in self.cells}
         # the first process decides, should others not see its disk
-        self.rows: dict[str, Record] = {
-            name: row for name, row in processes.gather(found)[0].items() if row is not None
-        }
+        self.rows, self.broken = processes.gather(self._look())[0]
         self.missing = [
             cell
             for cell in self.cells
             if cell.name not in self.rows or (retime and isinstance(cell.task, SpeedTask))
         ]
         self.failed: dict[str, Record] = {}
+
+    def _look(self) -> tuple[dict[str, Record], dict[str, str]]:
+        """The rows on disk, and why there is none for cells that were finished."""
+        rows: dict[str, Record] = {}
+        broken: dict[str, str] = {}
+        for cell in self.cells:
+            try:
+                if (row := self.folder.row(cell.name)) is not None:
+                    rows[cell.name] = row
+            except ValueError as error:
+                broken[cell.name] = str(error)
+        return rows, broken
 
     def work(
         self, show: Callable[[Cell], None] = lambda cell: None, advance: Advance = lambda n: None
@@ -120,7 +130,7 @@ class Run:
     def _answer(self, loaded: Loaded, cell: Cell, advance: Advance) -> dict[str, Record]:
         """This process's share of a cell: all records that it knows, by sample."""
         folder, task, scorer = self.folder.cell(cell.name), cell.task, Scorer(cell.task)
-        known = read_parts(folder)
+        known = read_remains(folder) | read_parts(folder)
         done = set().union(*self.processes.gather(set(known)))
         turns = list(batches(cell.samples, task.batch_size or self.config.batch_size))
         with pruned(loaded.model, cell.entry.policy, **cell.options):
@@ -194,6 +204,12 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             write_whole(config.output / "config.yaml", text)
             done = len(run.cells) - len(run.missing)
             _say(console, f"{len(run.cells)} cells, {done} of them finished already: {config.output}")
+            if run.broken:
+                first = next(iter(run.broken.values()))
+                _say(
+                    console,
+                    f"{len(run.broken)} finished cells are not whole and are done again; first {first}",
+                )
         watch(run, console)
     finally:
         processes.leave()

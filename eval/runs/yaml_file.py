@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node."""
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
         except Exception as error:  # whatever int, datetime and others raise
@@ -76,9 +76,9 @@ def _read(text: str) -> tuple[Any, Any]:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        return node, None if node is None else loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return node, None if node is None else loader.construct_document(node)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _check_depth(text: str) -> None:
@@ -87,7 +87,8 @@ def _check_depth(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             problem = f"lists and mappings in one another, more than {DEEPEST} deep"
-            raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(None, None, problem, mark)
 
 
 def _repeated(node: yaml.Node) -> Iterator[tuple[int, str]]:
