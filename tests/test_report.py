@@ -294,6 +294,16 @@ def test_command(tmp_path):
     [
         (lambda path: (path / "results.json").unlink(), [], "results.json does not exist"),
         (lambda path: (path / "results.json").write_text("[]"), [], "no finished cell"),
+        (
+            lambda path: (path / "cells/0.1.pope/samples.jsonl").unlink(),
+            [],
+            "samples.jsonl is gone or not whole",
+        ),
+        (
+            lambda path: (path / "cells/0.1.pope/samples.jsonl").write_text("{}\n" * 3),
+            [],
+            "samples.jsonl is not whole. Run the config again",
+        ),
         (lambda path: None, ["--samples", "-1"], "choose 0 or more"),
     ],
 )

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,6 +161,42 @@ def _finished(cell: Path) -> list[dict]:
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "damage", "message", "asked"),
+    [
+        ("row.json", lambda text: "", "row.json, line 1: not JSON", 0),
+        ("row.json", lambda text: text[: len(text) // 2], "not JSON", 0),
+        ("row.json", lambda text: "{}", "is not the row of this cell", 0),
+        ("samples.jsonl", lambda text: text[:-9], "samples.jsonl has 47 of 48 samples", 1),
+        ("samples.jsonl", lambda text: "\0" * 100 + text[100:], "samples.jsonl has 47 of 48 samples", 1),
+        ("samples.jsonl", None, "samples.jsonl has 0 of 48 samples", 48),
+    ],
+)
+def test_a_finished_cell_that_is_not_whole_is_done_again(
+    whole, tmp_path, monkeypatch, file, damage, message, asked
+):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    path = output / "cells" / RunFolder(output).rows()[0]["cell"] / file
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(damage(path.read_text()))
+    again: list[str] = []
+    ask = asking.ask
+    monkeypatch.setattr(
+        run,
+        "ask",
+        lambda loaded, batch, *rest: again.extend(s.id for s in batch) or ask(loaded, batch, *rest),
+    )
+    done, screen = execute(output)
+    (line,) = [line for line in screen.splitlines() if "1 finished cells are not whole" in line]
+    assert message in line
+    assert not done.failed
+    assert contents(output) == contents(whole)
+    assert len(again) == asked
+
+
 def test_two_processes_are_as_good_as_one(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -230,6 +267,28 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path):
     assert len(done.failed) == 4
 
 
+def test_brackets_in_labels_errors_and_answers_are_shown_as_they_are(tmp_path, monkeypatch):
+    ask = asking.ask
+
+    def chatty(*given):
+        return [record | {"answer": "Sure [/INST] it is"} for record in ask(*given)]
+
+    monkeypatch.setattr(run, "ask", chatty)
+    text = f"""\
+models: [{{model: "{tmp_path}/gone[/models]", label: "gone[/models]"}}, {{model: tiny-llava, label: "[bold]"}}]
+policies: [{{policy: none, label: "all[/]"}}]
+tasks: [{{task: pope, label: "pope[/x]", data: {{scenes: 3}}, splits: [random], max_new_tokens: 2, parser: strict}}]
+output: "{tmp_path}/run[/out]"
+"""
+    done, screen = execute(tmp_path, text)
+    assert len(done.failed) == 1
+    assert "gone[/models]" in screen
+    assert "[bold] all[/] pope[/x]" in screen
+    assert "Sure [/INST] it is" in screen
+    assert f"look at {tmp_path}/run[/out]/report.html" in screen
+    assert (tmp_path / "run[" / "out]" / "report.html").exists()
+
+
 def test_times_are_kept_apart_and_can_be_taken_again(tmp_path):
     text = TEXT[: TEXT.index("tasks:")] + SPEED + "output: OUTPUT\n"
     execute(tmp_path, text)
@@ -242,6 +301,11 @@ def test_times_are_kept_apart_and_can_be_taken_again(tmp_path):
         assert 0 < times[row["cell"]]["prefill_ms"] < times[row["cell"]]["answer_ms"]
     execute(tmp_path, text)
     assert folder.times() == times
+    (tmp_path / "cells" / folder.rows()[0]["cell"] / "times.json").write_text("")
+    _, screen = execute(tmp_path, text)
+    assert "times.json, line 1: not JSON" in screen
+    assert set(folder.times()) == set(times)
+    times = folder.times()
     done, _ = execute(tmp_path, text, retime=True)
     assert folder.times() != times
     assert (tmp_path / "results.json").read_bytes() == before

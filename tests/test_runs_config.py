@@ -55,12 +55,37 @@ def test_examples_cover_the_published_models_and_budgets():
         ("{scenes: 4}", "{jsonl: a.jsonl, columns: {questoin: q}}", 7, 'Did you mean "question"?'),
         ("{scenes: 4}", "{}", 7, "one of the keys scenes, jsonl, disk, hub, coco"),
         ("{scenes: 4}", "{scenes: 0}", 7, "greater than or equal to 1"),
-        ("task: pope", "task: pop", 6, "'pope', 'chair', 'vqa', 'speed'"),
+        ("task: pope", "task: pop", 6, 'no task "pop". Did you mean "pope"? Available: pope, chair, vqa, speed.'),
+        ("- task: pope", "- taks: pope", 6, 'tasks.0.taks: there is no such key. Did you mean "task"?'),
+        ("- task: pope", "- prompt: what", 6, "tasks.0: the key task has to say which task it is, got prompt, data"),
+        ("- task: pope\n    data: {scenes: 4}", "- pope", 6, "got 'pope'"),
+        ("{scenes: 4}", "{scnes: 2}", 7, 'tasks.0.data.scnes: there is no such key. Did you mean "scenes"?'),
+        ("    data", "    splits: [random,\n      randm]\n    data", 8, '"randm". Did you mean "random"?'),
+        ("ratios", "dtype: flaot32\nratios", 4, '"flaot32". Did you mean "float32"? Available: float32, float16,'),
+        ("- flowcut", "- {policy: none, models: [tiny-lava]}", 3, "policies.0.models.0: unknown model 'tiny-lava'. D"),
+        ("ratios", "output: a\nratios", 9, "output: stands twice, first in line 4"),
+        ("    data", "    data: {scenes: 1}\n    data", 8, "data: stands twice, first in line 7"),
+        ("{scenes: 4}", "{scenes: 4, size: [1, 2], scenes: 3}", 7, "scenes: stands twice, first in line 7"),
         ("    data", "    parser: offical\n    data", 7, "Did you mean 'official'?"),
-        ("    data", "    models: [tiny-lava]\n    data", 1, "Did you mean 'tiny-llava'?"),
+        ("    data", "    models: [tiny-lava]\n    data", 7, "Did you mean 'tiny-llava'?"),
         ("[0.25]", "[1.5]", 4, "less than or equal to 1"),
         ("[tiny-llava]", "[tiny-llava, tiny-llava]", 1, "stands twice"),
         ("[tiny-llava]", "[tiny-llava", 2, "not YAML"),
+        ("[tiny-llava]", "[" * 3000, 1, "more than 50 deep"),
+        ("[tiny-llava]", "[tiny-llava\x01]", 1, "not YAML: special characters"),
+        ("ratios", "seed: 2020-13-45\nratios", 4, "'2020-13-45' is not what it looks like (month must be in 1..12)"),
+        ("ratios", "seed: 2020-12-05\nratios", 4, "seed: Input should be a valid integer, got datetime.date(2020"),
+        ("[0.25]", "[0.5, 0.25, .50]", 4, "ratios.2: the budget 0.5 stands twice: keep one"),
+        ("- flowcut", "- {policy: flowcut, tokens: [8, 8]}", 3, "policies.0.tokens.1: the budget 8 stands twice"),
+        ("- flowcut", "- flowcut\n  - flowcut", 4, "policies.1: 'flowcut' stands twice, at the same budget: keep one"),
+        ("- flowcut", "- none\n  - {policy: none, ratios: [0.1]}", 4, "'none' stands twice, at the same budget"),
+        ("- flowcut", "- vhr\n  - {policy: vhr, ratios: [0.1]}", 4, "'vhr' stands twice, at the same budget"),
+        (
+            "- flowcut", "- {policy: random, tokens: [1]}\n  - {policy: random, settings: {seed: 1}}", 4,
+            "policies.1: 'random' stands twice, with other settings: give each a label of its own",
+        ),
+        ("- flowcut", "- flowcut\n  - {policy: random, label: flowcut}", 4, "'flowcut' stands twice, with other"),
+        ("- task", "- {task: pope, data: {scenes: 2}}\n  - task", 7, "tasks.1: 'pope' stands twice"),
         ("output: somewhere", "", 1, "output: Field required"),
     ],
     ids=lambda value: str(value)[:24],
@@ -71,6 +96,39 @@ def test_mistakes_name_the_line_and_what_is_allowed(old, new, line, message):
     first = str(raised.value).splitlines()[0]
     assert first.startswith(f"run.yaml:{line}: ")
     assert message in first
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("scenes: 2\nsize: [128, 128]\nsizess: {tiny-llava: [128, 128]}", 'data.sizess: there is no such key. Did you'),
+        ("scenes: 2\nsize: [128, 128]\nsizes:\n  tiny-llava: [128, a]", "sizes.tiny-llava.1: Input should be a valid"),
+        ("coco: there\nimages: there\nimage_id: ids.json", 'data.image_id: there is no such key.'),
+        ("jsonl: a.jsonl\ncolumns:\n  id: a\n  questoin: q", 'columns.questoin: there is no such key.'),
+        ("disk: there\nsplit: a\nlimit: 0", "data.limit: Input should be greater than or equal to 1, got 0"),
+    ],
+    ids=lambda value: value.split(":")[0],
+)  # fmt: skip
+def test_the_key_of_a_source_is_not_taken_for_the_line_of_what_is_in_it(data, message):
+    text = GOOD.replace("data: {scenes: 4}", "data:\n      " + data.replace("\n", "\n      "))
+    with pytest.raises(ConfigError) as raised:
+        parse_config(text, "run.yaml")
+    assert str(raised.value).startswith(f"run.yaml:{8 + data.count(chr(10))}: tasks.0.")
+    assert message in str(raised.value)
+
+
+def test_a_policy_may_stand_twice_where_its_rows_differ():
+    for policies in (
+        "[{policy: random, models: [a]}, {policy: random, models: [b], settings: {seed: 1}}]",
+        "[{policy: random, tokens: [8]}, {policy: random, ratios: [0.5]}]",
+        "[{policy: random, tokens: [8]}, {policy: random, tokens: [8], per: image}]",
+        "[random, {policy: random, label: other, settings: {seed: 1}}]",
+        "[misspelt, misspelt]",
+    ):
+        text = GOOD.replace("\n  - flowcut", f" {policies}").replace(
+            "[tiny-llava]", "[{model: m, label: a}, {model: m, label: b}]"
+        )
+        assert len(parse_config(text, "run.yaml").policies) == 2
 
 
 def test_unknown_policies_and_settings_show_before_a_model_is_loaded():

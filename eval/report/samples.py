@@ -15,6 +15,8 @@ from vlm_prune.eval.report.overlay import data_uri, plates
 from vlm_prune.eval.report.results import Entry, Results
 from vlm_prune.eval.runs.folder import Record, RunFolder
 
+AGAIN = "Run the config again: it does this cell again and writes a new report"
+
 
 class Pool:
     """Values in the order in which they were first seen; `number` says which one a value is."""
@@ -117,10 +119,21 @@ def _task(
 
 
 def read_some(folder: RunFolder, cell: str, places: Sequence[int]) -> list[Record]:
-    """The records at some places of a cell's samples, ascending; the others, which may be many, are not parsed."""
+    """The records at some places of a cell's samples, ascending; the others, which may be many, are not parsed.
+
+    Raises:
+        ValueError: the samples are gone, or not whole.
+    """
     wanted = set(places)
-    with (folder.cell(cell) / "samples.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for number, line in enumerate(file) if number in wanted]
+    path = folder.cell(cell) / "samples.jsonl"
+    try:
+        with path.open("rb") as file:
+            found = [json.loads(line) for number, line in enumerate(file) if number in wanted]
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path} is gone or not whole ({error}). {AGAIN}") from error
+    if len(found) < len(wanted):
+        raise ValueError(f"{path} is not whole. {AGAIN}")
+    return found
 
 
 def label_text(label: Any) -> str:

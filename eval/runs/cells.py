@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_prune.eval.models import MODELS, exit_gates
-from vlm_prune.eval.runs.config import ModelEntry, PolicyEntry, RunConfig, ScenesData, Task
+from vlm_prune.eval.runs.config import Budget, ModelEntry, PolicyEntry, RunConfig, ScenesData, Task
 from vlm_prune.eval.runs.samples import Sample, build_samples
 from vlm_prune.registry import make_policies, policy_class
-
-Budget = dict[str, Any]
-"""``{"ratio": 0.25}`` or ``{"tokens": 64}``, with ``"per": "image"`` where it is of all tiles; or nothing."""
 
 NOT_FIGURES = ("label", "batch_size", "models", "data")
 """Keys of an entry on which figures do not depend; what the data hold is looked at instead."""
@@ -102,20 +99,7 @@ def settings(config: RunConfig, model: ModelEntry) -> Iterator[tuple[PolicyEntry
         # a file that a setting names may still be made until its turn comes
         with suppress(FileNotFoundError):
             make_policies(entry.policy, _resolved(entry.settings, model.model))
-        yield from ((entry, budget) for budget in budgets(config, entry))
-
-
-def budgets(config: RunConfig, entry: PolicyEntry) -> Sequence[Budget]:
-    """A policy's own budgets or the run's. One that drops no tokens has none; ``none`` is run once."""
-    if entry.policy == "none":
-        return [{}]
-    own = entry.ratios is not None or entry.tokens is not None
-    ratios, tokens = (entry.ratios, entry.tokens) if own else (config.ratios, config.tokens)
-    of = {"per": "image"} if (entry.per or config.per) == "image" else {}
-    found: list[Budget] = [{"tokens": count, **of} for count in tokens or ()]
-    found += [{"ratio": ratio, **of} for ratio in ratios or ()]
-    prunes = any(policy_class(name).stages != ("modulate",) for name in entry.policy.split("+"))
-    return found if prunes and found else [{}]
+        yield from ((entry, budget) for budget in config.budgets(entry))
 
 
 def stages_of(policy: str) -> list[str]:

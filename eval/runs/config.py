@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from vlm_prune.errors import PolicyError
 from vlm_prune.eval.chair import VARIANTS
 from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
+from vlm_prune.registry import policy_class
 
 Split = Literal["random", "popular", "adversarial"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Per = Literal["tile", "image"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+Budget = dict[str, Any]
+"""``{"ratio": 0.25}`` or ``{"tokens": 64}``, with ``"per": "image"`` where it is of all tiles; or nothing."""
+
+
+class Misplaced(ValueError):
+    """A mistake that shows only beside the rest of the file; ``loc`` is the way to it from there."""
+
+    def __init__(self, message: str, *loc: int | str):
+        super().__init__(message)
+        self.loc = loc
 
 
 class Strict(BaseModel):
@@ -356,14 +371,81 @@ class RunConfig(Strict):
             [{key: e} if isinstance(e, str) else e for e in entries] if isinstance(entries, list) else entries
         )
 
+    def budgets(self, entry: PolicyEntry) -> list[Budget]:
+        """A policy's own budgets or the run's. One that drops no tokens has none; ``none`` is run once.
+
+        Raises:
+            PolicyError: there is no such policy.
+        """
+        if entry.policy == "none":
+            return [{}]
+        own = entry.ratios is not None or entry.tokens is not None
+        ratios, tokens = (entry.ratios, entry.tokens) if own else (self.ratios, self.tokens)
+        of = {"per": "image"} if (entry.per or self.per) == "image" else {}
+        found: list[Budget] = [{"tokens": count, **of} for count in tokens or ()]
+        found += [{"ratio": ratio, **of} for ratio in ratios or ()]
+        prunes = any(policy_class(name).stages != ("modulate",) for name in entry.policy.split("+"))
+        return found if prunes and found else [{}]
+
     @model_validator(mode="after")
     def _labels(self) -> RunConfig:
-        for entries in (self.models, self.tasks):
-            names = [entry.name for entry in entries]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"{twice[0]!r} stands twice: give each a label of its own")
-        known = [model.name for model in self.models]
-        for entry in (*self.policies, *self.tasks):
-            for name in entry.models or ():
-                choose("model", name, known)
+        entries: dict[str, list[ModelEntry] | list[Task]] = {"models": self.models, "tasks": self.tasks}
+        for key, some in entries.items():
+            names = [entry.name for entry in some]
+            if twice := _repeats(names):
+                raise Misplaced(
+                    f"{names[twice[0]]!r} stands twice: give each a label of its own", key, twice[0]
+                )
         return self
+
+    @model_validator(mode="after")
+    def _known_models(self) -> RunConfig:
+        known = [model.name for model in self.models]
+        named: dict[str, list[PolicyEntry] | list[Task]] = {"policies": self.policies, "tasks": self.tasks}
+        for key, some in named.items():
+            for at, entry in enumerate(some):
+                for number, name in enumerate(entry.models or ()):
+                    try:
+                        choose("model", name, known)
+                    except ValueError as error:
+                        raise Misplaced(str(error), key, at, "models", number) from error
+        return self
+
+    @model_validator(mode="after")
+    def _rows_differ(self) -> RunConfig:
+        """No two rows of results may be called the same, be they two measurements or one made twice."""
+        _differ(self)
+        for at, entry in enumerate(self.policies):
+            _differ(entry, "policies", at)
+        for model in self.models:
+            self._policies_differ(model.name)
+        return self
+
+    def _policies_differ(self, model: str) -> None:
+        mine = [(at, e) for at, e in enumerate(self.policies) if e.models is None or model in e.models]
+        for count, (at, entry) in enumerate(mine):
+            for _, other in mine[:count]:
+                if other.name != entry.name:
+                    continue
+                if (other.policy, other.settings) != (entry.policy, entry.settings):
+                    message = (
+                        f"{entry.name!r} stands twice, with other settings: give each a label of its own"
+                    )
+                    raise Misplaced(message, "policies", at)
+                with suppress(PolicyError):  # which is reported when the policy is made
+                    if any(budget in self.budgets(other) for budget in self.budgets(entry)):
+                        message = f"{entry.name!r} stands twice, at the same budget: keep one"
+                        raise Misplaced(message, "policies", at)
+
+
+def _differ(owner: RunConfig | PolicyEntry, *loc: int | str) -> None:
+    for key, given in {"ratios": owner.ratios, "tokens": owner.tokens}.items():
+        if twice := _repeats(given or []):
+            raise Misplaced(
+                f"the budget {(given or [])[twice[0]]} stands twice: keep one", *loc, key, twice[0]
+            )
+
+
+def _repeats(values: list[Any]) -> list[int]:
+    """Where values stand that stood further ahead already."""
+    return [at for at, value in enumerate(values) if value in values[:at]]

@@ -46,9 +46,32 @@ class RunFolder:
         return self.path / "cells" / name
 
     def row(self, cell: str) -> Record | None:
-        """The row of a cell, if it is finished."""
-        path = self.cell(cell) / "row.json"
-        return read_json(path) if path.exists() else None
+        """The row of a cell, if it is finished.
+
+        Raises:
+            ValueError: it was, but a file of it is gone or not whole, say since the disk was full or lost power.
+        """
+        folder = self.cell(cell)
+        path = folder / "row.json"
+        if not path.exists():
+            return None
+        row = read_json(path)
+        if not isinstance(row, dict) or row.get("cell") != cell or not isinstance(row.get("n"), int):
+            raise ValueError(f"{path} is not the row of this cell")
+        if row.get("kind") == "speed" and not isinstance(read_json(folder / "times.json"), dict):
+            raise ValueError(f"{folder / 'times.json'} holds no times")
+        samples = folder / "samples.jsonl"
+        whole = count_lines(samples) if samples.exists() else 0
+        if whole != row["n"]:
+            raise ValueError(f"{samples} has {whole} of {row['n']} samples")
+        record: Record = row
+        return record
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file that have an end."""
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") and line[:1] == b"{" for line in file)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -7,7 +7,10 @@ knows exactly which samples it has, and asks no sample twice.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from vlm_prune.eval.runs.folder import Record
 
@@ -16,13 +19,23 @@ def read_parts(cell: Path) -> dict[str, Record]:
     """The records in a cell's parts, by id."""
     found: dict[str, Record] = {}
     for path in sorted(cell.glob("part-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                records = json.loads(line) if line else []
-            except json.JSONDecodeError:  # the end of a line that was being written
-                continue
+        for records in _whole_lines(path):
             found |= {record["id"]: record for record in records}
     return found
+
+
+def read_remains(cell: Path) -> dict[str, Record]:
+    """The records that are still whole of a cell that was finished once, by id."""
+    path = cell / "samples.jsonl"
+    return {record["id"]: record for record in _whole_lines(path)} if path.exists() else {}
+
+
+def _whole_lines(path: Path) -> Iterator[Any]:
+    for line in path.read_bytes().split(b"\n"):
+        # the end of a line that was being written, or what a lost block of the disk left of one
+        with suppress(ValueError):
+            if line:
+                yield json.loads(line)
 
 
 def add_part(cell: Path, rank: int, records: list[Record]) -> None:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from vlm_prune import pruned
 from vlm_prune.eval.records import read_json
@@ -20,7 +21,7 @@ from vlm_prune.eval.runs.cells import Cell, build_cells
 from vlm_prune.eval.runs.config import RunConfig, SpeedTask
 from vlm_prune.eval.runs.folder import Record, RunFolder, write_json, write_lines, write_whole
 from vlm_prune.eval.runs.models import Loaded, load
-from vlm_prune.eval.runs.parts import add_part, read_parts, remove_parts
+from vlm_prune.eval.runs.parts import add_part, read_parts, read_remains, remove_parts
 from vlm_prune.eval.runs.processes import Processes
 from vlm_prune.eval.runs.scoring import Scorer
 from vlm_prune.eval.runs.speed import time_prompts
@@ -42,6 +43,7 @@ class Run:
 
     Attributes:
         rows: of the finished cells, by name.
+        broken: what is wrong on disk with cells that were finished once, by name; they are done again.
         failed: what went wrong with others.
     """
 
@@ -49,17 +51,26 @@ class Run:
         self.config, self.processes = config, processes
         self.folder = RunFolder(config.output)
         self.cells = build_cells(config)
-        found = {cell.name: self.folder.row(cell.name) for cell in self.cells}
         # the first process decides, should others not see its disk
-        self.rows: dict[str, Record] = {
-            name: row for name, row in processes.gather(found)[0].items() if row is not None
-        }
+        self.rows, self.broken = processes.gather(self._look())[0]
         self.missing = [
             cell
             for cell in self.cells
             if cell.name not in self.rows or (retime and isinstance(cell.task, SpeedTask))
         ]
         self.failed: dict[str, Record] = {}
+
+    def _look(self) -> tuple[dict[str, Record], dict[str, str]]:
+        """The rows on disk, and why there is none for cells that were finished."""
+        rows: dict[str, Record] = {}
+        broken: dict[str, str] = {}
+        for cell in self.cells:
+            try:
+                if (row := self.folder.row(cell.name)) is not None:
+                    rows[cell.name] = row
+            except ValueError as error:
+                broken[cell.name] = str(error)
+        return rows, broken
 
     def work(
         self, show: Callable[[Cell], None] = lambda cell: None, advance: Advance = lambda n: None
@@ -119,7 +130,7 @@ class Run:
     def _answer(self, loaded: Loaded, cell: Cell, advance: Advance) -> dict[str, Record]:
         """This process's share of a cell: all records that it knows, by sample."""
         folder, task, scorer = self.folder.cell(cell.name), cell.task, Scorer(cell.task)
-        known = read_parts(folder)
+        known = read_remains(folder) | read_parts(folder)
         done = set().union(*self.processes.gather(set(known)))
         turns = list(batches(cell.samples, task.batch_size or self.config.batch_size))
         with pruned(loaded.model, cell.entry.policy, **cell.options):
@@ -192,32 +203,41 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
             )
             write_whole(config.output / "config.yaml", text)
             done = len(run.cells) - len(run.missing)
-            console.print(
-                f"{len(run.cells)} cells, {done} of them finished already: {config.output}", soft_wrap=True
-            )
+            _say(console, f"{len(run.cells)} cells, {done} of them finished already: {config.output}")
+            if run.broken:
+                first = next(iter(run.broken.values()))
+                _say(
+                    console,
+                    f"{len(run.broken)} finished cells are not whole and are done again; first {first}",
+                )
         watch(run, console)
     finally:
         processes.leave()
     if processes.first:
-        for problem in run.failed.values():
-            console.print(
-                f"[red]failed[/red] {problem['cell']}: {problem['error']}", soft_wrap=True, highlight=False
-            )
-        if warned := [row for row in run.finished_rows() if row["warnings"]]:
-            first = f"{warned[0]['cell']}: {warned[0]['warnings'][0]}"
-            console.print(
-                f"{len(warned)} cells have warnings, see results.json; first {first}",
-                soft_wrap=True,
-                highlight=False,
-            )
-        console.print(
-            f"{len(run.finished_rows())} of {len(run.cells)} cells in {config.output / 'results.json'} and results.md, "
-            f"{len(run.failed)} failed" + (", see failed.json" if run.failed else ""),
-            soft_wrap=True,
-        )
-        if (written := report_of(run)) is not None:
-            console.print(f"look at {written}", soft_wrap=True)
+        _summary(run, console)
     return run
+
+
+def _summary(run: Run, console: Console) -> None:
+    """What failed, what has warnings and where all of it is."""
+    for problem in run.failed.values():
+        _say(console, ("failed", "red"), f" {problem['cell']}: {problem['error']}")
+    rows = run.finished_rows()
+    if warned := [row for row in rows if row["warnings"]]:
+        first = f"{warned[0]['cell']}: {warned[0]['warnings'][0]}"
+        _say(console, f"{len(warned)} cells have warnings, see results.json; first {first}")
+    kept = f"{len(rows)} of {len(run.cells)} cells in {run.folder.path / 'results.json'} and results.md"
+    _say(console, f"{kept}, {len(run.failed)} failed" + (", see failed.json" if run.failed else ""))
+    if (written := report_of(run)) is not None:
+        _say(console, f"look at {written}")
+
+
+def _say(console: Console, *parts: str | tuple[str, str]) -> None:
+    """A line on the screen, or ``(text, style)`` parts of one.
+
+    Labels, errors and answers are other people's: brackets in them, such as ``[/INST]``, are no markup.
+    """
+    console.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def report_of(run: Run) -> Path | None:
@@ -229,7 +249,8 @@ def report_of(run: Run) -> Path | None:
 
 def watch(run: Run, console: Console) -> None:
     """Do the work under a progress bar with the time that is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    names = TextColumn("{task.description}", markup=False)  # a label may have brackets
+    columns = (names, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not run.processes.first) as progress:
         task = progress.add_task("prompts", total=sum(map(_prompts, run.missing)))
         run.work(

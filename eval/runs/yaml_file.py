@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,13 @@ import yaml
 from pydantic import ValidationError
 
 from vlm_prune.eval.records import read_text
-from vlm_prune.eval.runs.config import RunConfig, Strict
+from vlm_prune.eval.runs.config import SOURCES, Misplaced, RunConfig, Strict
+
+Loc = tuple[int | str, ...]
+"""A way of field names and positions in lists. Pydantic's have tags of unions in between, see `_place`."""
+
+DEEPEST = 50
+"""Lists in lists that a file may hold; Python's own limit would end the reader without a word on where."""
 
 
 class ConfigError(ValueError):
@@ -25,42 +32,163 @@ def load_config(path: Path) -> RunConfig:
 def parse_config(text: str, path: str) -> RunConfig:
     """The same from text; ``path`` is what messages call it."""
     try:
-        node, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+        node, data = _read(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: not YAML: {error.reason}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{where}: not YAML: {error.problem or error.context}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the file has to hold keys such as models:, policies: and tasks:.")
+    if problems := [f"{path}:{line}: {message}" for line, message in _repeated(node)]:
+        raise ConfigError("\n".join(problems))
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        problems = [f"{path}:{_line(node, e['loc'])}: {_explain(e)}" for e in error.errors(include_url=False)]
-        raise ConfigError("\n".join(problems)) from error
+        found = [_explain(e) for e in error.errors(include_url=False)]
+        raise ConfigError(
+            "\n".join(f"{path}:{_line(node, loc)}: {message}" for loc, message in found)
+        ) from error
 
 
-def _explain(error: Any) -> str:
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] != "extra_forbidden":
-        message = error["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
-    *above, key = error["loc"]
-    known = sorted(_owner(tuple(above)).model_fields)
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+# --- YAML ---
+
+
+class _Loader(yaml.SafeLoader):
+    """Says the line of a value that is none, such as a date of the 13th month."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node."""
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # whatever int, datetime and others raise
+            value = str(getattr(node, "value", ""))[:80]
+            problem = f"{value!r} is not what it looks like ({error}); quote it if it is a text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+def _read(text: str) -> tuple[Any, Any]:
+    """The nodes of a text, which know their lines, and the data."""
+    _check_depth(text)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            problem = f"lists and mappings in one another, more than {DEEPEST} deep"
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(None, None, problem, mark)
+
+
+def _repeated(node: yaml.Node) -> Iterator[tuple[int, str]]:
+    """Line and message of each key that stands twice in a mapping: YAML's reader would drop the first in silence."""
+    left, seen = [node], set()
+    while left:
+        at = left.pop()
+        if id(at) in seen:  # an anchor may stand in many places
+            continue
+        seen.add(id(at))
+        if isinstance(at, yaml.SequenceNode):
+            left += reversed(at.value)
+        elif isinstance(at, yaml.MappingNode):
+            left += reversed([value for _, value in at.value])
+            lines: dict[tuple[str, str], int] = {}
+            for key, _ in at.value:
+                name = key.tag, str(key.value)
+                if name in lines:
+                    yield key.start_mark.line + 1, f"{key.value}: stands twice, first in line {lines[name]}"
+                lines.setdefault(name, key.start_mark.line + 1)
+
+
+# --- messages ---
+
+
+def _explain(error: Any) -> tuple[Loc, str]:
+    """Where a mistake is, and what to say about it."""
+    place, owner, below = _place(error["loc"])
+    kind, given = error["type"], error.get("input")
+    context = error.get("ctx", {})
+    message = error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        *_, key = place
+        message = f"there is no such key. {_choice(key, sorted(owner.model_fields))}"
+    elif kind == "union_tag_invalid":
+        place += (context["discriminator"].strip("'"),)
+        tasks = [name.strip(" '") for name in context["expected_tags"].split(",")]
+        message = f'there is no task "{context["tag"]}". {_choice(context["tag"], tasks)}'
+    elif kind == "union_tag_not_found":
+        place, message = _unnamed(place, given, below, ["task"], "the key task has to say which task it is")
+    elif kind == "no_source":
+        place, message = _unnamed(place, given, below, list(SOURCES), message)
+    elif kind == "literal_error":
+        names = [name.strip("'") for name in context["expected"].replace(" or ", ", ").split(", ")]
+        message = f'there is no such value as "{given}". {_choice(given, names)}'
+    elif isinstance(context.get("error"), Misplaced):
+        place += context["error"].loc
+    elif kind not in ("missing", "value_error"):
+        message += f", got {_short(given)}"
+    where = ".".join(map(str, place))
+    return place, f"{where}: {message}" if where else message
+
+
+def _choice(given: Any, known: Iterable[str]) -> str:
+    """What there is, the nearest first."""
+    options = list(known)
+    near = difflib.get_close_matches(str(given), options, n=1, cutoff=0.5)
     hint = f'Did you mean "{near[0]}"? ' if near else ""
-    return f"{where}: there is no such key. {hint}Available: {', '.join(known)}."
+    return f"{hint}Available: {', '.join(options)}."
 
 
-def _owner(loc: tuple[int | str, ...]) -> type[Strict]:
-    """The mapping that stands at ``loc``: a way of field names, positions in lists and tags of unions."""
-    owners: list[type[Strict]] = [RunConfig]
+def _unnamed(
+    place: Loc, given: Any, kinds: list[type[Strict]], wanted: list[str], message: str
+) -> tuple[Loc, str]:
+    """About a mapping without the key that says which of ``kinds`` it is: an unknown key may be meant to be that."""
+    if not isinstance(given, dict):
+        return place, f"{message}, got {_short(given)}"
+    for key in given:
+        known = any(key in kind.model_fields for kind in kinds)
+        if not known and (near := difflib.get_close_matches(str(key), wanted, n=1, cutoff=0.5)):
+            return (*place, str(key)), f'there is no such key. Did you mean "{near[0]}"? Otherwise {message}'
+    return place, f"{message}, got {', '.join(map(str, given)) or 'no keys'}"
+
+
+def _short(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- where things stand ---
+
+
+def _place(loc: Loc) -> tuple[Loc, type[Strict], list[type[Strict]]]:
+    """``loc`` without the tags of unions, which are not in the file; what its last key stands in, and what it may hold.
+
+    A tag is the key that names a source of data, or the value of ``task:``. As the former is a key of the mapping too,
+    only the types can tell it from a step down.
+    """
+    owner: type[Strict] = RunConfig
+    owners, place = [owner], []
     for part in loc:
-        fields = [owner.model_fields[str(part)] for owner in owners if part in owner.model_fields]
-        if len(owners) == 1 and fields:
-            owners = [cls for field in fields for cls in _mappings((field.annotation, *field.metadata))]
-        elif isinstance(part, str):  # the tag of a union: the key that names a source, or the value of task:
+        if len(owners) > 1 and isinstance(part, str):
             owners = [cls for cls in owners if _tag(cls, part)]
-    return owners[0]
+            continue
+        place.append(part)
+        if isinstance(part, str) and owners:
+            owner = owners[0]
+            field = owner.model_fields.get(part)
+            owners = _mappings((field.annotation, *field.metadata)) if field else []
+    return tuple(place), owner, owners
 
 
 def _mappings(annotation: Any) -> list[type[Strict]]:
@@ -75,8 +203,8 @@ def _tag(cls: type[Strict], tag: str) -> bool:
     return tag in (get_args(task.annotation) if task else cls.model_fields)
 
 
-def _line(node: Any, loc: tuple[int | str, ...]) -> int:
-    """Line, from 1, of the deepest part of ``loc`` that the file has; tags of unions are not in it."""
+def _line(node: Any, loc: Loc) -> int:
+    """Line, from 1, of the deepest part of ``loc`` that the file has."""
     line: int = node.start_mark.line + 1
     for part in loc:
         if isinstance(node, yaml.MappingNode):
