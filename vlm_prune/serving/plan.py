@@ -94,11 +94,7 @@ class Plan:
         """
         if request is None:
             return self.budget
-        if (
-            not isinstance(request, Mapping)
-            or len(request) != 1
-            or not request.keys() <= {"tokens", "ratio"}
-        ):
+        if not isinstance(request, Mapping) or len(request) != 1 or not request.keys() <= {"tokens", "ratio"}:
             raise BudgetError(
                 f'mm_processor_kwargs={{"{KEY}": {request!r}}}: a request sets its own budget by {{"tokens": 64}} '
                 'or {"ratio": 0.25}; the policy and its settings belong to the engine.'
