@@ -65,11 +65,13 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
             )
         wrap(self.projector, lambda module, args, kwargs: _first(merger.enter(module, args)), merger.leave)
 
-    def enter_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin an encode call, inside `keeping` only; ``grid_thw`` is a list of lists."""
         if self.active:
             given = dict(zip(("x", "grid_thw"), args, strict=False)) | kwargs
-            super().enter_tower(module, (given["x"], torch.tensor(given["grid_thw"])), {})
+            # the tower may be what normalises pixels, and policies know them normalised
+            pixels = module.input_norm(given["x"].to(module.device), module.dtype)
+            super().enter_tower(module, (pixels, torch.tensor(given["grid_thw"])), {})
 
     def enter_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

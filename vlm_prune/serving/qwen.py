@@ -42,7 +42,7 @@ def mend_cpu_runner() -> None:
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    if getattr(CPUModelRunner.load_model, "vlm_prune", False):
+    if hasattr(CPUModelRunner.load_model, "stock"):
         return
     stock = CPUModelRunner.load_model
 
@@ -52,7 +52,7 @@ def mend_cpu_runner() -> None:
         config = self.model_config.multimodal_config
         self.is_multimodal_pruning_enabled = config is not None and config.is_multimodal_pruning_enabled()
 
-    load_model.vlm_prune = True  # type: ignore[attr-defined]
+    load_model.stock = stock  # type: ignore[attr-defined]
     CPUModelRunner.load_model = load_model
 
 
@@ -67,7 +67,7 @@ def open_channel(vllm_config: VllmConfig) -> None:
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        if not getattr(CPUModelRunner.load_model, "vlm_prune", False):
+        if not hasattr(CPUModelRunner.load_model, "stock"):
             raise UnsupportedModelError(
                 "On CPU, vLLM 0.32 does not carry the positions of pruned images. Call "
                 "vlm_prune.serving.qwen.mend_cpu_runner() before the engine is made, in the process that runs the "
@@ -75,6 +75,14 @@ def open_channel(vllm_config: VllmConfig) -> None:
             )
     if not config.video_pruning_rate:
         config.video_pruning_rate = RATE
+
+
+class QwenDummies(qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder):
+    """Prompts for vLLM's warm-up."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """Text behind the images: `QwenPruning` refuses a prompt without."""
+        return super().get_dummy_text(mm_counts) + "."
 
 
 class QwenPruning(Pruning, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
@@ -116,9 +124,7 @@ class QwenInfo(qwen2_5_vl.Qwen2_5_VLProcessingInfo):
         return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    QwenPruning, info=QwenInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(QwenPruning, info=QwenInfo, dummy_inputs=QwenDummies)
 class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
 
@@ -145,7 +151,7 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
         """Embeddings of some images ``(tokens that stay, channels + 4)``, their places behind them."""
         sizes = kwargs["image_grid_thw"]
         patches = kwargs["pixel_values"].split(sizes.prod(-1).tolist())
-        pixels = torch.cat([patches[number] for number in numbers]).to(self.visual.dtype)
+        pixels = torch.cat([patches[number] for number in numbers])
         with self.encoder.keeping(plan.units(budget)):
             rows = self.visual(pixels, grid_thw=sizes[numbers].tolist())
         grids = self._grids(sizes[numbers])
