@@ -34,28 +34,6 @@ CHECKED = (4, 4)
 """Rows and columns of units of the noise image of the start-up self-check."""
 
 
-def mend_cpu_runner() -> None:
-    """Let vLLM's CPU runner carry positions beside embeddings, as its other runners do.
-
-    ``CPUModelRunner.load_model`` of vLLM 0.32 does not find out whether the engine does that. To be called before an
-    engine is made, in each process that runs a model; on other devices there is nothing to mend.
-    """
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    if hasattr(CPUModelRunner.load_model, "stock"):
-        return
-    stock = CPUModelRunner.load_model
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Load the model, and ask its config."""
-        stock(self, *args, **kwargs)
-        config = self.model_config.multimodal_config
-        self.is_multimodal_pruning_enabled = config is not None and config.is_multimodal_pruning_enabled()
-
-    load_model.stock = stock  # type: ignore[attr-defined]
-    CPUModelRunner.load_model = load_model
-
-
 def open_channel(vllm_config: VllmConfig) -> None:
     """Make an engine carry positions beside embeddings; raise if it cannot, or would not run the tower's hooks."""
     config = vllm_config.model_config.multimodal_config
@@ -67,11 +45,11 @@ def open_channel(vllm_config: VllmConfig) -> None:
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+        # vlm_prune.serving.cpu, which must not be imported to ask
         if not hasattr(CPUModelRunner.load_model, "stock"):
             raise UnsupportedModelError(
-                "On CPU, vLLM 0.32 does not carry the positions of pruned images. Call "
-                "vlm_prune.serving.qwen.mend_cpu_runner() before the engine is made, in the process that runs the "
-                "model: set VLLM_ENABLE_V1_MULTIPROCESSING=0, so that it is the same one."
+                "On CPU, vLLM 0.32 does not carry the positions of pruned images. Start the engine with "
+                'worker_extension_cls="vlm_prune.serving.cpu.Mended" (--worker-extension-cls), which mends that.'
             )
     if not config.video_pruning_rate:
         config.video_pruning_rate = RATE
