@@ -20,14 +20,11 @@ DIGIT = 256
 
 def with_places(embeds: torch.Tensor, columns: int) -> torch.Tensor:
     """The rows ``(units, channels)`` of a whole image, ``columns`` units wide, with their places: 4 channels more."""
-    row, column = (x.to(embeds) for x in _grid(len(embeds), columns, embeds.device))
-    digits = [x for side in (row, column) for x in (side.div(DIGIT, rounding_mode="floor"), side % DIGIT)]
-    return torch.cat([embeds, torch.stack(digits, 1)], 1)
-
-
-def _grid(units: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    number = torch.arange(units, device=device)
-    return number // columns, number % columns
+    number = torch.arange(len(embeds), device=embeds.device)
+    digits = [
+        digit for side in (number // columns, number % columns) for digit in (side // DIGIT, side % DIGIT)
+    ]
+    return torch.cat([embeds, torch.stack(digits, 1).to(embeds.dtype)], 1)
 
 
 def split_places(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
