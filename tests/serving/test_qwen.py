@@ -53,3 +53,18 @@ def test_two_ranks_answer_as_one(folder, policy, monkeypatch):
     plan = {"policy": policy, "ratio": 0.25}
     with mended(folder, plan, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         same(ask(llm, ASKS), expect(folder, ASKS, plan))
+
+
+def test_a_compiled_language_model(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with mended(folder, PLAN, enforce_eager=False) as llm:
+        same(ask(llm, ASKS), expect(folder, ASKS, PLAN))
+
+
+def test_requests_that_are_preempted_and_computed_again(folder):
+    asks, most = [one for one in ASKS if one.budget != {"ratio": 1.0}] * 2, 60
+    blocks = {"block_size": 32, "num_gpu_blocks_override": 10, "max_model_len": 160}
+    with mended(folder, PLAN, **blocks, disable_log_stats=False) as llm:
+        same(ask(llm, asks, most), expect(folder, asks, PLAN, most))
+        counts = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    assert counts["vllm:num_preemptions"] > 0
