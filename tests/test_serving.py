@@ -53,7 +53,7 @@ def test_a_served_tower_gives_the_rows_of_a_pruned_model(family, policy):
     pixels = prompt(family, [(2, -3, 4)]).pixels
     with pruned(model, policy, ratio=0.3, **settings):
         expected = features_of(model, pixels)
-    copy, tokens = served(model), plan.tokens()
+    copy, tokens = served(model), plan.kept(plan.budget, plan.tiles.tokens)
     tower = encoder(copy, plan.policy)
     with torch.no_grad(), tower.keeping(plan.units(tokens)):
         rows = live_rows(copy.features(pixels), tokens)
@@ -70,7 +70,7 @@ def test_outside_of_a_call_and_at_full_budget_the_tower_is_stock(family):
     copy = served(model)
     plan = Plan.of(with_plan(model, policy="flowcut", ratio=0.3))
     tower = encoder(copy, plan.policy)
-    tokens = plan.tokens({"ratio": 1.0})
+    tokens = plan.kept(plan.asked({"ratio": 1.0}), plan.tiles.tokens)
     with torch.no_grad():
         outside = copy.features(pixels)
         with tower.keeping(plan.units(tokens)):
@@ -191,19 +191,20 @@ def test_models_that_cannot_be_served_say_why():
     [(None, 9), ({"tokens": 1}, 1), ({"tokens": 36}, 36), ({"ratio": 0.5}, 18), ({"ratio": 1}, 36)],
 )
 def test_a_request_may_bring_its_own_budget(request_, tokens):
-    assert Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9)).tokens(request_) == tokens
+    plan = Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9))
+    assert plan.kept(plan.asked(request_), plan.tiles.tokens) == tokens
 
 
 @pytest.mark.parametrize("bad", [{"tokens": 37}, {"tokens": 0}, {"tokens": "9"}, {"policy": "random"}, {}, 9])
 def test_a_bad_request_is_refused(bad):
     with pytest.raises(BudgetError):
-        Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9)).tokens(bad)
+        Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9)).asked(bad)
 
 
 def test_caches_can_tell_policies_settings_and_budgets_apart():
     def identity(own=None, **plan):
         made = Plan.of(with_plan(shared("llava"), **plan))
-        return made.identity(made.tokens(own))
+        return made.identity(made.asked(own))
 
     same = identity(policy="random", tokens=9)
     assert same == identity(policy="random", ratio=0.25) == identity({"tokens": 9}, policy="random", tokens=3)

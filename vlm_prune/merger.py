@@ -68,7 +68,7 @@ class Merger:
                 keep = self.stage.ask_final(view, after_projector)
                 if keep is not None:
                     mine, dropped = self._keep_final(tile, mine, keep, order), True
-            pieces.append(mine.reshape(-1, features.shape[1]))
+            pieces.append(mine.reshape(-1, features.shape[-1]))
         if not dropped:
             return None
         state.fitted = {}

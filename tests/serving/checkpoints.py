@@ -1,4 +1,4 @@
-"""Folders for vLLM that compute exactly what the shipped models do."""
+"""Folders for vLLM: shipped models that two ranks can share, and a random one of a family that none is shipped of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from vlm_prune.eval.models import model_path
 
@@ -29,4 +37,57 @@ def with_twice_the_heads(name: str, folder: Path) -> Path:
             rows = torch.stack([each, torch.zeros_like(each)], 1).flatten(0, 2)
             weights[key] = (rows.T if ".o_proj" in key else rows).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def random_qwen2_5_vl(folder: Path) -> Path:
+    """A Qwen2.5-VL with windows of 2 x 2 units and whole images in turns. Its head sizes suit vLLM's CPU kernels."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny-llava"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_start|>", "<|vision_end|>"]})
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in {
+            "image": "<image>",
+            "video": "<video>",
+            "vision_start": "<|vision_start|>",
+            "vision_end": "<|vision_end|>",
+        }.items()
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 128,
+            "out_hidden_size": 128,
+            "intermediate_size": 192,
+            "num_heads": 4,
+            "patch_size": 14,
+            "window_size": 56,
+            "fullatt_block_indexes": [1, 3],
+        },
+        tie_word_embeddings=False,
+        **ids,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for table in (model.lm_head, model.get_input_embeddings()):
+        torch.nn.init.normal_(table.weight, std=0.5)  # with less, every prompt has the same answer
+    with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            if "self_attn" in name and name.endswith("weight"):
+                weight.mul_(5)  # with less, positions make no difference worth the name
+    model.save_pretrained(folder)
+    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 80)
+    Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
     return folder

@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+import pytest
+
 # read when vLLM is imported: everything in this process, one thread, one GB of KV cache
 os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A random Qwen2.5-VL."""
+    from tests.serving.checkpoints import random_qwen2_5_vl
+
+    return random_qwen2_5_vl(tmp_path_factory.mktemp("qwen"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_prune import pruned
 from vlm_prune.eval import load_model
@@ -30,10 +31,11 @@ class Ask:
     images: tuple[Any, ...]
     question: str = DESCRIBE
     budget: dict[str, Any] | None = field(default=None, hash=False)
+    mark: str = "<image>\n"
 
     @property
     def prompt(self) -> str:
-        return "USER: " + "<image>\n" * len(self.images) + f"{self.question} ASSISTANT:"
+        return "USER: " + self.mark * len(self.images) + f"{self.question} ASSISTANT:"
 
     def request(self) -> dict[str, Any]:
         """For ``LLM.generate``."""
@@ -92,13 +94,16 @@ def ask(llm: Any, asks: list[Ask], most: int = 24, requests: list[Any] | None = 
 
 
 @cache
-def hugging_face(name: str) -> tuple[Any, Any]:
-    """A shipped model in fp32, and its processor."""
-    return load_model(name)
+def hugging_face(model: str | Path) -> tuple[Any, Any]:
+    """A shipped model (by name) or that of a folder in fp32, and its processor."""
+    if isinstance(model, str):
+        return load_model(model)
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    return loaded.eval(), AutoProcessor.from_pretrained(model)
 
 
 @torch.no_grad()
-def expect(name: str, asks: list[Ask], plan: dict[str, Any] | None, most: int = 24) -> list[Answer]:
+def expect(name: str | Path, asks: list[Ask], plan: dict[str, Any] | None, most: int = 24) -> list[Answer]:
     """What the Hugging Face model answers, pruned as ``plan`` or a prompt's own budget says, each prompt by itself."""
     model, processor = hugging_face(name)
     found = []

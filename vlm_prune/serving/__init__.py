@@ -17,6 +17,7 @@ __all__ = ["image_embeds", "register"]
 CLASSES = {
     "InternVLForConditionalGeneration": "vlm_prune.serving.models:PrunedInternVL",
     "LlavaForConditionalGeneration": "vlm_prune.serving.models:PrunedLlava",
+    "Qwen2_5_VLForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen2_5",
 }
 """Architectures that vLLM finds in a checkpoint, and the classes that take their place."""
 

@@ -37,5 +37,6 @@ def check_ranks_agree(dropped: torch.Tensor, ranks: int) -> None:
     if bool(((votes != 0) & (votes != ranks)).any()):
         raise RuntimeError(
             f"The {ranks} tensor-parallel ranks chose different visual tokens for one image, so their answers would be "
-            'wrong. Start with tensor_parallel_size=1, or mm_encoder_tp_mode="data", and please report it.'
+            'wrong. Start with tensor_parallel_size=1, or on LLaVA and InternVL with mm_encoder_tp_mode="data", and '
+            "please report it."
         )

@@ -6,11 +6,8 @@ and keys are read, that a tower returns a tensor, and that the kept rows leave w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,10 +18,8 @@ from ..budget import Budget
 from ..errors import UnsupportedCallError
 from ..policies.base import Policy
 from ..tower import Encoder
+from .stage import Gather, NoReceipt, ServedStage
 from .towers import Parts
-
-Gather = Callable[[torch.Tensor], torch.Tensor]
-"""Joins the last dimension of a tensor over the tensor-parallel ranks."""
 
 
 @dataclass(eq=False)
@@ -34,17 +29,7 @@ class _TowerOutput:
     last_hidden_state: torch.Tensor
 
 
-class _NoReceipt:
-    """vLLM reports through its own metrics: the receipts of the engine go nowhere."""
-
-    def new_receipt(self, *args: Any) -> Any:
-        return SimpleNamespace(record_tower=lambda *args: None)
-
-    def publish(self, receipt: Any) -> None:
-        pass
-
-
-class ServedEncoder(Encoder):
+class ServedEncoder(ServedStage, Encoder):
     """Encoder hooks on the modules of a vLLM model.
 
     Args:
@@ -54,10 +39,9 @@ class ServedEncoder(Encoder):
     """
 
     def __init__(self, parts: Parts, gather: Gather, policy: Policy):
-        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), _NoReceipt())
+        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), NoReceipt())
         self.heads, self.gather = parts.heads, gather
         tower = parts.tower
-        self.active = False
         handles: list[Any] = []
         handles.append(tower.module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(parts.stack.register_forward_hook(self.leave_stack, always_call=True))
@@ -67,15 +51,6 @@ class ServedEncoder(Encoder):
             self._watch(tower.attentions[number], number)
         handles.append(parts.projector.register_forward_pre_hook(self.enter_projector))
         handles.append(parts.projector.register_forward_hook(self.leave_projector, always_call=True))
-
-    @contextmanager
-    def keeping(self, units: int) -> Iterator[None]:
-        """Within the block, the tower keeps this many units of each tile. Outside of it, it is a stock tower."""
-        self.active, self.budget = True, Budget(tokens=units)
-        try:
-            yield
-        finally:
-            self.active = False
 
     def enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Begin an encode call, inside `keeping` only."""
@@ -100,10 +75,7 @@ class ServedEncoder(Encoder):
                 return stock(query, key, value, *more, **kwargs)
             states = torch.stack([query, key, value])
             own = states.unflatten(-1, (-1, attention.head_size)).transpose(2, 3)
-            seen = own
-            if number in self.asked and own.shape[2] < self.heads:
-                # every rank needs the scores of all heads: they have to agree on which tokens stay
-                seen = self.gather(states).unflatten(-1, (-1, attention.head_size)).transpose(2, 3)
+            seen = self.all_heads(states, attention.head_size) if number in self.asked else own
             live = self.see_attention(number, seen[0], seen[1], seen[2], attention.scale)
             if live is None:
                 return stock(query, key, value, *more, **kwargs)
@@ -122,11 +94,16 @@ def live_rows(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
         UnsupportedCallError: a tile has another number of them than the prompt has room for.
     """
     live = ~stream.find_holes(embeds)
-    counts = set(live.sum(-1).tolist())
-    if counts != {tokens}:
-        raise UnsupportedCallError(
-            f"The policy kept {sorted(counts)} tokens of the tiles of a batch where the prompt has room for {tokens} "
-            "each. In vLLM a policy has to keep exactly its budget; let the Hugging Face model decide instead and send "
-            "its embeddings (vlm_prune.serving.image_embeds). If tokens became NaN, load the model in bfloat16."
-        )
+    check_counts(live.sum(-1).tolist(), tokens)
     return stream.compact(embeds, stream.live_order(live, tokens))
+
+
+def check_counts(counts: list[int], tokens: int) -> None:
+    """Raise unless ``tokens`` were kept of every tile."""
+    if set(counts) != {tokens}:
+        raise UnsupportedCallError(
+            f"The policy kept {sorted(set(counts))} tokens of the tiles of a batch where the prompt has room for "
+            f"{tokens} each. In vLLM a policy has to keep exactly its budget; let the Hugging Face model decide "
+            "instead and send its embeddings (vlm_prune.serving.image_embeds). If tokens became NaN, load the model in "
+            "bfloat16."
+        )

@@ -25,6 +25,7 @@ class Pruned:
     """Mix-in for a vLLM model class: its tower prunes, request by request."""
 
     parts: ClassVar[Any]
+    encoder_class: ClassVar[Any] = ServedEncoder
     config: Any
     plan: Plan | None = None
 
@@ -36,9 +37,9 @@ class Pruned:
         check_engine(vllm_config)
         parts = type(self).parts(self, plan.tiles)
         self.plan = plan
-        self.encoder = ServedEncoder(parts, _gather, plan.policy)
+        self.encoder = self.encoder_class(parts, _gather, plan.policy)
         # no more images at once than an unpruned engine would encode, for whose towers memory is set aside
-        self.at_once = max(1, vllm_config.scheduler_config.max_num_encoder_input_tokens // plan.tiles.tokens)
+        self.at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Embeddings of each image ``(tokens that stay, channels)``, whatever the budgets of a batch."""
@@ -82,9 +83,14 @@ class Pruned:
         """Stock code from ``(tiles, 3, height, width)`` to projected features ``(tiles, tokens, channels)``."""
         raise NotImplementedError
 
+    def image_tokens(self, **kwargs: Any) -> list[int]:
+        """Visual tokens of each image before pruning."""
+        tokens = (self.plan and self.plan.tiles.tokens) or 0
+        return [count * tokens for count in self.tile_counts(**kwargs)]
+
     def batches(self, numbers: list[int], **kwargs: Any) -> list[list[int]]:
-        """Images divided into batches of `at_once` tiles or one image."""
-        counts, found = self.tile_counts(**kwargs), list[list[int]]([[]])
+        """Images divided into batches of `at_once` visual tokens or one image."""
+        counts, found = self.image_tokens(**kwargs), list[list[int]]([[]])
         for number in numbers:
             if found[-1] and sum(counts[other] for other in found[-1]) + counts[number] > self.at_once:
                 found.append([])
@@ -112,9 +118,10 @@ class Pruned:
         weight = next(self.encoder.projector.parameters())
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, 3, *self.encoder.tower.image_size, generator=generator)
-        with self.encoder.keeping(plan.units(plan.tokens())):
+        tokens = plan.kept(plan.budget, plan.tiles.tokens or 0)
+        with self.encoder.keeping(plan.units(tokens)):
             features = self.features(noise.to(weight))
-        live_rows(features, plan.tokens())
+        live_rows(features, tokens)
         check_ranks_agree(features.isnan()[..., 0], get_tensor_model_parallel_world_size())
 
 

@@ -1,6 +1,6 @@
 """What an engine is asked to prune, read from its model config and checked before anything is loaded.
 
-A budget is a pure function of the configuration, the request and the number of tiles: vLLM lays out the prompt, its
+A budget is a pure function of the configuration, the request and the size of an image: vLLM lays out the prompt, its
 positions and its cache before the vision tower has seen a pixel.
 """
 
@@ -26,21 +26,23 @@ class Tiles:
     """What the tower makes of one tile before pruning.
 
     Attributes:
-        units: rows and columns of visual tokens.
+        units: rows and columns of visual tokens; ``None`` where images have any size, and each is one tile.
         extra: CLS rows handed to the language model beside them.
         feature_layer: 0-based number of the tower layer whose output is consumed.
         tile: what a tile is to the user.
+        mrope: whether a visual token's position is its place in the image.
     """
 
-    units: tuple[int, int]
+    units: tuple[int, int] | None
     extra: int
     feature_layer: int
     tile: str
+    mrope: bool = False
 
     @property
-    def tokens(self) -> int:
-        """Visual tokens of one tile."""
-        return self.units[0] * self.units[1] + self.extra
+    def tokens(self) -> int | None:
+        """Visual tokens of one tile, where all have as many."""
+        return None if self.units is None else self.units[0] * self.units[1] + self.extra
 
 
 def llava_tiles(config: Any) -> Tiles:
@@ -67,7 +69,12 @@ def internvl_tiles(config: Any) -> Tiles:
     return Tiles(grid, 0, vision.num_hidden_layers - 1, "tile")
 
 
-FAMILIES = {"internvl": internvl_tiles, "llava": llava_tiles}
+def qwen2_5_tiles(config: Any) -> Tiles:
+    """Of a ``Qwen2_5_VLConfig``."""
+    return Tiles(None, 0, config.vision_config.depth - 1, "image", mrope=True)
+
+
+FAMILIES = {"internvl": internvl_tiles, "llava": llava_tiles, "qwen2_5_vl": qwen2_5_tiles}
 """``config.model_type`` of what can be pruned in vLLM, and the function that reads its geometry."""
 
 
@@ -79,42 +86,46 @@ class Plan:
     budget: Budget
     tiles: Tiles
 
-    def tokens(self, request: Any = None) -> int:
-        """Visual tokens that stay of each tile, for a request with ``mm_processor_kwargs={"vlm_prune": request}``.
+    def asked(self, request: Any = None) -> Budget:
+        """The budget of a request with ``mm_processor_kwargs={"vlm_prune": request}``.
 
         Raises:
             BudgetError: ``request`` is no budget, or one that cannot be had.
         """
-        budget = self.budget
-        if request is not None:
-            if (
-                not isinstance(request, Mapping)
-                or len(request) != 1
-                or not request.keys() <= {"tokens", "ratio"}
-            ):
-                raise BudgetError(
-                    f'mm_processor_kwargs={{"{KEY}": {request!r}}}: a request sets its own budget by {{"tokens": 64}} '
-                    'or {"ratio": 0.25}; the policy and its settings belong to the engine.'
-                )
-            budget = self._checked(request.get("tokens"), request.get("ratio"), 1.0, self.tiles)
-        return budget.units(self.tiles.tokens - self.tiles.extra) + self.tiles.extra
+        if request is None:
+            return self.budget
+        if not isinstance(request, Mapping) or len(request) != 1 or not request.keys() <= {"tokens", "ratio"}:
+            raise BudgetError(
+                f'mm_processor_kwargs={{"{KEY}": {request!r}}}: a request sets its own budget by {{"tokens": 64}} '
+                'or {"ratio": 0.25}; the policy and its settings belong to the engine.'
+            )
+        return self._checked(request.get("tokens"), request.get("ratio"), 1.0, self.tiles)
+
+    def kept(self, budget: Budget, dense: int) -> int:
+        """Visual tokens that stay of a tile that has ``dense``."""
+        return budget.units(dense - self.tiles.extra) + self.tiles.extra
 
     def units(self, tokens: int) -> int:
         """Units that the tower keeps for ``tokens``, which count CLS where the model hands it on."""
         return tokens - self.tiles.extra
 
-    def identity(self, tokens: int) -> str:
-        """All that decides which tokens of an image stay: what caches have to tell apart beside its pixels."""
-        kind = type(self.policy)
+    def identity(self, budget: Budget) -> str:
+        """All that decides which tokens of an image stay: what caches have to tell apart beside its pixels.
+
+        Budgets that come to the same are the same where that can be said without the image.
+        """
+        kind, dense = type(self.policy), self.tiles.tokens
+        share = [budget.tokens, budget.ratio] if dense is None else self.kept(budget, dense)
         return json.dumps(
-            [f"{kind.__module__}.{kind.__qualname__}", asdict(self.policy), tokens],
+            [f"{kind.__module__}.{kind.__qualname__}", asdict(self.policy), share],
             sort_keys=True,
             default=repr,
         )
 
     @staticmethod
     def _checked(tokens: Any, ratio: Any, default: float, tiles: Tiles) -> Budget:
-        return Budget.checked(tokens, ratio, default, tiles.tokens - tiles.extra, tiles.tile, tiles.extra)
+        available = None if tiles.tokens is None else tiles.tokens - tiles.extra
+        return Budget.checked(tokens, ratio, default, available, tiles.tile, tiles.extra)
 
     @classmethod
     def of(cls, config: Any) -> Plan | None:
@@ -144,11 +155,17 @@ class Plan:
             check_served(policy)
         tiles = tiles_of(config)
         budget = cls._checked(tokens, ratio, policies[0].default_ratio, tiles)
+        if policies[0].positions == "original" and not tiles.mrope:
+            raise PolicyError(
+                f'policy="{name}" with positions="original": vLLM numbers the tokens of a prompt without gaps. Use '
+                'positions="compact".'
+            )
         try:
-            policies[0].tower_layers(tiles.feature_layer)
+            policy = policies[0].for_family(config.model_type, tiles.mrope)
+            policy.tower_layers(tiles.feature_layer)
         except ValueError as error:
             raise PolicyError(f"{name} on {config.model_type}: {error}") from error
-        return cls(policies[0], budget, tiles)
+        return cls(policy, budget, tiles)
 
 
 def tiles_of(config: Any) -> Tiles:
@@ -192,9 +209,4 @@ def check_served(policy: Policy) -> None:
         raise PolicyError(
             f'policy="{policy.name}" shows the tower a smaller image, which vLLM\'s towers do not take, and keeps as '
             "many tokens as come out even. Send smaller images, or choose pool, which averages tokens to any budget."
-        )
-    if policy.positions == "original":
-        raise PolicyError(
-            f'policy="{policy.name}" with positions={policy.positions!r}: vLLM numbers the tokens of a prompt without '
-            'gaps. Use positions="compact".'
         )

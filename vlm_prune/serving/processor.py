@@ -15,6 +15,7 @@ import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from ..budget import Budget
 from ..errors import UnsupportedCallError
 from .plan import KEY, Plan
 
@@ -22,16 +23,16 @@ FIELD = "vlm_prune_tokens"
 """Of an image's processed inputs: int64, the visual tokens that stay of each of its tiles."""
 
 
-def shorten(content: Any, dense: int, tokens: int) -> PromptUpdateDetails:
+def shorten(content: Any, dense: int | None, tokens: int) -> PromptUpdateDetails:
     """What stands for an image in the prompt once ``tokens`` of each ``dense`` visual tokens are left.
 
-    Tokens that are no placeholders, such as ``<img>`` and ``</img>``, stay.
+    Tokens that are no placeholders, such as ``<img>`` and ``</img>``, stay. ``None``: the image is one tile.
     """
     if not isinstance(content, PromptUpdateDetails):
         content = PromptUpdateDetails.from_seq(list(content))
     full: list[int] = list(content.full)
     embeds = [True] * len(full) if content.is_embed is None else content.is_embed(full).tolist()
-    tiles, rest = divmod(sum(embeds), dense)
+    tiles, rest = (1, 0) if dense is None else divmod(sum(embeds), dense)
     if rest or not tiles:
         raise UnsupportedCallError(
             f"An image takes {sum(embeds)} placeholders, which are no tiles of {dense}: this model's processor lays "
@@ -45,9 +46,11 @@ def shorten(content: Any, dense: int, tokens: int) -> PromptUpdateDetails:
     return replace(content, full=kept)
 
 
-def shortened(content: Any, dense: int, tokens: int, number: int) -> PromptUpdateDetails:
+def shortened(content: Any, dense: int | None, items: Any, number: int) -> Any:
     """`shorten` the replacement of image ``number``, which stock code gives as a value or as a function."""
-    return shorten(content(number) if callable(content) else content, dense, tokens)
+    found = content(number) if callable(content) else content
+    # images that come as embeddings lack the field: the client has decided
+    return shorten(found, dense, int(items[number][FIELD].data)) if FIELD in items[number] else found
 
 
 class Pruning:
@@ -62,8 +65,12 @@ class Pruning:
             self._plan = Plan.of(self.info.get_hf_config())
         return self._plan
 
-    def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
-        """A request's options for stock code, and the tokens that stay of each of its tiles."""
+    def tile_tokens(self, images: int, processed: Mapping[str, Any]) -> list[int]:
+        """Visual tokens that a tile of each image has; ``processed`` is what the processor made of the images."""
+        return [self.plan.tiles.tokens or 0] * images if self.plan else []
+
+    def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Budget | None]:
+        """A request's options for stock code, and its budget."""
         stock = {name: value for name, value in kwargs.items() if name != KEY}
         if self.plan is None:
             if KEY in kwargs:
@@ -72,19 +79,20 @@ class Pruning:
                     f'hf_overrides={{"{KEY}": {{"policy": "flowcut", "tokens": 64}}}}.'
                 )
             return stock, None
-        return stock, self.plan.tokens(kwargs.get(KEY))
+        return stock, self.plan.asked(kwargs.get(KEY))
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        stock, tokens = self._split(inputs.hf_processor_mm_kwargs)
-        if self.plan is not None and tokens is not None:
-            stock[KEY] = self.plan.identity(tokens)
+        stock, budget = self._split(inputs.hf_processor_mm_kwargs)
+        if self.plan is not None and budget is not None:
+            stock[KEY] = self.plan.identity(budget)
         return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=stock))  # type: ignore[misc]
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
-        stock, tokens = self._split(hf_kwargs)
+        stock, budget = self._split(hf_kwargs)
         processed = super()._apply_hf_processor_main(mm_items, stock)  # type: ignore[misc]
-        if tokens is not None and "pixel_values" in processed:
-            processed[FIELD] = torch.full((mm_items.get_all_counts()["image"],), tokens)
+        if self.plan is not None and budget is not None and "pixel_values" in processed:
+            dense = self.tile_tokens(mm_items.get_all_counts()["image"], processed)
+            processed[FIELD] = torch.tensor([self.plan.kept(budget, tokens) for tokens in dense])
         return processed
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
@@ -97,18 +105,14 @@ class Pruning:
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
-        stock, tokens = self._split(hf_processor_mm_kwargs)
+        stock, _ = self._split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, stock, out_mm_kwargs)  # type: ignore[misc]
-        # images that come as embeddings lack the field: the client has decided
-        if (
-            tokens is None
-            or self.plan is None
-            or not any(FIELD in item for item in out_mm_kwargs.get("image", ()))
-        ):
+        images = out_mm_kwargs.get("image", ())
+        if self.plan is None or not any(FIELD in item for item in images):
             return updates
         dense = self.plan.tiles.tokens
         return [
-            replace(update, replacement=partial(shortened, update.replacement, dense, tokens))
+            replace(update, replacement=partial(shortened, update.replacement, dense, images))
             if update.modality == "image"
             else update
             for update in updates

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..adapters.base import Tower, square
+from ..adapters.base import PackedTower, Tower, square
 from .plan import Tiles
 
 
@@ -23,6 +23,21 @@ class Parts(NamedTuple):
 
     tower: Tower
     stack: nn.Module
+    projector: nn.Module
+    heads: int
+
+
+class PackedParts(NamedTuple):
+    """The same of a model whose tower takes images of any size.
+
+    Attributes:
+        tower: its ``attentions`` are called with query, key and value ``(1, patches, heads, head size)``, behind the
+            rotary embedding, once for all images and windows.
+        projector: the merger, takes ``(patches, 1, channels)``.
+        heads: of a tower layer, over all tensor-parallel ranks.
+    """
+
+    tower: PackedTower
     projector: nn.Module
     heads: int
 
@@ -62,3 +77,22 @@ def internvl_parts(model: Any, tiles: Tiles) -> Parts:
         merge=round(1 / model.config.downsample_ratio),
     )
     return Parts(tower, stack, model.multi_modal_projector, vision.num_attention_heads)
+
+
+def qwen2_5_parts(model: Any, tiles: Tiles) -> PackedParts:
+    """Of vLLM's ``Qwen2_5_VLForConditionalGeneration``."""
+    vision, module = model.config.vision_config, model.visual
+    blocks, width = list(module.blocks), vision.hidden_size
+    tower = PackedTower(
+        module=module,
+        layers=blocks,
+        attentions=[block.attn.attn for block in blocks],
+        merge=vision.spatial_merge_size,
+        patch=(vision.temporal_patch_size, vision.patch_size),
+        window=vision.window_size // vision.spatial_merge_size // vision.patch_size,
+        deepstack=[],
+        single_patches=False,
+        width=width,
+        weights=4 * width**2 + 3 * width * vision.intermediate_size,
+    )
+    return PackedParts(tower, module.merger, vision.num_heads)

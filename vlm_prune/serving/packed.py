@@ -1,0 +1,116 @@
+"""The encode stage inside a vLLM model whose tower packs images of any size into one sequence.
+
+Stock classes of such towers are made for torch.compile. Where that is off, they call ``forward`` past all hooks of
+`torch.nn.Module`: so it is ``forward`` that is wrapped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..budget import Budget
+from ..encode_call import current_encode, set_encode
+from ..errors import UnsupportedCallError
+from ..merger import Merger
+from ..packed import PackedEncoder
+from ..policies.base import Policy
+from .stage import Gather, NoReceipt, ServedStage
+from .towers import PackedParts
+
+
+def wrap(
+    module: nn.Module, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> None:
+    """Call ``before(module, args, kwargs)`` and ``after(module, args, output)`` around a module's forward.
+
+    They may return other arguments and another output, as hooks with keyword arguments do.
+    """
+    stock = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if before is not None and (given := before(module, args, kwargs)) is not None:
+            args, kwargs = given
+        output = stock(*args, **kwargs)
+        changed = None if after is None else after(module, args, output)
+        return output if changed is None else changed
+
+    module.forward = forward
+
+
+class ServedPackedEncoder(ServedStage, PackedEncoder):
+    """Encoder hooks on the modules of a vLLM model.
+
+    Args:
+        parts: where they are.
+        gather: used where a tensor-parallel rank holds a share of the heads.
+        policy: of the encode stage.
+    """
+
+    def __init__(self, parts: PackedParts, gather: Gather, policy: Policy):
+        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), NoReceipt())
+        self.heads, self.gather = parts.heads, gather
+        merger = Merger(self, self.tower.merge**2)
+        self.tower.module.register_forward_pre_hook(self.enter_tower, with_kwargs=True)
+        self.tower.module.register_forward_hook(self.leave_tower, always_call=True)
+        for number, block in enumerate(self.tower.layers):
+            wrap(block, self.enter_layer, partial(self.leave_layer, number))
+        for number in self.asked:
+            self.tower.attentions[number].register_forward_pre_hook(
+                partial(self.show, number), with_kwargs=True
+            )
+        wrap(self.projector, lambda module, args, kwargs: _first(merger.enter(module, args)), merger.leave)
+
+    def enter_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin an encode call, inside `keeping` only; ``grid_thw`` is a list of lists."""
+        if self.active:
+            given = dict(zip(("x", "grid_thw"), args, strict=False)) | kwargs
+            # the tower may be what normalises pixels, and policies know them normalised
+            pixels = module.input_norm(given["x"].to(module.device), module.dtype)
+            super().enter_tower(module, (pixels, torch.tensor(given["grid_thw"])), {})
+
+    def enter_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a block: sequence ends and rotary tables of the patches that are left.
+
+        ``max_seqlen`` stays, as an upper bound.
+        """
+        if current_encode() is None:
+            return None
+        if kwargs.get("sequence_lengths") is not None:
+            raise UnsupportedCallError(
+                "The vision tower runs on FlashInfer, which counts sequence ends in another way, so no patches can be "
+                'cut. Choose another backend: mm_encoder_attn_backend="FLASH_ATTN" or "TORCH_SDPA".'
+            )
+        tables = kwargs["rotary_pos_emb_cos"], kwargs["rotary_pos_emb_sin"]
+        stock = {"cu_seqlens": kwargs["cu_seqlens"], "position_embeddings": tables}
+        found = super().enter_layer(module, args, stock)
+        fitted = stock if found is None else found[1]
+        cos, sin = fitted["position_embeddings"]
+        ends = fitted["cu_seqlens"]
+        return args, {**kwargs, "cu_seqlens": ends, "rotary_pos_emb_cos": cos, "rotary_pos_emb_sin": sin}
+
+    def show(self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Queries, keys and values ``(1, patches, heads of this rank, head size)`` go to `see_attention`."""
+        if current_encode() is not None:
+            states = torch.stack([kwargs[name].flatten(2) for name in ("query", "key", "value")])
+            query, key, value = self.all_heads(states, module.head_size)
+            self.see_attention(number, query, key, value, module.scale)
+
+    def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind a block, whose hidden states are ``(patches, 1, channels)``: ask the policies, and cut."""
+        left = super().leave_layer(number, module, args, output[:, 0])
+        return None if left is None else left[:, None]
+
+    def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The encode call ends here: dropped units are holes in the output, in raster order."""
+        set_encode(None)
+
+
+def _first(args: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    return None if args is None else (args, {})

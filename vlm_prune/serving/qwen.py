@@ -1,0 +1,200 @@
+"""Qwen2.5-VL in vLLM, experimental: images of any size, and tokens that keep their multimodal RoPE position.
+
+vLLM carries positions beside embeddings for videos that it prunes itself. Pruned images take the same way, which an
+engine opens by a video pruning rate; so that no video is ever pruned by it, such an engine takes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.models import qwen2_5_vl
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
+
+from .. import stream
+from ..errors import UnsupportedCallError, UnsupportedModelError
+from .checks import check_ranks_agree
+from .encoder import check_counts
+from .models import Pruned
+from .packed import ServedPackedEncoder
+from .places import placed, prompt_positions, split_places, with_places
+from .plan import Plan
+from .processor import Pruning
+from .towers import qwen2_5_parts
+
+RATE = 1e-6
+"""Of video pruning: what vLLM takes for a yes."""
+
+CHECKED = (4, 4)
+"""Rows and columns of units of the noise image of the start-up self-check."""
+
+
+def open_channel(vllm_config: VllmConfig) -> None:
+    """Make an engine carry positions beside embeddings; raise if it cannot, or would not run the tower's hooks."""
+    config = vllm_config.model_config.multimodal_config
+    if config.mm_encoder_tp_mode == "data":
+        raise UnsupportedModelError(
+            'mm_encoder_tp_mode="data" of a Qwen2.5-VL model: vLLM deals out images to ranks past the place where they '
+            'are pruned. Use mm_encoder_tp_mode="weights", the default.'
+        )
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        # vlm_prune.serving.cpu, which must not be imported to ask
+        if not hasattr(CPUModelRunner.load_model, "stock"):
+            raise UnsupportedModelError(
+                "On CPU, vLLM 0.32 does not carry the positions of pruned images. Start the engine with "
+                'worker_extension_cls="vlm_prune.serving.cpu.Mended" (--worker-extension-cls), which mends that.'
+            )
+    if not config.video_pruning_rate:
+        config.video_pruning_rate = RATE
+
+
+class QwenDummies(qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder):
+    """Prompts for vLLM's warm-up."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """Text behind the images: `QwenPruning` refuses a prompt without."""
+        return super().get_dummy_text(mm_counts) + "."
+
+
+class QwenPruning(Pruning, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+    """Qwen2.5-VL's processor, with shorter prompts."""
+
+    def tile_tokens(self, images: int, processed: Mapping[str, Any]) -> list[int]:
+        """Of each image: what its size makes."""
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        return (processed["image_grid_thw"].prod(-1) // merge**2).tolist()
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Lay out a prompt; one that an image ends is refused."""
+        found = super().apply(inputs, timing_ctx)
+        ends = [place.offset + place.length for place in found["mm_placeholders"].get("image", ())]
+        if self.plan is not None and len(found["prompt_token_ids"]) in ends:
+            raise UnsupportedCallError(
+                "The prompt ends with an image, and vLLM continues behind the last token of it that stays, not behind "
+                "the image. Let text or <|vision_end|> follow, as the chat template does."
+            )
+        return found
+
+
+class QwenInfo(qwen2_5_vl.Qwen2_5_VLProcessingInfo):
+    """Says what an engine that prunes takes: images, of which a request may ask for all tokens, and no videos."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the engine was asked to."""
+        return Plan.of(self.get_hf_config()) is not None
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """No videos for an engine that prunes."""
+        return {"image": None} if self.prunes else super().get_supported_mm_limits()
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """All tokens of the largest image."""
+        if self.prunes:
+            return {"image": self.get_max_image_tokens()}
+        return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+
+
+@MULTIMODAL_REGISTRY.register_processor(QwenPruning, info=QwenInfo, dummy_inputs=QwenDummies)
+class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""
+
+    parts = staticmethod(qwen2_5_parts)
+    encoder_class = ServedPackedEncoder
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        if Plan.of(vllm_config.model_config.hf_config) is not None:
+            open_channel(vllm_config)  # the runner asks behind loading
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def image_tokens(self, **kwargs: Any) -> list[int]:
+        """What the size of each image makes."""
+        return [rows * columns for rows, columns in self._grids(kwargs["image_grid_thw"])]
+
+    def _grids(self, sizes: torch.Tensor) -> list[tuple[int, int]]:
+        """Rows and columns of units of each image."""
+        merge = self.visual.spatial_merge_size
+        return [(rows // merge, columns // merge) for _, rows, columns in sizes.tolist()]
+
+    def _encode(
+        self, plan: Plan, budget: int, numbers: list[int], kwargs: Mapping[str, Any]
+    ) -> list[torch.Tensor]:
+        """Embeddings of some images ``(tokens that stay, channels + 4)``, their places behind them."""
+        sizes = kwargs["image_grid_thw"]
+        patches = kwargs["pixel_values"].split(sizes.prod(-1).tolist())
+        pixels = torch.cat([patches[number] for number in numbers])
+        with self.encoder.keeping(plan.units(budget)):
+            rows = self.visual(pixels, grid_thw=sizes[numbers].tolist())
+        grids = self._grids(sizes[numbers])
+        images = rows.split([height * width for height, width in grids])
+        live = [~stream.find_holes(image[None])[0] for image in images]
+        check_counts([int(alive.sum()) for alive in live], budget)
+        return [
+            with_places(image, width)[alive]
+            for image, alive, (_, width) in zip(images, live, grids, strict=True)
+        ]
+
+    def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> tuple[Any, ...]:
+        """Places of images that come as embeddings, which are whole."""
+        if self.plan is None:
+            return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)
+        grids = self._grids(image_input["image_grid_thw"])
+        return tuple(
+            with_places(image, width) for image, (_, width) in zip(image_embeds_split, grids, strict=True)
+        )
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[torch.Tensor, int]:
+        """Positions ``(3, tokens)`` before an image was seen, and what is added to those behind the prompt."""
+        if self.plan is None:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        sizes = [feature.data["image_grid_thw"].data for feature in ordered]
+        spans = [(feature.mm_position.offset, feature.mm_position.length) for feature in ordered]
+        grids = self._grids(torch.stack(sizes)) if sizes else []
+        return prompt_positions(
+            len(input_tokens), [(*span, *grid) for span, grid in zip(spans, grids, strict=True)]
+        )
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Any, num_computed_tokens: int
+    ) -> tuple[Any, torch.Tensor, int]:
+        """Embeddings without their places, and positions with these."""
+        if self.plan is None:
+            return super().recompute_mrope_positions(
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
+        pairs = [split_places(rows) for rows in multimodal_embeddings]
+        positions = mrope_positions
+        if pairs:
+            is_image = torch.as_tensor(input_ids) == self.config.image_token_id
+            positions = placed(
+                mrope_positions, is_image, num_computed_tokens, [places for _, places in pairs]
+            )
+        delta = int(positions[:, -1].max()) + 1 - positions.shape[1]
+        return [embeds for embeds, _ in pairs], positions, delta
+
+    @torch.inference_mode()
+    def check_tower(self, plan: Plan) -> None:
+        """Raise unless a noise image gives exactly the rows of the budget, the same on all tensor-parallel ranks."""
+        rows, columns = CHECKED
+        merge, (frames, side) = self.encoder.tower.merge, self.encoder.tower.patch
+        size = [1, rows * merge, columns * merge]
+        weight = next(self.visual.parameters())
+        generator = torch.Generator().manual_seed(0)
+        values = self.config.vision_config.in_channels * frames * side**2
+        noise = torch.randn(size[1] * size[2], values, generator=generator)
+        kept = plan.kept(plan.budget, rows * columns)
+        with self.encoder.keeping(plan.units(kept)):
+            features = self.visual(noise.to(weight), grid_thw=[size])
+        holes = stream.find_holes(features[None])
+        check_counts((~holes).sum(-1).tolist(), kept)
+        check_ranks_agree(holes, get_tensor_model_parallel_world_size())

@@ -1,0 +1,59 @@
+"""What the encode stages of all vLLM models have in common: a budget that holds for a block, and heads of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..budget import Budget
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""Joins the last dimension of a tensor over the tensor-parallel ranks."""
+
+
+class NoReceipt:
+    """vLLM reports through its own metrics: the receipts of the engine go nowhere."""
+
+    def new_receipt(self, *args: Any) -> Any:
+        """One that nothing is written on."""
+        return SimpleNamespace(record_tower=lambda *args: None)
+
+    def publish(self, receipt: Any) -> None:
+        """Nobody reads it."""
+
+
+class ServedStage:
+    """Mix-in for an `EncodeStage` on the modules of a vLLM model.
+
+    Attributes:
+        active: whether the tower prunes now.
+        heads: of a tower layer, over all tensor-parallel ranks.
+        gather: used where a rank holds a share of them.
+    """
+
+    active: bool = False
+    budget: Budget
+    heads: int
+    gather: Gather
+
+    @contextmanager
+    def keeping(self, units: int) -> Iterator[None]:
+        """Within the block, the tower keeps this many units of each tile. Outside of it, it is a stock tower."""
+        self.active, self.budget = True, Budget(tokens=units)
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def all_heads(self, states: torch.Tensor, head_size: int) -> torch.Tensor:
+        """Queries, keys and values of the heads of all ranks, which have to agree on the tokens that stay.
+
+        ``(3, tiles, tokens, heads of this rank * head size)`` -> ``(3, tiles, heads, tokens, head size)``.
+        """
+        if states.shape[-1] < self.heads * head_size:
+            states = self.gather(states)
+        return states.unflatten(-1, (-1, head_size)).transpose(2, 3)
