@@ -243,9 +243,14 @@ def test_a_run_without_speed_or_unpruned_cells(tmp_path):
     assert "Remarks" not in shown
 
 
-def test_images_that_are_gone_are_named(tmp_path):
+@pytest.mark.parametrize("left", [None, b"", b"broken", 40, -30])
+def test_images_that_are_gone_or_broken_are_named(left, tmp_path):
     folder = make_folder(tmp_path / "run", speed=False)
-    (folder.path / "images" / "1.png").unlink()
+    path = folder.path / "images" / "1.png"
+    content = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left if isinstance(left, bytes) else content[:left])
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     assert [image["missing"] for image in json.loads(page.scripts[0])["images"]] == ["", "images/1.png"]
     assert "Images that could not be read" in "".join(page.texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from vlm_prune.errors import PolicyError
 from vlm_prune.eval.runs.cells import settings
-from vlm_prune.eval.runs.table import publish
+from vlm_prune.eval.runs.table import joined, markdown, publish
 from vlm_prune.eval.runs.yaml_file import ConfigError, load_config, parse_config
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
@@ -179,6 +180,19 @@ def test_the_results_page_is_the_run_of_its_example(tmp_path):
     page.write_text((docs / "results.md").read_text())
     publish(lines, page)
     assert page.read_text() == (docs / "results.md").read_text()
+
+
+def test_labels_do_not_break_the_rows_of_a_table():
+    row = {
+        "cell": "c", "model": "a|b\nc", "policy": "x|y\r\nz\\|", "task": "t|1\n2", "kind": "vqa", "stages": ["encode"],
+        "budget": {}, "tokens": 4, "n": 2, "metrics": {"accuracy": 0.5}, "intervals": {"accuracy": [0, 1]},
+    }  # fmt: skip
+    head, _, names, rule, shown, *_, end = markdown(joined([row], {}, 0), [("t|1\n2", "vqa")]).splitlines()
+    assert head == r"## a\|b c"
+    assert names.endswith(r"| t\|1 2 accuracy | 95 % |")
+    assert shown == r"| x\|y z\\\| | encode |  | 4 | 50.0 | 0-100 |"
+    assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in (names, rule, shown)}) == 1
+    assert end.startswith("2 questions a row")
 
 
 def test_a_page_without_a_place_for_tables_is_an_error(tmp_path):

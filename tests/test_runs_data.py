@@ -213,6 +213,38 @@ def test_the_hub_cannot_be_reached_here(monkeypatch):
         samples("{task: pope, data: {hub: lmms-lab/POPE}}")
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("as_file", [True, False])
+def test_an_image_that_is_not_whole_is_named(tmp_path, ending, kept, as_file):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"torn.{ending}"
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    if as_file:
+        picture = Picture.of(path.name, tmp_path, "q.jsonl, row 3")
+    else:
+        value = {"bytes": content[: int(kept * len(content))] or b" ", "path": path.name}
+        picture = Picture.of(value, None, "q.jsonl, row 3")
+    with pytest.raises(ValueError, match=rf"torn\.{ending} \(q\.jsonl, row 3\) cannot be read: "):
+        picture.load()
+
+
+@weights
+def test_a_cell_that_fails_for_an_image_names_it(images, tmp_path):
+    folder, _ = images
+    content = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(content[: len(content) // 2])
+    rows = [{"id": i, "image": f"{i}.png", "question": "Is it?", "answer": "yes"} for i in range(2)]
+    path = write_lines(tmp_path / "q.jsonl", rows)
+    text = f"models: [tiny-internvl]\npolicies: [none]\noutput: {tmp_path}/run\n"
+    text += f"tasks: [{{task: vqa, data: {{jsonl: {path}, images: {folder}}}, max_new_tokens: 2}}]\n"
+    done = run.execute(parse_config(text, "run.yaml"), Console(file=io.StringIO()))
+    (failure,) = done.failed.values()
+    assert f"{folder.resolve()}/1.png ({path}, row 2) cannot be read" in failure["error"]
+
+
 @weights
 def test_a_model_folder_answers_a_file_of_questions(images, tmp_path):
     folder, scenes = images

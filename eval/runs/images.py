@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 from PIL import Image
 
 from vlm_prune.eval.runs.folder import write_whole
+
+READING = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises, by format, about a file that is cut off, broken or no image."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Picture:
         digest: names the content of an image that is no file, and the path of one that is.
         file: where it is, if it is a file.
         read: gives PNG, JPEG ... bytes, if it is not.
+        where: what named it, such as a row of a file.
     """
 
     name: str
     digest: str
     file: Path | None = None
     read: Callable[[], bytes] | None = None
+    where: str = ""
 
     @classmethod
     def of(
@@ -53,9 +59,8 @@ class Picture:
             value = {"bytes": kept.getvalue()}
         if isinstance(value, dict) and value.get("bytes"):
             content: bytes = value["bytes"]
-            return cls(
-                name or str(value.get("path") or ""), _digest(content), None, again or (lambda: content)
-            )
+            called = name or str(value.get("path") or "")
+            return cls(called, _digest(content), None, again or (lambda: content), where)
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str) or not path:
             raise ValueError(f"{where}: an image or the path of one is needed, got {str(value)[:80]!r}")
@@ -63,17 +68,21 @@ class Picture:
         if not file.is_file():
             hint = "" if folder else " (images: names the folder of the images)"
             raise ValueError(f"{where}: there is no image {file}{hint}")
-        return cls(name or path, _digest(str(file.resolve()).encode()), file.resolve())
+        return cls(name or path, _digest(str(file.resolve()).encode()), file.resolve(), where=where)
 
     @cached_property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels, read from the head of the file."""
-        with Image.open(self._source) as image:
+        with self._opened() as image:
             return image.size
 
     def load(self) -> Image.Image:
-        """The image, as RGB."""
-        with Image.open(self._source) as image:
+        """The image, as RGB.
+
+        Raises:
+            ValueError: it is not whole, or no image; says which one.
+        """
+        with self._opened() as image:
             return image.convert("RGB")
 
     def keep(self, folder: Path) -> str:
@@ -88,9 +97,15 @@ class Picture:
             write_whole(path, content)
         return path.relative_to(folder).as_posix()
 
-    @property
-    def _source(self) -> Any:
-        return self.file if self.read is None else io.BytesIO(self.read())
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        source: Any = self.file if self.read is None else io.BytesIO(self.read())
+        try:
+            with Image.open(source) as image:
+                yield image
+        except READING as error:
+            named = f"{self.file or self.name} ({self.where})" if self.where else f"{self.file or self.name}"
+            raise ValueError(f"image {named} cannot be read: {error}") from error
 
 
 def _digest(what: bytes) -> str:

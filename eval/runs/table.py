@@ -90,20 +90,25 @@ def markdown(lines: Sequence[Line], tasks: Sequence[Task] = USUAL) -> str:
         columns = {"policy": _policy, "stage": _stage, "ratio": _budget, "tokens": _tokens}
         shown = [*columns.items(), *(column for task in tasks for column in _columns(task, some))]
         text += [
-            f"## {model}",
+            f"## {_escaped(model)}",
             "",
-            "| " + " | ".join(head for head, _ in shown) + " |",
+            "| " + " | ".join(_escaped(head) for head, _ in shown) + " |",
             "| --- | --- " + "| ---: " * (len(shown) - 2) + "|",
         ]
-        text += ["| " + " | ".join(cell(line) for _, cell in shown) + " |" for line in some]
+        text += ["| " + " | ".join(_escaped(cell(line)) for _, cell in shown) + " |" for line in some]
         counts = [count for task in tasks if (count := _count(task, some[0]))]
         if counts:
             text += [
                 "",
-                f"{' and '.join(counts)} a row, seed {some[0]['seed']}; intervals by bootstrap over images.",
+                f"{_escaped(' and '.join(counts))} a row, seed {some[0]['seed']}; intervals by bootstrap over images.",
             ]
         text += [""]
     return "\n".join(text)
+
+
+def _escaped(text: str) -> str:
+    """One line that splits no row: labels may hold bars and line ends."""
+    return re.sub(r"([\\|])", r"\\\1", " ".join(text.splitlines()))
 
 
 def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Line], str]]]:
