@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from .. import stream
-from ..budget import Budget
 from ..errors import UnsupportedCallError
 from ..policies.base import Policy
 from ..tower import Encoder
-from .stage import Gather, NoReceipt, ServedStage
+from .stage import Gather, ServedStage
 from .towers import Parts
 
 
@@ -30,27 +29,19 @@ class _TowerOutput:
 
 
 class ServedEncoder(ServedStage, Encoder):
-    """Encoder hooks on the modules of a vLLM model.
-
-    Args:
-        parts: where they are.
-        gather: used where a tensor-parallel rank holds a share of the heads.
-        policy: of the encode stage.
-    """
+    """Encoder hooks on the modules of a vLLM model; the arguments are those of `ServedStage`."""
 
     def __init__(self, parts: Parts, gather: Gather, policy: Policy):
-        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), NoReceipt())
-        self.heads, self.gather = parts.heads, gather
+        super().__init__(parts, gather, policy)
         tower = parts.tower
-        handles: list[Any] = []
-        handles.append(tower.module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
-        handles.append(parts.stack.register_forward_hook(self.leave_stack, always_call=True))
+        tower.module.register_forward_pre_hook(self.enter_tower, with_kwargs=True)
+        parts.stack.register_forward_hook(self.leave_stack, always_call=True)
         for number, layer in enumerate(tower.layers):
-            handles.append(layer.register_forward_hook(partial(self.leave_layer, number)))
+            layer.register_forward_hook(partial(self.leave_layer, number))
         for number in range(min(self.asked, default=len(tower.layers)), len(tower.layers)):
             self._watch(tower.attentions[number], number)
-        handles.append(parts.projector.register_forward_pre_hook(self.enter_projector))
-        handles.append(parts.projector.register_forward_hook(self.leave_projector, always_call=True))
+        parts.projector.register_forward_pre_hook(self.enter_projector)
+        parts.projector.register_forward_hook(self.leave_projector, always_call=True)
 
     def enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Begin an encode call, inside `keeping` only."""

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..budget import Budget
 from ..encode_call import current_encode, set_encode
 from ..errors import UnsupportedCallError
 from ..merger import Merger
 from ..packed import PackedEncoder
 from ..policies.base import Policy
-from .stage import Gather, NoReceipt, ServedStage
+from .stage import Gather, ServedStage
 from .towers import PackedParts
 
 
@@ -43,17 +42,10 @@ def wrap(
 
 
 class ServedPackedEncoder(ServedStage, PackedEncoder):
-    """Encoder hooks on the modules of a vLLM model.
-
-    Args:
-        parts: where they are.
-        gather: used where a tensor-parallel rank holds a share of the heads.
-        policy: of the encode stage.
-    """
+    """Encoder hooks on the modules of a vLLM model; the arguments are those of `ServedStage`."""
 
     def __init__(self, parts: PackedParts, gather: Gather, policy: Policy):
-        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), NoReceipt())
-        self.heads, self.gather = parts.heads, gather
+        super().__init__(parts, gather, policy)
         merger = Merger(self, self.tower.merge**2)
         self.tower.module.register_forward_pre_hook(self.enter_tower, with_kwargs=True)
         self.tower.module.register_forward_hook(self.leave_tower, always_call=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ..budget import Budget
+from ..policies.base import Policy
+from .towers import PackedParts, Parts
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Joins the last dimension of a tensor over the tensor-parallel ranks."""
@@ -29,16 +31,22 @@ class NoReceipt:
 class ServedStage:
     """Mix-in for an `EncodeStage` on the modules of a vLLM model.
 
+    Args:
+        parts: where they are.
+        gather: used where a tensor-parallel rank holds a share of the heads.
+        policy: of the encode stage.
+
     Attributes:
         active: whether the tower prunes now.
         heads: of a tower layer, over all tensor-parallel ranks.
-        gather: used where a rank holds a share of them.
     """
 
     active: bool = False
     budget: Budget
-    heads: int
-    gather: Gather
+
+    def __init__(self, parts: Parts | PackedParts, gather: Gather, policy: Policy):
+        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), NoReceipt())  # type: ignore[call-arg]
+        self.heads, self.gather = parts.heads, gather
 
     @contextmanager
     def keeping(self, units: int) -> Iterator[None]:
