@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.eval.records import read_json
+from vlm_prune.eval.records import read_json, whole
 
 ImageId = int | str
 _FILE_NAME = re.compile(r"(?:^|_)(\d{12})(?:\.\w+)?$")
@@ -20,8 +20,7 @@ def image_id(value: Any) -> ImageId:
     >>> image_id("COCO_val2014_000000310196.jpg"), image_id("42"), image_id(7.0), image_id("scene-7")
     (310196, 42, 7, 'scene-7')
     """
-    if isinstance(value, float) and value.is_integer():  # what pandas makes of a column with gaps
-        return int(value)
+    value = whole(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str) or not value:

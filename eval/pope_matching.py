@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vlm_prune.eval.records import whole
+
 Row = Mapping[str, Any]
 
 
@@ -25,9 +27,16 @@ def match_answers(questions: Sequence[Row], answers: Sequence[Row]) -> Matched:
         answers: rows with ``answer`` or ``text``; questions beyond the last answer stay without one.
 
     Raises:
-        ValueError: ids are missing in some rows, repeated or unknown, or there are more answers than
-            questions.
+        ValueError: ids are missing in some rows, repeated or unknown, there are more answers than questions, or
+            no question has one.
     """
+    found = _match(questions, answers)
+    if all(answer is None for _, answer in found.pairs):
+        raise ValueError(f"none of the {len(found.pairs)} questions has an answer")
+    return found
+
+
+def _match(questions: Sequence[Row], answers: Sequence[Row]) -> Matched:
     texts = [_answer_text(row, number) for number, row in enumerate(answers, 1)]
     if ids := _ids(answers, "answers"):
         known = _ids(questions, "questions")
@@ -74,12 +83,8 @@ def _answer_text(row: Row, number: int) -> str:
     return answer
 
 
-def _id(value: Any) -> str:
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
 def _ids(rows: Sequence[Row], what: str) -> list[str]:
-    ids = [_id(row["question_id"]) for row in rows if "question_id" in row]
+    ids = [str(whole(row["question_id"])) for row in rows if "question_id" in row]
     if len(ids) not in (0, len(rows)):
         raise ValueError(
             f"{len(rows) - len(ids)} of {len(rows)} {what} have no 'question_id'; give it to all or none"

@@ -27,6 +27,11 @@ def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
     raise ValueError(f"unknown {kind} {name!r}.{hint} Available: {shown}")
 
 
+def whole(value: Any) -> Any:
+    """``7`` for ``7.0``, which pandas makes of whole numbers in a column with gaps; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def read_text(path: Path | str) -> str:
     """UTF-8 text of a file; a folder or a missing file is an error that says so."""
     path = Path(path)

@@ -53,6 +53,18 @@ def execute(output: Path, text: str = TEXT, **options) -> tuple[run.Run, str]:
     ), screen.getvalue()
 
 
+def note_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of all samples that are asked from now on, as they are."""
+    asked: list[str] = []
+    ask = asking.ask
+    monkeypatch.setattr(
+        run,
+        "ask",
+        lambda loaded, batch, *rest: asked.extend(s.id for s in batch) or ask(loaded, batch, *rest),
+    )
+    return asked
+
+
 def start(folder: Path, output: Path, **variables: str) -> subprocess.Popen[bytes]:
     """The command in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,13 +154,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, tmp_path, monkeypatch):
     }
     assert known, "killed too early to mean anything"
 
-    asked: list[str] = []
-    ask = asking.ask
-    monkeypatch.setattr(
-        run,
-        "ask",
-        lambda loaded, batch, *rest: asked.extend(s.id for s in batch) or ask(loaded, batch, *rest),
-    )
+    asked = note_asked(monkeypatch)
     execute(output)
     assert contents(output) == contents(whole)
     assert len(asked) == 104 - len(known)
@@ -182,13 +188,7 @@ def test_a_finished_cell_that_is_not_whole_is_done_again(
         path.unlink()
     else:
         path.write_text(damage(path.read_text()))
-    again: list[str] = []
-    ask = asking.ask
-    monkeypatch.setattr(
-        run,
-        "ask",
-        lambda loaded, batch, *rest: again.extend(s.id for s in batch) or ask(loaded, batch, *rest),
-    )
+    again = note_asked(monkeypatch)
     done, screen = execute(output)
     (line,) = [line for line in screen.splitlines() if "1 finished cells are not whole" in line]
     assert message in line
