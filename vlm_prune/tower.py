@@ -255,7 +255,8 @@ class Encoder(EncodeStage):
         if call.keeps is not None or state is None or call.whole:
             return None
         late, cls, features = call.late, features[:, : call.extra], features[:, call.extra :]
-        early = [i for i, x in enumerate(late) if not x and call.targets[i] < call.units[i]]
+        sizes = zip(late, call.targets, call.units, strict=True)
+        early = [i for i, (is_late, target, units) in enumerate(sizes) if not is_late and target < units]
         if not early:
             return None
         state.follow(features.device)
