@@ -22,6 +22,7 @@ ELSEWHERE = {
     **dict.fromkeys(("pope", "pope-questions", "chair"), "scores_cli"),
     **dict.fromkeys(("train-exit", "tune"), "learn_cli"),
     **dict.fromkeys(("report", "inspect"), "report_cli"),
+    "ask": "ask_cli",
     "bench": "bench.cli",
     "lmms-tasks": "lmms.cli",
 }
