@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from . import __version__
 from .errors import PruningError
 
 ELSEWHERE = {
@@ -44,14 +45,24 @@ class Commands(TyperGroup):
         return typer.main.get_group(module.app).get_command(ctx, cmd_name)
 
 
-app = typer.Typer(
-    cls=Commands,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Prune the visual tokens of stock Hugging Face vision-language models.",
-)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and stop, if it was asked for."""
+    if asked:
+        typer.echo(f"vlm-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Prune the visual tokens of stock Hugging Face vision-language models."""
 
 
 @contextmanager
