@@ -158,3 +158,15 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: torch {torch.__version__} sees no GPU here. Choose cpu.")
     return device
+
+
+def markdown() -> str:
+    """The table of ``docs/checkpoints.md``: what each takes, unpruned and at a quarter of the tokens."""
+    head = ("checkpoint", "weights, billions", "download GB", "memory GB", "in float32 GB", "visual tokens")
+    rows = [[*head, "KV cache MB", "KV cache at 25 % MB"], ["---", *["---:"] * (len(head) + 1)]]
+    for name, size in CHECKPOINTS.items():
+        sizes = [f"{size.gigabytes():.1f}", f"{size.gigabytes():.1f}", f"{size.gigabytes(4):.1f}"]
+        caches = [f"{size.kv_megabytes(tokens):.0f}" for tokens in (size.tokens, round(size.tokens / 4))]
+        link = f"[`{name}`](https://huggingface.co/{name})"
+        rows.append([link, f"{size.parameters:.2f}", *sizes, str(size.tokens), *caches])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
