@@ -163,6 +163,13 @@ class PrefillView:
     carry: dict[str, torch.Tensor]
 
     @property
+    def recorded(self) -> AttentionView:
+        """`attention`, for policies that cannot do without. Raises RuntimeError if it was not recorded."""
+        if self.attention is None:
+            raise RuntimeError(f"the attention of decoder layer {self.layer} was not recorded")
+        return self.attention
+
+    @property
     def text(self) -> torch.Tensor:
         """Rows behind the last visual token, padding excluded: bool ``(batch, rows)``."""
         last = self.visual.long().cumsum(-1)
