@@ -1,4 +1,4 @@
-"""Policies and families from outside: registered, by entry point, by module and class; what is wrong is said at once."""
+"""Policies and families from outside: registered, by entry point, by module and class; mistakes are said at once."""
 
 from __future__ import annotations
 
@@ -107,13 +107,6 @@ class NoPlace(SelectPolicy):
     name: ClassVar[str] = "x"
 
 
-@dataclass(frozen=True)
-class NoDefault(Policy):
-    threshold: float = None  # type: ignore[assignment]
-    name: ClassVar[str] = "x"
-    stages: ClassVar[tuple[str, ...]] = ("encode",)
-
-
 WRONG = {
     "a function": (lambda: None, "is not a policy class"),
     "another class": (NotFrozen, "NotFrozen is not a policy class"),
@@ -136,10 +129,7 @@ def test_what_is_wrong_is_said_at_registration(case):
     assert "outside" not in POLICIES
 
 
-@pytest.mark.parametrize(
-    "case",
-    [name for name, (policy, _) in WRONG.items() if isinstance(policy, type) and policy is not NotFrozen],
-)
+@pytest.mark.parametrize("case", [name for name in WRONG if name not in ("a function", "another class")])
 def test_and_at_prune(case):
     policy, message = WRONG[case]
     with pytest.raises(PolicyError, match=message):
@@ -154,7 +144,7 @@ def test_an_unknown_place_is_no_class():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda view: view.features, "Fine.*|fine.score returned"),
+        (lambda view: view.features, r"fine.score returned \(1, 36, 32\)"),
         (lambda view: [1.0], "fine.score returned list"),
         (lambda view: view.features[:, :3, 0], r"a tensor \(1, 36\) is needed"),
     ],
