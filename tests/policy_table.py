@@ -48,6 +48,7 @@ TABLE = {
     ),
     "pool": Row(),
     "random": Row(),
+    "scope": Row(),
     "uniform": Row(),
     "var": Row(
         {"tau": 1.7, "first_layer": 1, "min_visual_mass": 0.02, "max_sink_share": 0.95, "move": 0.9},

@@ -1,4 +1,4 @@
-"""AgilePruner, DivPrune, VisionZip and pooling as loops over one tile that anyone can check.
+"""AgilePruner, DivPrune, SCOPE, VisionZip and pooling as loops over one tile that anyone can check.
 
 The loops take tensors; `ENCODE` holds the same for a stock model and a tile, in the form of `tests.reference`.
 """
@@ -51,6 +51,24 @@ def divprune_units(x: torch.Tensor, keep: int) -> list[int]:
     return sorted(taken)
 
 
+def scope_units(
+    scores: list[float], x: torch.Tensor, keep: int, alpha: float = 1.0, combine: str = "multi"
+) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``."""
+    alike, everyone = (1 - torch.tensor(distances(x))).tolist(), range(len(x))
+    cover, taken = [0.0] * len(x), []
+
+    def gain(j: int) -> float:
+        raised = sum(max(0.0, alike[i][j] - cover[i]) for i in everyone)
+        return raised * scores[j] ** alpha if combine == "multi" else raised + scores[j] ** alpha
+
+    while len(taken) < keep:
+        best = max((j for j in everyone if j not in taken), key=lambda j: (gain(j), -j))
+        taken.append(best)
+        cover = [max(cover[i], alike[i][best]) for i in everyone]
+    return sorted(taken)
+
+
 def visionzip_rows(
     scores: list[float],
     keys: torch.Tensor,
@@ -93,6 +111,12 @@ def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[in
     return reference._pick(model, tile, divprune_units(projected, target))
 
 
+def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    scores, _, features = seen(model, tile)
+    return reference._pick(model, tile, scope_units(scores, features[0, reference._cls(model) :], target))
+
+
 def visionzip(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     scores, keys, features = seen(model, tile)
@@ -112,7 +136,13 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
     return middle, model.model.multi_modal_projector(rows[None])[0]
 
 
-ENCODE = {"agilepruner": agilepruner, "divprune": divprune, "visionzip": visionzip, "pool": pool}
+ENCODE = {
+    "agilepruner": agilepruner,
+    "divprune": divprune,
+    "pool": pool,
+    "scope": scope,
+    "visionzip": visionzip,
+}
 """Policy -> the kept units of one tile and their projected features."""
 
 

@@ -21,6 +21,7 @@ from vlm_prune.policies.pooling import (
     shrink,
     smaller_grid,
 )
+from vlm_prune.policies.scope import SCOPE
 from vlm_prune.policies.scores import cosine_distance
 from vlm_prune.policies.views import AttentionView, FeaturesView, TowerView
 from vlm_prune.policies.visionzip import VisionZip, assign
@@ -220,6 +221,8 @@ ALL = {
     "agilepruner-static": AgilePruner(tau=0.4),
     "agilepruner-official": AgilePruner(compat="official"),
     "divprune": DivPrune(),
+    "scope": SCOPE(),
+    "scope-add": SCOPE(alpha=0.5, combine="add"),
     "visionzip": VisionZip(),
     "visionzip-mean": VisionZip(contextual_share=0.5, combine="mean"),
     "pool": Pool(),

@@ -13,9 +13,16 @@ from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank
 from vlm_prune.policies.base import Policy
 from vlm_prune.policies.divprune import DivPrune
 from vlm_prune.policies.pooling import Downsample, Pool, grid_places, shrink, smaller_grid
+from vlm_prune.policies.scope import SCOPE
 from vlm_prune.policies.visionzip import VisionZip
 
-MADE = {"agilepruner": AgilePruner, "divprune": DivPrune, "visionzip": VisionZip, "pool": Pool}
+MADE = {
+    "agilepruner": AgilePruner,
+    "divprune": DivPrune,
+    "pool": Pool,
+    "scope": SCOPE,
+    "visionzip": VisionZip,
+}
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 policies = pytest.mark.parametrize("policy", ENCODE)
 families = pytest.mark.parametrize("family", ["llava", "llava-full", "internvl"])

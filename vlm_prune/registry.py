@@ -24,6 +24,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
     "random": "vlm_prune.policies.baselines:Random",
+    "scope": "vlm_prune.policies.scope:SCOPE",
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
