@@ -33,6 +33,7 @@ class Row:
 
 TABLE = {
     "agilepruner": Row({"erank_avg": 6.0}),
+    "cdpruner": Row(),
     "divprune": Row(),
     "downsample": Row(holds="most"),
     "dyvte": Row({"exit_layer": 1}, "exit"),

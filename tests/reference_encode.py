@@ -1,4 +1,4 @@
-"""AgilePruner, DivPrune, SCOPE, VisionZip and pooling as loops over one tile that anyone can check.
+"""AgilePruner, CDPruner, DivPrune, SCOPE, VisionZip and pooling as loops over one tile that anyone can check.
 
 The loops take tensors; `ENCODE` holds the same for a stock model and a tile, in the form of `tests.reference`.
 """
@@ -38,6 +38,25 @@ def agilepruner_units(scores: list[float], x: torch.Tensor, keep: int, average: 
             tau = min(rank * growth * 0.01, 0.25)
             struck |= {j for j in order if j != i and gap[i][j] < tau}
     taken += [i for i in order if i not in taken][: keep - len(taken)]
+    return sorted(taken)
+
+
+def cdpruner_units(x: torch.Tensor, keep: int, quality: list[float] | None = None) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, by determinants of the whole kernel."""
+    r = torch.ones(len(x), dtype=torch.float64) if quality is None else torch.tensor(quality).double()
+    cosine = 1 - torch.tensor(distances(x.double())).double()
+    kernel = r[:, None] * cosine.fill_diagonal_(1) * r
+    taken: list[int] = []
+
+    def volume(units: list[int]) -> float:
+        return float(torch.linalg.det(kernel[units][:, units])) if units else 1.0
+
+    while len(taken) < keep:
+        rest, before = [j for j in range(len(x)) if j not in taken], volume(taken)
+        gain = {j: volume([*taken, j]) / before for j in rest}
+        if max(gain.values()) < 1e-5 * float(r.max()) ** 2:
+            return sorted(taken + sorted(rest, key=lambda j: (-float(r[j]), j))[: keep - len(taken)])
+        taken.append(max(rest, key=lambda j: (gain[j], -j)))
     return sorted(taken)
 
 
@@ -104,6 +123,13 @@ def agilepruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list
     return reference._pick(model, tile, agilepruner_units(scores, projected, target, None))
 
 
+def cdpruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """The plain point process: no question is known."""
+    _, _, features = seen(model, tile)
+    projected = model.model.multi_modal_projector(features)[0, reference._cls(model) :]
+    return reference._pick(model, tile, cdpruner_units(projected, target))
+
+
 def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """The most diverse projected tokens."""
     _, _, features = seen(model, tile)
@@ -138,6 +164,7 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
 
 ENCODE = {
     "agilepruner": agilepruner,
+    "cdpruner": cdpruner,
     "divprune": divprune,
     "pool": pool,
     "scope": scope,

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from tests.reference_encode import agilepruner_units, divprune_units, visionzip_rows
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank, effective_rank
 from vlm_prune.policies.base import Keep, Policy
+from vlm_prune.policies.cdpruner import CDPruner
 from vlm_prune.policies.divprune import DivPrune, max_min_diverse
 from vlm_prune.policies.pooling import (
     Downsample,
@@ -220,6 +221,7 @@ ALL = {
     "agilepruner-own-rank": AgilePruner(),
     "agilepruner-static": AgilePruner(tau=0.4),
     "agilepruner-official": AgilePruner(compat="official"),
+    "cdpruner": CDPruner(),
     "divprune": DivPrune(),
     "scope": SCOPE(),
     "scope-add": SCOPE(alpha=0.5, combine="add"),

@@ -11,6 +11,7 @@ from tests.reference_encode import ENCODE, agilepruner_units, seen
 from vlm_prune import pruned
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank
 from vlm_prune.policies.base import Policy
+from vlm_prune.policies.cdpruner import CDPruner
 from vlm_prune.policies.divprune import DivPrune
 from vlm_prune.policies.pooling import Downsample, Pool, grid_places, shrink, smaller_grid
 from vlm_prune.policies.scope import SCOPE
@@ -18,6 +19,7 @@ from vlm_prune.policies.visionzip import VisionZip
 
 MADE = {
     "agilepruner": AgilePruner,
+    "cdpruner": CDPruner,
     "divprune": DivPrune,
     "pool": Pool,
     "scope": SCOPE,

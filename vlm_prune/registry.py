@@ -14,6 +14,7 @@ from .policies.base import Policy
 
 POLICIES: dict[str, str | type[Policy]] = {
     "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",
+    "cdpruner": "vlm_prune.policies.cdpruner:CDPruner",
     "divprune": "vlm_prune.policies.divprune:DivPrune",
     "downsample": "vlm_prune.policies.pooling:Downsample",
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
