@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from .base import Keep, Policy
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView
 from .settings import check_choice
-from .views import FeaturesView
 
 NOTHING = 1e-5
 """Share of the first gain below which what a token adds is rounding noise of fp32."""

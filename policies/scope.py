@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from .base import Keep, Policy
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView, TowerView
 from .coverage import Combine, greedy_cover
 from .scores import global_attention
 from .settings import check_choice, check_number
-from .views import FeaturesView, TowerView
 
 
 def salient_cover(

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from tests.parity._files import Golden, npz_cases
+from vlm_prune.contract.views import AttentionView, FeaturesView, TowerView
 from vlm_prune.policies.scope import SCOPE, salient_cover
-from vlm_prune.policies.views import AttentionView, FeaturesView, TowerView
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
