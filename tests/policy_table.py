@@ -34,6 +34,7 @@ class Row:
 TABLE = {
     "agilepruner": Row({"erank_avg": 6.0}),
     "cdpruner": Row(),
+    "dart": Row({"k": 1, "image_pivots": 2, "text_pivots": 2}, "prompt", text_blind=False),
     "divprune": Row(),
     "downsample": Row(holds="most"),
     "dyvte": Row({"exit_layer": 1}, "exit"),

@@ -15,6 +15,7 @@ from .errors import PolicyError, UnsupportedModelError
 POLICIES: dict[str, str | type[Policy]] = {
     "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",
     "cdpruner": "vlm_prune.policies.cdpruner:CDPruner",
+    "dart": "vlm_prune.policies.dart:DART",
     "divprune": "vlm_prune.policies.divprune:DivPrune",
     "downsample": "vlm_prune.policies.pooling:Downsample",
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
