@@ -1,4 +1,4 @@
-"""AgilePruner, CDPruner, DivPrune, SCOPE, VisionZip and pooling as loops over one tile that anyone can check.
+"""AgilePruner, CDPruner, DivPrune, MMTok, SCOPE, VisionZip and pooling as loops over one tile that anyone can check.
 
 The loops take tensors; `ENCODE` holds the same for a stock model and a tile, in the form of `tests.reference`.
 """
@@ -70,6 +70,37 @@ def divprune_units(x: torch.Tensor, keep: int) -> list[int]:
     return sorted(taken)
 
 
+def mmtok_units(
+    x: torch.Tensor,
+    keep: int,
+    text: torch.Tensor | None = None,
+    projected: torch.Tensor | None = None,
+    temperature: float = 0.02,
+    alpha: float = 0.5,
+) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, a question of ``text`` ``(words, width)`` asked or not."""
+
+    def rows(
+        asking: torch.Tensor, asked: torch.Tensor, temperature: float, weight: float
+    ) -> list[list[float]]:
+        cosine = torch.nn.functional.cosine_similarity(asking[:, None], asked[None], dim=-1)
+        return ((cosine / temperature).softmax(-1) * weight / max(len(asking), 1)).tolist()
+
+    worth = rows(x, x, 0.2, alpha)
+    if text is not None and projected is not None:
+        worth = rows(text, projected, temperature, 1.0) + worth
+    cover, taken = [0.0] * len(worth), []
+    while len(taken) < keep:
+        gain = {
+            j: sum(max(0.0, row[j] - covered) for row, covered in zip(worth, cover, strict=True))
+            for j in range(len(x))
+            if j not in taken
+        }
+        taken.append(max(gain, key=lambda j: (gain[j], -j)))
+        cover = [max(row[taken[-1]], covered) for row, covered in zip(worth, cover, strict=True)]
+    return sorted(taken)
+
+
 def scope_units(
     scores: list[float], x: torch.Tensor, keep: int, alpha: float = 1.0, combine: str = "multi"
 ) -> list[int]:
@@ -137,6 +168,12 @@ def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[in
     return reference._pick(model, tile, divprune_units(projected, target))
 
 
+def mmtok(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """Covers the image alone: no question is known."""
+    _, _, features = seen(model, tile)
+    return reference._pick(model, tile, mmtok_units(features[0, reference._cls(model) :], target))
+
+
 def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     scores, _, features = seen(model, tile)
@@ -166,6 +203,7 @@ ENCODE = {
     "agilepruner": agilepruner,
     "cdpruner": cdpruner,
     "divprune": divprune,
+    "mmtok": mmtok,
     "pool": pool,
     "scope": scope,
     "visionzip": visionzip,

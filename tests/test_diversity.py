@@ -15,6 +15,7 @@ from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank, effective_rank
 from vlm_prune.policies.cdpruner import CDPruner
 from vlm_prune.policies.divprune import DivPrune, max_min_diverse
+from vlm_prune.policies.mmtok import MMTok
 from vlm_prune.policies.pooling import (
     Downsample,
     Pool,
@@ -224,6 +225,7 @@ ALL = {
     "divprune": DivPrune(),
     "scope": SCOPE(),
     "scope-add": SCOPE(alpha=0.5, combine="add"),
+    "mmtok": MMTok(),
     "visionzip": VisionZip(),
     "visionzip-mean": VisionZip(contextual_share=0.5, combine="mean"),
     "pool": Pool(),
