@@ -39,6 +39,9 @@ POLICIES: dict[str, str | type[Policy]] = {
 }
 """Policy name -> class, or "module:class" to import on demand."""
 
+BUILT_IN = tuple(POLICIES)
+"""Names of the policies that the package brings."""
+
 ALIASES = {"fixing_imbalance": "paint"}
 """Other names that policies go by."""
 

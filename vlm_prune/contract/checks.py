@@ -29,7 +29,8 @@ def check_policy(policy: Any) -> None:
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
         given = policy.__name__ if isinstance(policy, type) else repr(policy)
         raise PolicyError(
-            f"{given} is not a policy class: derive it from vlm_prune.policies.base.Policy, SelectPolicy or ScorerPolicy."
+            f"{given} is not a policy class: derive it from Policy, SelectPolicy or ScorerPolicy of "
+            "vlm_prune.policies.base."
         )
     title = policy.__name__
     parameters = vars(policy).get("__dataclass_params__")
