@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from ..contract.policy import Keep, Policy
-from ..contract.views import FeaturesView
+from ..contract.policy import Keep, Place, SelectPolicy
+from ..contract.views import EntryView
 from .settings import check_choice
 
 NOTHING = 1e-5
@@ -138,37 +138,48 @@ def greedy_volume(
 
 
 @dataclass(frozen=True)
-class CDPruner(Policy):
-    """CDPruner, behind the projector (encode stage). The budget holds for each tile by itself.
+class CDPruner(SelectPolicy):
+    """CDPruner, at the decoder's entry, where the question is known. The budget holds for each tile by itself.
 
-    It differs from the released code in these points:
+    The released code compares patches and question by CLIP's two towers, of which a LLaVA checkpoint holds one; no code
+    was released for other models. Here relevance is the cosine of projected tokens with the embeddings of the text
+    rows after the image, as third parties do; `relevance` and `patch_embeds` are there for CLIP's own. The decoder's
+    embeddings are not CLIP's space, so tokens *most* like the question count as relevant, as the paper has it.
+
+    It differs from the released code in these points, too:
 
     - Exactly the budget is kept. Beyond the rank of the features, with a feature row of zeros, or where all tokens
       matter alike, the released code divides by zero and then keeps fewer tokens; here tokens are taken by relevance
       once none adds anything, such a row adds nothing, and equal relevance is the plain point process.
     - Relevance is stretched within each tile, so that a tile keeps the same tokens in any batch. The released code
       takes minimum and maximum over all tiles of a call, strangers in a batch included.
+    - Each image goes by the question in its own sequence; the released code takes one for all. A prompt without a
+      question is no error but the plain point process.
     - Norms are taken in fp32.
 
     Attributes:
-        compat: ``"official"`` reproduces the released code in its arithmetic; where that runs into NaN it is mended.
+        least_alike: count tokens *least* like the question as most relevant, the released rule for CLIP's space.
+        use_question: whether relevance counts at all; without it, this is the plain point process.
+        compat: ``"official"`` takes norms in the model's dtype and one range of relevance for all tiles of a call. With
+            embeddings of CLIP, the functions of this file then give what the released code gives.
     """
 
     name: ClassVar[str] = "cdpruner"
-    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    place: ClassVar[Place] = "entry"
     default_ratio: ClassVar[float] = 64 / 576
-    late: ClassVar[bool] = True
-    after_projector: ClassVar[bool] = True
 
+    least_alike: bool = False
+    use_question: bool = True
     compat: Literal["official"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, compat=(None, "official"))
+        check_choice(self, least_alike=(False, True), use_question=(False, True), compat=(None, "official"))
 
-    def encode_final(self, view: FeaturesView) -> Keep:
-        """The tokens picked, in their original order; no question is known here, so all matter alike."""
-        features = view.features.detach()
-        alike = torch.ones_like(features[..., 0], dtype=torch.float32)
-        order, _ = greedy_volume(features, alike, view.target, self.compat == "official")
+    def select(self, view: EntryView) -> Keep:
+        """The tokens picked, in their original order."""
+        features, official = view.features.detach(), self.compat == "official"
+        asked = view.question & self.use_question
+        quality = relevance(features, view.text.detach(), asked, self.least_alike, official)
+        order, _ = greedy_volume(features, quality, view.target, official)
         return Keep(order.sort(dim=-1).values)

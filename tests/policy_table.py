@@ -33,7 +33,7 @@ class Row:
 
 TABLE = {
     "agilepruner": Row({"erank_avg": 6.0}),
-    "cdpruner": Row(),
+    "cdpruner": Row(text_blind=False),
     "dart": Row({"k": 1, "image_pivots": 2, "text_pivots": 2}, "prompt", text_blind=False),
     "divprune": Row(),
     "downsample": Row(holds="most"),

@@ -154,13 +154,6 @@ def agilepruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list
     return reference._pick(model, tile, agilepruner_units(scores, projected, target, None))
 
 
-def cdpruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
-    """The plain point process: no question is known."""
-    _, _, features = seen(model, tile)
-    projected = model.model.multi_modal_projector(features)[0, reference._cls(model) :]
-    return reference._pick(model, tile, cdpruner_units(projected, target))
-
-
 def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """The most diverse projected tokens."""
     _, _, features = seen(model, tile)
@@ -201,7 +194,6 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
 
 ENCODE = {
     "agilepruner": agilepruner,
-    "cdpruner": cdpruner,
     "divprune": divprune,
     "mmtok": mmtok,
     "pool": pool,

@@ -13,7 +13,6 @@ from vlm_prune.contract.policy import Keep, Policy
 from vlm_prune.contract.views import AttentionView, FeaturesView, TowerView
 from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank, effective_rank
-from vlm_prune.policies.cdpruner import CDPruner
 from vlm_prune.policies.divprune import DivPrune, max_min_diverse
 from vlm_prune.policies.mmtok import MMTok
 from vlm_prune.policies.pooling import (
@@ -221,7 +220,6 @@ ALL = {
     "agilepruner-own-rank": AgilePruner(),
     "agilepruner-static": AgilePruner(tau=0.4),
     "agilepruner-official": AgilePruner(compat="official"),
-    "cdpruner": CDPruner(),
     "divprune": DivPrune(),
     "scope": SCOPE(),
     "scope-add": SCOPE(alpha=0.5, combine="add"),
