@@ -150,6 +150,9 @@ class PrefillView:
             the last ``rows`` keys are this prefill's. Not repeated for grouped queries.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere; the policy may
             put new ones in.
+        norm: the decoder's final norm, with its learned weight: ``(..., channels)`` to the same.
+        unpadded: keys ``(batch, heads, rows, head_dim)`` as they would be without padding in front. Stock code counts
+            it in the positions unless the caller gives these, which turns keys without changing attention.
     """
 
     layer: int
@@ -161,6 +164,8 @@ class PrefillView:
     target: torch.Tensor
     attention: AttentionView | None
     carry: dict[str, torch.Tensor]
+    norm: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    unpadded: Callable[[torch.Tensor], torch.Tensor] = lambda key: key
 
     @property
     def recorded(self) -> AttentionView:
