@@ -1,4 +1,4 @@
-"""AgilePruner, DivPrune, VisionZip and pooling as loops over one tile that anyone can check.
+"""Policies that choose around the projector as loops over one tile that anyone can check.
 
 The loops take tensors; `ENCODE` holds the same for a stock model and a tile, in the form of `tests.reference`.
 """
@@ -51,6 +51,28 @@ def divprune_units(x: torch.Tensor, keep: int) -> list[int]:
     return sorted(taken)
 
 
+def holov_units(scores: list[float], keep: int, runs: int = 16) -> list[int]:
+    """Kept tokens by CLS attention ``scores``."""
+    count = min(runs, len(scores))
+    sizes = [len(scores) // count + (number < len(scores) % count) for number in range(count)]
+    stretches, begin = [], 0
+    for size in sizes:
+        stretches.append(list(range(begin, begin + size)))
+        begin += size
+    weight = [sum(scores[i] for i in stretch) / len(stretch) for stretch in stretches]
+    by_weight = ranking(weight)
+    quota = [math.floor(keep * w / sum(weight) * (1 - 1e-6)) for w in weight]
+    for number in by_weight[: keep - sum(quota)]:
+        quota[number] += 1
+    quota = [min(q, size) for q, size in zip(quota, sizes, strict=True)]
+    for number in by_weight:
+        quota[number] += min(keep - sum(quota), sizes[number] - quota[number])
+    best = [
+        sorted(stretch, key=lambda i: -scores[i])[:q] for stretch, q in zip(stretches, quota, strict=True)
+    ]
+    return sorted(i for units in best for i in units)
+
+
 def visionzip_rows(
     scores: list[float],
     keys: torch.Tensor,
@@ -93,6 +115,11 @@ def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[in
     return reference._pick(model, tile, divprune_units(projected, target))
 
 
+def holov(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    return reference._pick(model, tile, holov_units(seen(model, tile)[0], target))
+
+
 def visionzip(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     scores, keys, features = seen(model, tile)
@@ -112,7 +139,13 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
     return middle, model.model.multi_modal_projector(rows[None])[0]
 
 
-ENCODE = {"agilepruner": agilepruner, "divprune": divprune, "visionzip": visionzip, "pool": pool}
+ENCODE = {
+    "agilepruner": agilepruner,
+    "divprune": divprune,
+    "holov": holov,
+    "pool": pool,
+    "visionzip": visionzip,
+}
 """Policy -> the kept units of one tile and their projected features."""
 
 

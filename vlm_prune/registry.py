@@ -19,6 +19,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
     "fastv": "vlm_prune.policies.fastv:FastV",
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
+    "holov": "vlm_prune.policies.holov:HoloV",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
     "none": "vlm_prune.policies.baselines:Identity",
     "paint": "vlm_prune.policies.paint:Paint",
