@@ -60,6 +60,7 @@ TABLE = {
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "visionzip": Row(),
+    "vispruner": Row(),
 }
 
 

@@ -98,6 +98,17 @@ def visionzip_rows(
     return sorted(rows), torch.stack([rows[i] for i in sorted(rows)])
 
 
+def vispruner_units(scores: list[float], x: torch.Tensor, keep: int, share: float = 0.5) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``."""
+    gap, order, important = distances(x), ranking(scores), int(keep * share)
+    taken, rest = order[:important], order[important:] if keep > important else []
+    while len(rest) > keep - important:
+        first, second = rest[::2], rest[1::2]
+        first = sorted(first, key=lambda i: round(min(gap[i][j] for j in second), 12))
+        rest = first[min(8, len(rest) - keep + important) :] + second
+    return sorted(taken + rest)
+
+
 # --- of a model ---
 
 
@@ -128,6 +139,13 @@ def visionzip(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[i
     return units, model.model.multi_modal_projector(torch.cat([features[0, :cls], rows])[None])[0]
 
 
+def vispruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    scores, _, features = seen(model, tile)
+    units = vispruner_units(scores, features[0, reference._cls(model) :], target)
+    return reference._pick(model, tile, units)
+
+
 def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """Cell by cell."""
     _, _, features = seen(model, tile)
@@ -145,6 +163,7 @@ ENCODE = {
     "holov": holov,
     "pool": pool,
     "visionzip": visionzip,
+    "vispruner": vispruner,
 }
 """Policy -> the kept units of one tile and their projected features."""
 

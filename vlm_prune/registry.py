@@ -30,6 +30,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
+    "vispruner": "vlm_prune.policies.vispruner:VisPruner",
 }
 """Policy name -> class, or "module:class" to import on demand."""
 
