@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune.cli import policy_facts
+from vlm_prune.contract.policy import Policy
 from vlm_prune.eval.policy_standing import standing
 from vlm_prune.eval.records import read_json
 from vlm_prune.eval.runs.table import markdown
-from vlm_prune.policies.base import Policy
 from vlm_prune.registry import ALIASES, POLICIES, policy_class
 
 PAGE = Path("docs/policies.md")

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView
 from ..kernels import to_device
-from .base import Keep, Policy
-from .views import FeaturesView
 
 
 def uniform_index(grid: tuple[int, int], keep: int) -> list[int]:

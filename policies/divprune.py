@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from .base import Keep, Policy
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView
 from .scores import cosine_distance
-from .views import FeaturesView
 
 
 def max_min_diverse(distance: torch.Tensor, keep: int) -> torch.Tensor:

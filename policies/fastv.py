@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .base import Policy, Positions
+from ..contract.policy import Policy, Positions
 from .scores import attention_mass, last_row, top_mask
 
 if TYPE_CHECKING:
-    from .views import PrefillView
+    from ..contract.views import PrefillView
 
 
 @dataclass(frozen=True)

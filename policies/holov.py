@@ -13,11 +13,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView, TowerView
 from ..kernels import gather_rows
-from .base import Keep, Policy
 from .scores import global_attention
 from .settings import check_choice
-from .views import FeaturesView, TowerView
 
 SIMILARITY_WEIGHT = 0.09
 """Weight of the spread of similarities in the released score of a token; that of attention is 1."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from .base import Keep, Policy, Positions
+from ..contract.policy import Keep, Policy, Positions
 from .dual_attention import (
     PUBLISHED_THRESHOLDS,
     check_thresholds,
@@ -24,7 +24,7 @@ from .scores import attention_mass, global_attention, last_row, top_mask
 from .window_merge import merge_alike, merge_as_released, merge_flags, window_cells
 
 if TYPE_CHECKING:
-    from .views import FeaturesView, PrefillView, TowerView
+    from ..contract.views import FeaturesView, PrefillView, TowerView
 
 KEY, SIZE = "mustdrop_key", "mustdrop_size"
 """Names under which the encode stage leaves, per token, 1 for the key set, and the patches that it stands for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import kernels
-from .views import AttentionView
+from ..contract.views import AttentionView
 
 
 def _softmax_over_tokens(logits: torch.Tensor, view: AttentionView) -> torch.Tensor:

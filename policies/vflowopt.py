@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from .base import Keep, Policy, Positions
+from ..contract.policy import Keep, Policy, Positions
 from .importance import calibrated_attention, entropy_share, patch_entropy, true_grey, wrapped_grey
 from .recycle import recycle_official, recycle_to
 from .scores import top_mask
@@ -30,7 +30,7 @@ from .shares import (
 )
 
 if TYPE_CHECKING:
-    from .views import FeaturesView, ModulateView, PrefillView, TowerView
+    from ..contract.views import FeaturesView, ModulateView, PrefillView, TowerView
 
 MAP, AVERAGE = "vflowopt_map", "vflowopt_average"
 """What the encode stage leaves per token: its importance, and the tokens to hold on average per token that enters."""

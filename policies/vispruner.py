@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView, TowerView
 from ..kernels import gather_rows
-from .base import Keep, Policy
 from .scores import global_attention
 from .settings import check_choice, check_number
-from .views import FeaturesView, TowerView
 
 PER_ROUND = 8
 """Tokens that a round drops, whatever the number of tokens."""

@@ -31,7 +31,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.arranged import ARRANGED, ArrangedPrompt, arranged_prompt
 from tests.packed import PACKED, PackedPrompt, packed_prompt
 from tests.padding import padded
-from vlm_prune.versions import flat_tower, takes_encoded
+from vlm_prune.adapters.versions import flat_tower
+from vlm_prune.versions import takes_encoded
 
 IMAGE, PAD, TEXT, VOCAB = 60, 0, range(3, 59), 64
 

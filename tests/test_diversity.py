@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from tests.reference_encode import agilepruner_units, divprune_units, visionzip_rows
+from vlm_prune.contract.policy import Keep, Policy
+from vlm_prune.contract.views import AttentionView, FeaturesView, TowerView
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank, effective_rank
-from vlm_prune.policies.base import Keep, Policy
 from vlm_prune.policies.divprune import DivPrune, max_min_diverse
 from vlm_prune.policies.pooling import (
     Downsample,
@@ -22,7 +23,6 @@ from vlm_prune.policies.pooling import (
     smaller_grid,
 )
 from vlm_prune.policies.scores import cosine_distance
-from vlm_prune.policies.views import AttentionView, FeaturesView, TowerView
 from vlm_prune.policies.visionzip import VisionZip, assign
 
 GRID, CHANNELS = (4, 6), 10

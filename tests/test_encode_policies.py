@@ -9,8 +9,8 @@ from tests import reference
 from tests.models import LAYOUTS, make, prompt
 from tests.reference_encode import ENCODE, agilepruner_units, seen
 from vlm_prune import pruned
+from vlm_prune.contract.policy import Policy
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank
-from vlm_prune.policies.base import Policy
 from vlm_prune.policies.pooling import Downsample, grid_places, shrink, smaller_grid
 from vlm_prune.registry import policy_class
 

@@ -6,9 +6,9 @@ import torch
 from tests.models import FAMILIES, LAYOUTS, make, prompt
 from tests.test_fastv import random_view, whole_map
 from vlm_prune import pruned
+from vlm_prune.contract.views import FeaturesView, PrefillView, TowerView
 from vlm_prune.policies.dual_attention import dual_attention_filter, key_set, scaled_layers, step_count
 from vlm_prune.policies.mustdrop import KEY, SIZE, MustDrop
-from vlm_prune.policies.views import FeaturesView, PrefillView, TowerView
 from vlm_prune.policies.window_merge import (
     choose_windows,
     merge_alike,

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .api import from_pretrained, prune, pruned, unprune
+from .contract.policy import Keep, Policy
 from .errors import (
     BudgetError,
     PolicyError,
@@ -11,11 +12,10 @@ from .errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from .policies.base import Keep, Policy
 from .registry import ADAPTERS, POLICIES, register_policy
 
 if TYPE_CHECKING:
-    from .receipt import Receipt
+    from .call.receipt import Receipt
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # the engine brings seconds of transformers' and torch's modules, which are there anyway once a model is
     if name == "Receipt":
-        from .receipt import Receipt
+        from .call.receipt import Receipt
 
         return Receipt
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

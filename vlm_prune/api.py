@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .adapters.base import Anatomy
-from .budget import Budget
+from .call.budget import Budget
 from .config import load_config
+from .contract.anatomy import Anatomy
+from .contract.policy import Policy
 from .errors import BudgetError, PolicyError, PruningError, StateError, UnsupportedModelError
-from .policies.base import Policy
 from .registry import find_anatomy, make_policies
 from .saving import find_config
 
@@ -76,8 +76,8 @@ def prune(
             'out, or compose it with a policy that prunes, such as "flowcut+...".'
         )
     from .session import (
-        Pruning,
-    )  # the engine, with parts of transformers that take seconds and are here by now
+        Pruning,  # the engine, with parts of transformers that take seconds and are here by now
+    )
 
     extra = int(anatomy.tower.keeps_cls)
     default = owner.default_ratio if owner is not None else 1.0

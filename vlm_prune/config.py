@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .budget import Budget
+from .call.budget import Budget
+from .contract.policy import Policy
 from .errors import PolicyError
-from .policies.base import Policy
 from .registry import did_you_mean, registered_name
 
 FILE = "vlm_prune.json"

@@ -8,9 +8,9 @@ import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .adapters.base import Anatomy
+from .contract.anatomy import Anatomy
+from .contract.policy import Policy
 from .errors import PolicyError, UnsupportedModelError
-from .policies.base import Policy
 
 POLICIES: dict[str, str | type[Policy]] = {
     "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",

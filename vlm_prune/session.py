@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.base import Anatomy, PackedTower
-from .arranger import Arranger
-from .budget import Budget
-from .calls import ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way
-from .checks import brings_features, check_chunk, check_forward
+from .call.budget import Budget
+from .call.encode_call import ride_of, set_encode
+from .call.forward_call import ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way
+from .call.receipt import MEAN_QUERY, Receipt
 from .config import to_config
-from .drafts import expect_drafts, take_drafts
-from .encode_call import ride_of, set_encode
+from .contract.anatomy import Anatomy, PackedTower
+from .contract.policy import Policy
+from .encode.assembler import Arranger
+from .encode.fixed import Encoder
+from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
-from .language import Decoder
-from .layers import DecoderLayers, check_decoder
-from .loss import Loss
-from .packed import PackedEncoder
-from .policies.base import Policy
-from .receipt import MEAN_QUERY, Receipt
+from .language.checks import brings_features, check_chunk, check_forward
+from .language.decoder import Decoder
+from .language.drafts import expect_drafts, take_drafts
+from .language.layers import DecoderLayers, check_decoder
+from .language.loss import Loss
+from .registry import POLICIES, policy_class
 from .saving import Saver
-from .tower import Encoder
 from .versions import CHUNKS_BRING_IMAGES, cache_of, takes_encoded
 
 
@@ -182,6 +183,10 @@ class Pruning:
         """What takes the place of a CLS token that a policy asks for and the tower does not have."""
         asked = any(policy.reads_cls for policy in self.policies)
         return MEAN_QUERY if asked and not self._anatomy.tower.has_cls else None
+
+    def names_late(self) -> list[str]:
+        """Policies that can choose after tiles are assembled into images: what an error can offer instead."""
+        return [name for name in POLICIES if policy_class(name).late]
 
     def publish(self, receipt: Receipt) -> None:
         """Make a receipt the current one of this thread."""

@@ -14,13 +14,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vlm_prune import Receipt, pruned
+from vlm_prune.call.survivors import Grids, Units
 from vlm_prune.eval.measure import prompt_text, receipt_of
 from vlm_prune.eval.models import MODELS, exit_gates, load_model
 from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
 from vlm_prune.eval.report.page import render
 from vlm_prune.eval.runs.folder import write_whole
 from vlm_prune.eval.runs.tiles import Tiles, boxes_of_grids
-from vlm_prune.survivors import Grids, Units
 
 
 @dataclass(frozen=True)

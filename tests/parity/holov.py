@@ -7,8 +7,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from tests.parity._files import Golden, npz_cases
 from vlm_prune import pruned
+from vlm_prune.contract.views import FeaturesView
 from vlm_prune.policies.holov import HoloV, choose, choose_as_released, quotas
-from vlm_prune.policies.views import FeaturesView
 
 cases = npz_cases
 

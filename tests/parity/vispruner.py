@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from tests.parity._files import Golden, npz_cases
-from vlm_prune.policies.views import FeaturesView
+from vlm_prune.contract.views import FeaturesView
 from vlm_prune.policies.vispruner import VisPruner, choose, looked_up
 
 cases = npz_cases

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..budget import Budget
-from ..policies.base import Policy
+from ..call.budget import Budget
+from ..contract.policy import Policy
 from .towers import PackedParts, Parts
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -22,7 +22,7 @@ class NoReceipt:
 
     def new_receipt(self, *args: Any) -> Any:
         """One that nothing is written on."""
-        return SimpleNamespace(record_tower=lambda *args: None)
+        return SimpleNamespace()
 
     def publish(self, receipt: Any) -> None:
         """Nobody reads it."""
