@@ -48,6 +48,7 @@ TABLE = {
         text_blind=False,
     ),
     "pool": Row(),
+    "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "uniform": Row(),
     "var": Row(

@@ -47,6 +47,7 @@ class ForwardCall:
         observed: what the current layer's attention computed with.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         probing: True during that pass without the image.
+        looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
         drafts: tokens at the end that are an assistant's and not the prompt's.
         prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
         deepstack: features that stock code adds behind the decoder's first layers.
@@ -68,6 +69,7 @@ class ForwardCall:
     observed: dict[str, Any] = field(default_factory=dict)
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     probing: bool = False
+    looking: bool = False
     drafts: int = 0
     prompt: Any = None
     deepstack: Deepstack | None = None

@@ -135,6 +135,9 @@ class PrefillView:
             the last ``rows`` keys are this prefill's. Not repeated for grouped queries.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere; the policy may
             put new ones in.
+        input: what the layer was given, shaped like ``hidden``.
+        next_attention: tells what the next layer would attend with if all rows went on, as ``attention`` does of this
+            one, if the policy reads ahead. Costs that layer's projections.
     """
 
     layer: int
@@ -146,6 +149,8 @@ class PrefillView:
     target: torch.Tensor
     attention: AttentionView | None
     carry: dict[str, torch.Tensor]
+    input: torch.Tensor | None = None
+    next_attention: Callable[[], AttentionView] | None = None
 
     @property
     def text(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ from ..cache.masks import join_masks, past_mask
 from ..call.forward_call import ForwardCall, current_forward
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, ModulateView
+from .look_ahead import SeenError
 
 
 class DecoderAttention:
@@ -26,13 +27,19 @@ class DecoderAttention:
     def see(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> None:
-        """Keep what a layer's attention computes with until its policies are asked."""
+        """Keep what a layer's attention computes with until its policies are asked.
+
+        Raises:
+            SeenError: nothing else was wanted of the call.
+        """
         call = current_forward()
-        if call is None or call.probing or call.rows is None or layer not in self.pruned:
+        if call is None or call.probing or call.rows is None or not (call.looking or layer in self.pruned):
             return
         key, value = _filled(call, key, value)
         valid = self._valid(call, call.observed.get("layer"), query, key)
         call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
+        if call.looking:
+            raise SeenError
 
     # what policies do depends on values, and its state changes with every token
     @torch.compiler.disable  # type: ignore[untyped-decorator]
