@@ -10,8 +10,9 @@ from tests.models import LAYOUTS, make, prompt
 from tests.reference_encode import ENCODE, agilepruner_units, seen
 from vlm_prune import pruned
 from vlm_prune.contract.policy import Policy
+from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank
-from vlm_prune.policies.pooling import Downsample, grid_places, shrink, smaller_grid
+from vlm_prune.policies.pooling import Downsample, smaller_grid
 from vlm_prune.registry import policy_class
 
 MADE = {name: policy_class(name) for name in ENCODE}

@@ -118,7 +118,7 @@ def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, A
 
 
 def _checked(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
-    encoders = [p.name for p in policies if "encode" in p.stages]
+    encoders = [p.name for p in policies if p.encodes]
     if len(encoders) > 1:
         raise PolicyError(
             f"{' and '.join(encoders)} both drop tokens in the encode stage, where one decides for all. Compose one "

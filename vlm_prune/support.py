@@ -57,7 +57,7 @@ def support(policy: str, family: str) -> Cell:
     """The cell of the matrix for two registered names."""
     kind, facts = policy_class(policy), FAMILIES[family]
     cls = ("cls",) if kind.reads_cls and not facts.cls else ()
-    if facts.resizes and "encode" in kind.stages and not kind.late:
+    if facts.resizes and kind.encodes and not kind.late:
         return Cell(PART, (*cls, "resized"))
     return Cell(FULL, cls)
 

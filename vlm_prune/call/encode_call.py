@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..contract.keep import Keep
 from .receipt import Receipt, Segments
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
     from ..contract.anatomy import Arrangement
-    from ..contract.policy import Keep
     from .assembly import Packing
 
 _encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
@@ -44,6 +44,29 @@ class Span:
     plain: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class Offer:
+    """Visual tokens among which the decoder's entry is to choose, of one tile or of several alike.
+
+    Attributes:
+        features: ``(tiles, tokens, channels)``, projected.
+        rows: int64 ``(tiles, tokens)``, which of the call's rows for the language model each token is.
+        spans: for each tile, the number of the span in `EncodeCall.spans` that it is in.
+        grid: rows and columns of tokens.
+        target: tokens wanted of each tile.
+        content_key: int64 ``(tiles,)``, see `FeaturesView`.
+        carry: values ``(tiles, tokens)`` that the encode stage left.
+    """
+
+    features: torch.Tensor
+    rows: torch.Tensor
+    spans: list[int]
+    grid: tuple[int, int]
+    target: int
+    content_key: torch.Tensor
+    carry: dict[str, torch.Tensor]
+
+
 @dataclass
 class EncodeCall:
     """Some tiles on their way through tower and projector. What each tile has is written down tile by tile.
@@ -61,6 +84,8 @@ class EncodeCall:
         carry: ``(rows for the language model,)``, what the policy left for the decoder's stages; 0 at holes.
         arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
         packings: what comes of it, image by image.
+        offers: what the decoder's entry is to choose among, if a policy does so there.
+        drops_newlines: whether a newline goes as soon as a token of its image is dropped.
     """
 
     grids: list[tuple[int, int]]
@@ -77,6 +102,8 @@ class EncodeCall:
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     arrangement: Arrangement | None = None
     packings: list[Packing] = field(default_factory=list)
+    offers: list[Offer] = field(default_factory=list)
+    drops_newlines: bool = False
 
     @property
     def tiles(self) -> int:
@@ -148,6 +175,27 @@ class EncodeCall:
         if any(keep.valid is not None for keep in self.keeps):
             return None
         return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
+
+    def settle(self, alive: torch.Tensor) -> torch.Tensor:
+        """Note which rows for the language model a late choice keeps, bool ``(rows,)``; returns it with newlines."""
+        if self.arrangement is None:
+            keeps, masks = [], [mask[self.extra :] for mask in alive.split(self.rows)]
+            for mask, target, units in zip(masks, self.targets, self.units, strict=True):
+                keeps.append(
+                    Keep.from_mask(mask[None], units) if target < units else Keep.all(1, units, mask.device)
+                )
+            self.keeps = keeps
+        else:
+            parts, keeps = [], []
+            for packing, mask in zip(
+                self.packings, alive.split([len(p.source) for p in self.packings]), strict=True
+            ):
+                chosen = mask & ~packing.newline.to(mask.device)
+                keeps += packing.kept(chosen)
+                parts.append(chosen if self.drops_newlines else chosen | packing.ends_line(chosen))
+            alive, self.keeps = torch.cat(parts), keeps
+        self.receipt.keeps = self.keeps
+        return alive
 
     def record_tower(self, segments: Segments, dense: Segments) -> None:
         """Note in the receipt what the tower did; ``segments`` and ``dense`` are asked when someone reads them."""

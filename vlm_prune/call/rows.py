@@ -77,6 +77,30 @@ class Rows:
         here = self.to(x.device)
         return stream.restore(x, here.order, here.length, here.valid)
 
+    def pick(self, live: torch.Tensor, counts: list[int]) -> tuple[Rows, torch.Tensor]:
+        """The ``live`` ones of these, bool ``(batch, rows)``, ``counts`` of each sequence; and their numbers.
+
+        Sequences that have fewer are filled up on the left with others of these.
+        """
+        order = stream.live_order(live, max(counts))
+        valid = live.gather(1, order) if min(counts) < max(counts) else None
+        mask = None if self.mask is None else self.mask.gather(1, order)
+        if valid is not None:
+            mask = valid if mask is None else mask & valid
+        shape = (*self.positions.shape[:-2], *order.shape)
+        rows = replace(
+            self,
+            order=self.order.gather(1, order),
+            positions=self.positions.expand(*self.positions.shape[:-2], *live.shape).gather(
+                -1, order.expand(shape)
+            ),
+            valid=valid,
+            mask=mask,
+            visual=None if self.visual is None else _picked(self.visual, order, valid),
+            carry={name: _picked(carried, order, valid) for name, carried in self.carry.items()},
+        )
+        return rows, order
+
     def close(
         self, x: torch.Tensor, live: torch.Tensor, count: int, ragged: bool, gone: torch.Tensor | None
     ) -> tuple[Rows, torch.Tensor, torch.Tensor]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..call.budget import Budget
 from ..call.encode_call import EncodeCall
 from ..call.forward_call import current_forward
+from ..composition import Composition
 from ..contract.anatomy import PackedTower, Tower
 from ..contract.policy import Keep, Policy
 from ..contract.views import FeaturesView, TowerView
@@ -31,19 +30,19 @@ class EncodeStage:
         self,
         tower: Tower | PackedTower,
         projector: nn.Module,
-        policies: Sequence[Policy],
-        budget: Budget,
+        composition: Composition,
         session: Any,
     ):
-        self.projector, self.policies, self.budget, self.session = projector, policies, budget, session
+        self.projector, self.composition, self.session = projector, composition, session
+        self.policies, self.budget = composition.policies, composition.share(composition.encoder)
         self.layers = tower.layers
         self.asked: dict[int, list[Policy]] = {}
-        for policy in policies:
+        for policy in self.policies:
             for layer in policy.tower_layers(tower.feature_layer):
                 if layer < len(tower.layers):
                     self.asked.setdefault(layer, []).append(policy)
         self.observes = any(
-            "encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies
+            (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
         )
         self.sites: list[Site] = []
 
@@ -84,7 +83,7 @@ class EncodeStage:
         Of a composition, one policy at most drops units here. Of a ``whole`` tile nothing is to be dropped: only those
         that watch are asked.
         """
-        asked = [policy for policy in self.asked[number] if not (whole and "encode" in policy.stages)]
+        asked = [policy for policy in self.asked[number] if not (whole and policy.encodes)]
         with _exact(view.hidden):
             answers = [policy.encode(view) for policy in asked]
         return [keep for keep in answers if keep is not None]
