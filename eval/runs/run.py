@@ -112,7 +112,8 @@ class Run:
         folder = self.folder.cell(cell.name)
         task = cell.task
         if isinstance(task, SpeedTask):
-            records, times = self._together(lambda: self._time(loaded, cell, task, advance))
+            timed = self._together(lambda: self._time(loaded, cell, task, advance))
+            records, times = self.processes.gather(timed)[0]  # the only process that has any
         else:
             mine, times = self._together(lambda: self._answer(loaded, cell, advance)), None
             known = {name: record for part in self.processes.gather(mine) for name, record in part.items()}
