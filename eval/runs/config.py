@@ -114,7 +114,7 @@ class Columns(Strict):
 
     Attributes:
         id: question_id, questionId or id; default the row's number.
-        image: image, image_path, image_id or file_name; a path below ``images``, or the image itself.
+        image: image, image_path, image_id, file_name or image_source; a path below ``images``, or the image itself.
         question: question, text or query.
         answer: label, answer or answers; for VQA a list of accepted answers, or of VQAv2's mappings with ``answer``.
         objects: objects: the names of what is in the image.
@@ -144,7 +144,7 @@ class TableData(Strict):
 
 
 class JsonlData(TableData):
-    """JSON lines (or a JSON list), one file or one a split.
+    """JSON lines (or a JSON list, or CSV), one file or one a split.
 
     Attributes:
         jsonl: the files. Of several, each is a split, called random, popular or adversarial if its name says so.

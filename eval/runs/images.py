@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlm_prune.eval.coco import other_names
 from vlm_prune.eval.runs.folder import write_whole
 
 READING = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -48,6 +49,8 @@ class Picture:
     ) -> Picture:
         """From what a data set holds: a path below ``folder``, an image, or a mapping with ``bytes`` or ``path``.
 
+        COCO's images are found under their names of 2014 and of 2017, whichever the folder has.
+
         ``again`` gives the bytes another time, so that they need not be kept until then.
 
         Raises:
@@ -64,7 +67,8 @@ class Picture:
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str) or not path:
             raise ValueError(f"{where}: an image or the path of one is needed, got {str(value)[:80]!r}")
-        file = (folder or Path()) / path
+        below = folder or Path()
+        file = next((f for one in (path, *other_names(path)) if (f := below / one).is_file()), below / path)
         if not file.is_file():
             hint = "" if folder else " (images: names the folder of the images)"
             raise ValueError(f"{where}: there is no image {file}{hint}")
