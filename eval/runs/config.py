@@ -19,6 +19,7 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Per = Literal["tile", "image"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+OnBadImage = Literal["fail", "skip"]
 
 
 Budget = dict[str, Any]
@@ -349,6 +350,8 @@ class RunConfig(Strict):
         seed: of scenes and of images and questions that are drawn.
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
         dtype: of weights and computation.
+        on_bad_image: ``fail``, a cell in which an image is missing or cannot be read fails; ``skip``, its samples are
+            left out, and counted.
         output: the run folder.
     """
 
@@ -361,6 +364,7 @@ class RunConfig(Strict):
     seed: int = 2026
     batch_size: Count = 16
     dtype: Dtype = "float32"
+    on_bad_image: OnBadImage = "fail"
     output: Path
 
     @field_validator("models", "policies", mode="before")

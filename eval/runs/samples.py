@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vlm_prune.eval.pope_questions import build_questions, read_object_lists
 from vlm_prune.eval.runs.config import (
     ChairTask,
     CocoData,
+    OnBadImage,
     PopeTask,
     ScenesData,
     SpeedTask,
@@ -48,10 +50,14 @@ class Sample:
         return [self.id, self.split, self.picture.digest, self.question, self.label]
 
 
-def build_samples(task: Task, model: str, seed: int) -> list[Sample]:
+def build_samples(task: Task, model: str, seed: int, on_bad_image: OnBadImage = "fail") -> list[Sample]:
     """All samples of a task, in their order.
 
-    ``model`` is the model's label: scenes may have another size for it.
+    Args:
+        task: what is asked of which data.
+        model: the model's label: scenes may have another size for it.
+        seed: of what is drawn.
+        on_bad_image: ``skip`` lets images be missing; a speed task takes the next image instead.
 
     Raises:
         ValueError: data are missing, or are not what the task needs.
@@ -66,9 +72,12 @@ def build_samples(task: Task, model: str, seed: int) -> list[Sample]:
         first: dict[str, Sample] = {}
         for sample in found:
             first.setdefault(sample.picture.digest, sample)
-        found = list(first.values())[: task.prompts]
+        whole = (s for s in first.values() if on_bad_image == "fail" or not s.picture.problem)
+        found = list(islice(whole, task.prompts))
     if not found:
         raise ValueError(f"task {task.name}: the data hold no samples")
+    if on_bad_image == "fail" and (absent := [s.picture.absent for s in found if s.picture.absent]):
+        raise ValueError(absent[0])
     if twice := [name for name, count in Counter(sample.id for sample in found).items() if count > 1]:
         raise ValueError(f"task {task.name}: {len(twice)} ids stand in several rows, first {twice[0]!r}")
     return found
