@@ -41,6 +41,7 @@ TABLE = {
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
     "flowcut": Row(),
     "mmtok": Row(),
+    "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
     "none": Row(holds="all"),
     "paint": Row(
@@ -50,6 +51,7 @@ TABLE = {
         text_blind=False,
     ),
     "pool": Row(),
+    "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),
     "uniform": Row(),
@@ -63,6 +65,7 @@ TABLE = {
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "visionzip": Row(),
+    "vispruner": Row(),
 }
 
 
@@ -71,7 +74,8 @@ def in_stage(stage: str) -> list[str]:
     return [name for name in sorted(POLICIES) if stage in policy_class(name).stages]
 
 
-ENCODE, MODULATE = in_stage("encode"), in_stage("modulate")
+ENCODE = [name for name in sorted(POLICIES) if policy_class(name).encodes]
+MODULATE = in_stage("modulate")
 PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 """Of the policies that act in prefill those that may follow one of the encode stage."""
 
