@@ -22,10 +22,10 @@ from .encode.assembler import Arranger
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
-from .language.checks import brings_features, check_chunk, check_forward
+from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_forward
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
-from .language.kinds import check_decoder
+from .language.kinds import check_decoder, mask_maker
 from .language.layers import DecoderLayers
 from .language.loss import Loss
 from .registry import POLICIES, policy_class
@@ -77,7 +77,9 @@ class Pruning:
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
         layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets, deepstack)
         self._layers = layers if layers else None
-        self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
+        self._decoder = Decoder(
+            anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers, mask_maker(model)
+        )
         try:
             self._install()
         except BaseException:
@@ -220,6 +222,8 @@ class Pruning:
         if args:
             kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         check_forward(self._anatomy, kwargs)
+        call.given = kwargs.get("attention_mask")
+        call.types = next((kwargs[name] for name in TOKEN_TYPES if kwargs.get(name) is not None), None)
         if self._layers is not None:
             self._layers.check_recompute()
         given = kwargs.get("mm_encoder_outputs") or {}

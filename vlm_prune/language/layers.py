@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..cache.layers import PrunedLayer, first_layer, spare_slots, trim, wrap
 from ..cache.masks import join_masks, past_mask, slots_of
-from ..cache.storage import has_rows, is_static, stored_rows
+from ..cache.storage import is_static, stored_rows
 from ..call import stream
 from ..call.budget import Budget
 from ..call.forward_call import RESUME, ForwardCall, current_forward
