@@ -26,7 +26,8 @@ from .errors import StateError, UnsupportedCallError
 from .language.checks import brings_features, check_chunk, check_forward
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
-from .language.layers import DecoderLayers, check_decoder
+from .language.kinds import check_decoder
+from .language.layers import DecoderLayers
 from .language.loss import Loss
 from .registry import POLICIES, policy_class
 from .saving import Saver

@@ -41,7 +41,7 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
             "would not see them. Pass pixel_values, or inputs_embeds with the features in them, or upgrade it."
         )
     if brings_features({**kwargs, "inputs_embeds": None}):
-        check_cache(cache_of(kwargs))
+        check_cache(cache_of(kwargs), anatomy.decoder.config)
         padding_mask(kwargs.get("attention_mask"), cache_of(kwargs))
         _check_placeholders(anatomy, kwargs, given)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..cache.layers import PRUNED, PrunedLayer, kv_bytes, pruned_layers, record_turn, spare_slots
+from ..cache.layers import PRUNED, PrunedLayer, first_layer, kv_bytes, pruned_layers, record_turn, spare_slots
 from ..cache.masks import behind, join_masks, padding_mask, past_mask, slot_mask, slots_of
 from ..cache.storage import check_cache
 from ..call import stream
@@ -81,13 +81,13 @@ class Decoder:
             if under_way is None and self.layers is not None:
                 kwargs[RESUME] = call
             return args, kwargs
-        check_cache(past)
+        check_cache(past, module.config)
         kwargs["attention_mask"] = call.mask = mask = padding_mask(kwargs.get("attention_mask"), past)
         rows = self._rows(call, kwargs, holes, inside)
         call.rows = call.entered = rows
         for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
             spare_slots(past, layer, rows)
-        self._fit(kwargs, rows, continued[0] if continued else None, mask)
+        self._fit(kwargs, rows, first_layer(past), mask)
         if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
@@ -105,11 +105,11 @@ class Decoder:
 
     def _continue(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache) -> None:
         """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
-        embeds, layer, mask = kwargs["inputs_embeds"], past.layers[0], kwargs.get("attention_mask")
+        embeds, layer, mask = kwargs["inputs_embeds"], first_layer(past), kwargs.get("attention_mask")
         slots, length = slot_mask(mask, past), embeds.shape[1]
         if slots is None or (self.layers is not None and self.layers.modulated):
             call.mask = padding_mask(mask, past)
-        if not isinstance(layer, PrunedLayer):
+        if layer is None:
             return
         if layer.shift is not None:
             positions = kwargs.get("position_ids")

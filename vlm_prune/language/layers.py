@@ -7,6 +7,7 @@ that agree.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,23 +15,23 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache, DynamicLayer
 
-from ..cache.layers import PrunedLayer, spare_slots, trim, wrap
+from ..cache.layers import PrunedLayer, first_layer, spare_slots, trim, wrap
 from ..cache.masks import join_masks, past_mask, slots_of
-from ..cache.storage import is_static, stored_rows
+from ..cache.storage import has_rows, is_static, stored_rows
 from ..call import stream
 from ..call.budget import Budget
 from ..call.forward_call import RESUME, ForwardCall, current_forward
 from ..call.rows import Rows
 from ..contract.policy import Policy
 from ..contract.views import PrefillView
-from ..errors import UnsupportedCallError, UnsupportedModelError
+from ..errors import UnsupportedCallError
 from ..sites import Site
-from ..versions import CACHE, HOOKS_RUN_AGAIN, cache_of
+from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
+from .kinds import STATES, layer_kinds, layer_mask
 
 
 class DecoderLayers:
@@ -44,7 +45,7 @@ class DecoderLayers:
         self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], deepstack: int = 0
     ):
         self.decoder, self.layers, self.policies, self.deepstack = decoder, layers, policies, deepstack
-        self.depth = len(layers)
+        self.depth, self.kinds = len(layers), layer_kinds(decoder.config)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
         self.modulated: dict[int, list[Policy]] = {}
         for policy, budget in policies:
@@ -127,7 +128,7 @@ class DecoderLayers:
             if cache is not None and number in self.modulated:
                 wrap(cache, number)
             spare_slots(cache, number, call.rows, trimmed=number in self.trimmed)
-        layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
+        layer, first = _pruned_layer(cache, number), first_layer(cache)
         call.observed["layer"] = layer
         looked_at = number in self.modulated or (self.sites and call.rows is not None)
         stored = getattr(cache, "layers", ())[number : number + 1]
@@ -136,16 +137,25 @@ class DecoderLayers:
         changed: dict[str, Any] = {}
         if under_way is None:
             kwargs = {name: x for name, x in kwargs.items() if name != RESUME}
-        key = _key(call.rows, layer)
         if number == 0:
             call.first = _key(call.entered, first)
-        elif key != call.first:
+        if not self._stock_fits(call, number, layer, cache):
+            key = (self.kinds[number], *_key(call.rows, layer))
             if key not in call.fitted:
                 call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
             changed |= call.fitted[key]
         if number in self.modulated and (under_way is None or runs_again(module)):
             changed[RESUME] = replace(call)
         return (args, {**kwargs, **changed}) if changed or under_way is None else None
+
+    def _stock_fits(
+        self, call: ForwardCall, number: int, layer: PrunedLayer | None, cache: Cache | None
+    ) -> bool:
+        """Whether what stock code made for all layers of one kind fits layer ``number``."""
+        if self.kinds[number] in STATES:
+            return call.rows is call.entered
+        like = next(i for i, kind in enumerate(self.kinds) if kind == self.kinds[number])
+        return all(_key(call.rows, x) == call.first for x in (layer, _pruned_layer(cache, like)))
 
     def _fit(
         self,
@@ -181,8 +191,15 @@ class DecoderLayers:
         return {
             "attention_mask": mask,
             "position_ids": text,
-            "position_embeddings": self.decoder.rotary_emb(hidden, places),
+            "position_embeddings": self._rotary(number, hidden, places),
         }
+
+    def _rotary(self, number: int, hidden: torch.Tensor, places: torch.Tensor | None) -> Any:
+        """Rotary embeddings of these positions; some decoders have other ones for each kind of layer."""
+        rotary = self.decoder.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return rotary(hidden, places, self.kinds[number])
+        return rotary(hidden, places)
 
     def _mask(
         self,
@@ -193,6 +210,9 @@ class DecoderLayers:
         positions: torch.Tensor | None,
         past: Cache | None,
     ) -> torch.Tensor | None:
+        kind, config = self.kinds[number], self.decoder.config
+        if kind in STATES and call.rows is not None:
+            return layer_mask(config, kind, hidden, call.rows.mask, None, None)
         count = hidden.shape[1]
         # a stock layer too may hold tokens, those of earlier turns without an image
         stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
@@ -204,14 +224,8 @@ class DecoderLayers:
         cache = None if past is None else Cache(layers=[stored])
         if cache is None and mask is None:
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        made: torch.Tensor | None = create_causal_mask(
-            config=self.decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=None if mask is None else mask.to(hidden.device),
-            **{CACHE: cache},
-            position_ids=positions,
-        )
-        return made
+        mask = None if mask is None else mask.to(hidden.device)
+        return layer_mask(config, kind, hidden, mask, cache, positions)
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
@@ -335,16 +349,6 @@ class DecoderLayers:
                 trim(wrap(cache, number), held[number], final)
                 held[number] = final
         return held
-
-
-def check_decoder(decoder: Any) -> None:
-    """Raise if the decoder's layers remember anything else than all tokens."""
-    for layer in DynamicCache(config=decoder.config).layers:
-        if type(layer) is not DynamicLayer:
-            raise UnsupportedModelError(
-                f"The language model {type(decoder).__name__} has cache layers of kind {type(layer).__name__}, such as "
-                "sliding windows have: only decoders with full attention in every layer can be pruned."
-            )
 
 
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:
