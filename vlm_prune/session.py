@@ -16,9 +16,10 @@ from .call.encode_call import ride_of, set_encode
 from .call.forward_call import ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way
 from .call.receipt import MEAN_QUERY, Receipt
 from .config import to_config
-from .contract.anatomy import Anatomy, PackedTower
+from .contract.anatomy import Anatomy, FeatureTower, PackedTower
 from .contract.policy import Policy
 from .encode.assembler import Arranger
+from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
@@ -69,8 +70,10 @@ class Pruning:
         encode = next(((p, b) for p, b in budgets if "encode" in p.stages), None)
         self.positions = str(encode[0].positions) if encode else "original"
         share, tower = encode[1] if encode else Budget(ratio=1.0), anatomy.tower
-        self._encoder: Encoder | PackedEncoder
-        if isinstance(tower, PackedTower):
+        self._encoder: Encoder | PackedEncoder | FeatureEncoder
+        if isinstance(tower, FeatureTower):
+            self._encoder = FeatureEncoder(tower, anatomy.base, policies, share, self)
+        elif isinstance(tower, PackedTower):
             self._encoder = PackedEncoder(tower, anatomy.projector, policies, share, self)
         else:
             self._encoder = Encoder(tower, anatomy.projector, policies, share, self)

@@ -61,6 +61,7 @@ class EncodeCall:
         carry: ``(rows for the language model,)``, what the policy left for the decoder's stages; 0 at holes.
         arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
         packings: what comes of it, image by image.
+        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
     """
 
     grids: list[tuple[int, int]]
@@ -77,6 +78,7 @@ class EncodeCall:
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     arrangement: Arrangement | None = None
     packings: list[Packing] = field(default_factory=list)
+    trusted: bool = True
 
     @property
     def tiles(self) -> int:

@@ -160,7 +160,8 @@ class ForwardCall:
                 if self.mask is not None and len(live) > 1:
                     live = self.mask[:, -live.shape[1] :].bool()
             planned = self._planned()
-            if planned is not None and len(live) == 1 and (planned or alive is None):
+            trusted = all(call.trusted for call in self.encoded)
+            if planned is not None and trusted and len(live) == 1 and (planned or alive is None):
                 self.census = self._plan(live.shape[1], planned)
             else:
                 self.census = Census.take(self.image_masks, live, alive)
@@ -168,6 +169,11 @@ class ForwardCall:
                 raise UnsupportedCallError(
                     f"The image features hold {self.census.holes} rows of NaN where {planned} tokens were dropped: the "
                     "vision tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
+                )
+            if planned and alive is not None and not self.census.holes:
+                raise UnsupportedCallError(
+                    f"{planned} visual tokens were dropped, but none is missing where the language model begins: this "
+                    "model does not hand its image features on as it should. Please unprune(model), and report it."
                 )
             if self.left is None:  # else a cut has counted since
                 self.left = list(self.census.visual)
