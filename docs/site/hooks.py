@@ -1,7 +1,7 @@
 """What `make docs` adds to the pages of docs/: README and guides from elsewhere, generated references, and right links.
 
-Pages are written to be read on GitHub, where links lead to files. On the site a link to a page leads to that page, a link
-to any other file of the repository to the repository; one that leads nowhere is a warning, which fails a strict build.
+Pages are written to be read on GitHub, where links lead to files. On the site a link to a page leads to that page, a
+link to any other file of the repository to the repository; one that leads nowhere is a warning, which fails the build.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def families() -> str:
     """The reference of all adapters."""
     from vlm_prune.registry import ADAPTERS
 
-    parts = ["# Model families", "Adapters by `config.model_type`. [How to write one](../contributing.md#add-a-model-family)."]
+    parts = [
+        "# Model families",
+        "Adapters by `config.model_type`; [one of your own](../contributing.md#add-a-model-family).",
+    ]
     shown = {ADAPTERS[name]: name for name in reversed(ADAPTERS)}
     names = {entry: [n for n in ADAPTERS if ADAPTERS[n] == entry] for entry in shown}
     entries = (_entry(entry, ", ".join(f"`{n}`" for n in names[entry])) for entry in reversed(shown))
@@ -99,7 +102,10 @@ def command_line() -> str:
 
     command = typer.main.get_command(app)
     names: list[str] = command.list_commands(command.make_context("vlm-prune", [], resilient_parsing=True))
-    parts = ["# Command line", "`vlm-prune` and its commands; `--install-completion` teaches them to your shell."]
+    parts = [
+        "# Command line",
+        "`vlm-prune` and its commands; `--install-completion` teaches them to your shell.",
+    ]
     for words in ([], *([name] for name in names)):
         help_text = CliRunner().invoke(app, [*words, "--help"], terminal_width=100).output
         parts += [f"## vlm-prune {' '.join(words)}".rstrip(), f"```text\n{help_text.strip()}\n```"]
