@@ -63,6 +63,7 @@ TABLE = {
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "visionzip": Row(),
+    "zooprune": Row({"directions": 8}),
 }
 
 

@@ -1,4 +1,4 @@
-"""AgilePruner, CDPruner, DivPrune, MMTok, SCOPE, VisionZip and pooling as loops over one tile that anyone can check.
+"""AgilePruner, DivPrune, VisionZip, pooling and other policies as loops over one tile that anyone can check.
 
 The loops take tensors; `ENCODE` holds the same for a stock model and a tile, in the form of `tests.reference`.
 """
@@ -12,6 +12,7 @@ from torch import nn
 
 from tests import reference
 from vlm_prune.policies.pooling import pooling_cells
+from vlm_prune.policies.zooprune import random_directions
 
 
 def distances(x: torch.Tensor) -> list[list[float]]:
@@ -144,6 +145,17 @@ def visionzip_rows(
     return sorted(rows), torch.stack([rows[i] for i in sorted(rows)])
 
 
+def zooprune_units(scores: list[float], x: torch.Tensor, keep: int) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, projected."""
+    gap, low, high = distances(x), min(scores), max(scores)
+    weight = [(s - low) / (high - low + 1e-8) for s in scores]
+    taken = [max(range(len(x)), key=lambda i: (weight[i], -i))]
+    while len(taken) < keep:
+        rest = [i for i in range(len(x)) if i not in taken]
+        taken.append(max(rest, key=lambda i: (min(gap[i][j] for j in taken) * weight[i], -i)))
+    return sorted(taken)
+
+
 # --- of a model ---
 
 
@@ -181,6 +193,15 @@ def visionzip(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[i
     return units, model.model.multi_modal_projector(torch.cat([features[0, :cls], rows])[None])[0]
 
 
+def zooprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings: every token, pushed to and fro in every direction."""
+    _, _, features = seen(model, tile)
+    x, projector = features[0, reference._cls(model) :], model.model.multi_modal_projector
+    pushes = 0.01 * random_directions(64, x.shape[-1], seed=0)
+    scores = [float((projector(one + pushes) - projector(one - pushes)).norm(dim=-1).mean()) for one in x]
+    return reference._pick(model, tile, zooprune_units(scores, projector(x), target))
+
+
 def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """Cell by cell."""
     _, _, features = seen(model, tile)
@@ -199,6 +220,7 @@ ENCODE = {
     "pool": pool,
     "scope": scope,
     "visionzip": visionzip,
+    "zooprune": zooprune,
 }
 """Policy -> the kept units of one tile and their projected features."""
 

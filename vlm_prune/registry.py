@@ -36,6 +36,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
+    "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""
 

@@ -105,6 +105,8 @@ class FeaturesView:
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower; ``None`` once
             tiles are arranged to images.
         carry: what the policy left in `TowerView.carry`.
+        project: the projector as a plain function of ``(batch, units, channels)`` like ``features``, in their dtype;
+            ``None`` behind it.
     """
 
     features: torch.Tensor
@@ -113,6 +115,7 @@ class FeaturesView:
     content_key: torch.Tensor
     pixels: torch.Tensor | None
     carry: dict[str, torch.Tensor]
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def of(self, tiles: torch.Tensor, target: int) -> FeaturesView:
         """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""

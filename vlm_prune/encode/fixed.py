@@ -26,6 +26,7 @@ from ..errors import UnsupportedCallError
 from ..kernels import gather_rows, to_device
 from ..sites import Site
 from .fixed_state import TowerState
+from .projection import Projection
 from .shrink import grid_places, shrink
 from .stage import EncodeStage, content_key
 
@@ -257,7 +258,13 @@ class Encoder(EncodeStage):
         state.follow(features.device)
         pixels, groups = call.pixels.to(features.device), call.groups(early)
         view = FeaturesView(
-            features, call.grids[0], max(groups), content_key(pixels), pixels, dict(state.carry)
+            features,
+            call.grids[0],
+            max(groups),
+            content_key(pixels),
+            pixels,
+            dict(state.carry),
+            None if after_projector else Projection(self.projector),
         )
         if len(early) == call.tiles and len(groups) == 1:
             keep = self.ask_final(view, after_projector)

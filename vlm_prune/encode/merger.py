@@ -12,6 +12,7 @@ from ..call.encode_call import EncodeCall, Offer, current_encode
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
 from .packed_state import PackedState, Tile, pick
+from .projection import Projection
 from .stage import EncodeStage, content_key
 
 
@@ -79,6 +80,7 @@ class Merger:
         """What is left of ``features``, ``group`` rows per unit, if a policy drops any at this side of the merger."""
         state: PackedState = call.state
         pieces, begin, dropped = [], 0, False
+        project = None if after_projector else Projection(self.stage.projector, group)
         for i, tile in enumerate(state.tiles):
             units = tile.count // self.group
             mine = features[begin : begin + units * group].reshape(units, -1)
@@ -92,6 +94,7 @@ class Merger:
                     content_key(state.given(i)),
                     state.picture(i),
                     tile.carry,
+                    project,
                 )
                 keep = self.stage.ask_final(view, after_projector)
                 if keep is not None:
