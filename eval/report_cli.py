@@ -57,13 +57,14 @@ def inspect(
 
         from transformers.utils import logging
 
+        from vlm_prune.eval.images import load_image
         from vlm_prune.eval.report.drawing import write_picture
         from vlm_prune.eval.report.inspection import inspect as look
-        from vlm_prune.eval.report.inspection import open_image, open_model, own_settings, write_page
+        from vlm_prune.eval.report.inspection import open_model, own_settings, write_page
         from vlm_prune.registry import make_policies
 
         logging.disable_progress_bar()
-        picture = open_image(image)
+        picture = load_image(image)
         settings = settings or own_settings(policy, model)
         make_policies(policy, settings)  # a wrong name or setting shall not wait for the weights
         budget = {"tokens": tokens, "ratio": ratio, "per": per}

@@ -41,6 +41,7 @@ TABLE = {
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
     "flowcut": Row(),
     "mmtok": Row(),
+    "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
     "none": Row(holds="all"),
     "paint": Row(
@@ -50,6 +51,7 @@ TABLE = {
         text_blind=False,
     ),
     "pool": Row(),
+    "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),
     "uniform": Row(),
@@ -63,6 +65,7 @@ TABLE = {
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "visionzip": Row(),
+    "vispruner": Row(),
     "zooprune": Row({"directions": 8}),
 }
 

@@ -1,4 +1,4 @@
-"""AgilePruner, DivPrune, VisionZip, pooling and other policies as loops over one tile that anyone can check.
+"""Policies that choose around the projector as loops over one tile that anyone can check.
 
 The loops take tensors; `ENCODE` holds the same for a stock model and a tile, in the form of `tests.reference`.
 """
@@ -120,6 +120,28 @@ def scope_units(
     return sorted(taken)
 
 
+def holov_units(scores: list[float], keep: int, runs: int = 16) -> list[int]:
+    """Kept tokens by CLS attention ``scores``."""
+    count = min(runs, len(scores))
+    sizes = [len(scores) // count + (number < len(scores) % count) for number in range(count)]
+    stretches, begin = [], 0
+    for size in sizes:
+        stretches.append(list(range(begin, begin + size)))
+        begin += size
+    weight = [sum(scores[i] for i in stretch) / len(stretch) for stretch in stretches]
+    by_weight = ranking(weight)
+    quota = [math.floor(keep * w / sum(weight) * (1 - 1e-6)) for w in weight]
+    for number in by_weight[: keep - sum(quota)]:
+        quota[number] += 1
+    quota = [min(q, size) for q, size in zip(quota, sizes, strict=True)]
+    for number in by_weight:
+        quota[number] += min(keep - sum(quota), sizes[number] - quota[number])
+    best = [
+        sorted(stretch, key=lambda i: -scores[i])[:q] for stretch, q in zip(stretches, quota, strict=True)
+    ]
+    return sorted(i for units in best for i in units)
+
+
 def visionzip_rows(
     scores: list[float],
     keys: torch.Tensor,
@@ -143,6 +165,17 @@ def visionzip_rows(
         else:
             rows[i] = x[i] + x[group].mean(0) if combine == "add" else x[[i, *group]].mean(0)
     return sorted(rows), torch.stack([rows[i] for i in sorted(rows)])
+
+
+def vispruner_units(scores: list[float], x: torch.Tensor, keep: int, share: float = 0.5) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``."""
+    gap, order, important = distances(x), ranking(scores), int(keep * share)
+    taken, rest = order[:important], order[important:] if keep > important else []
+    while len(rest) > keep - important:
+        first, second = rest[::2], rest[1::2]
+        first = sorted(first, key=lambda i: round(min(gap[i][j] for j in second), 12))
+        rest = first[min(8, len(rest) - keep + important) :] + second
+    return sorted(taken + rest)
 
 
 def zooprune_units(scores: list[float], x: torch.Tensor, keep: int) -> list[int]:
@@ -185,12 +218,24 @@ def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int],
     return reference._pick(model, tile, scope_units(scores, features[0, reference._cls(model) :], target))
 
 
+def holov(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    return reference._pick(model, tile, holov_units(seen(model, tile)[0], target))
+
+
 def visionzip(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     scores, keys, features = seen(model, tile)
     cls = reference._cls(model)
     units, rows = visionzip_rows(scores, keys, features[0, cls:], target)
     return units, model.model.multi_modal_projector(torch.cat([features[0, :cls], rows])[None])[0]
+
+
+def vispruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    scores, _, features = seen(model, tile)
+    units = vispruner_units(scores, features[0, reference._cls(model) :], target)
+    return reference._pick(model, tile, units)
 
 
 def zooprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
@@ -219,7 +264,9 @@ ENCODE = {
     "mmtok": mmtok,
     "pool": pool,
     "scope": scope,
+    "holov": holov,
     "visionzip": visionzip,
+    "vispruner": vispruner,
     "zooprune": zooprune,
 }
 """Policy -> the kept units of one tile and their projected features."""

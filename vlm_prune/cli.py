@@ -138,6 +138,22 @@ def policy_facts() -> list[PolicyFacts]:
     return [_facts(name, policy_class(name)) for name in BUILT_IN]
 
 
+def policies_table() -> str:
+    """The README's table of policies, in Markdown."""
+    lines = [
+        "| policy | stages | keeps by default | what it does | paper |",
+        "| --- | --- | ---: | --- | --- |",
+    ]
+    for fact in policy_facts():
+        paper = re.sub(r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)", fact.paper)
+        # what stands in the column of stages is not said again
+        summary = re.sub(r" \([a-z, ]+ stage\)", "", fact.summary).replace("``", "`")
+        lines.append(
+            f"| [`{fact.name}`]({fact.file}) | {fact.stages} | {fact.default_ratio} | {summary} | {paper} |"
+        )
+    return "\n".join(lines)
+
+
 def outside_facts() -> tuple[list[PolicyFacts], list[str]]:
     """The same of policies that plug-ins brought, and a sentence about each that cannot be read."""
     from .registry import BUILT_IN, POLICIES, load_plugins, policy_class
@@ -167,18 +183,10 @@ def policies(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
     """List the policies: stages, default budget, paper."""
-    facts = policy_facts()
     if markdown:
-        typer.echo(
-            "| policy | stages | keeps by default | what it does | paper |\n| --- | --- | ---: | --- | --- |"
-        )
-        for fact in facts:
-            paper = re.sub(r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)", fact.paper)
-            # what stands in the column of stages is not said again
-            summary = re.sub(r" \([a-z, ]+ stage\)", "", fact.summary).replace("``", "`")
-            name = f"[`{fact.name}`]({fact.file})"
-            typer.echo(f"| {name} | {fact.stages} | {fact.default_ratio} | {summary} | {paper} |")
+        typer.echo(policies_table())
         return
+    facts = policy_facts()
     outside, trouble = outside_facts()
     table = Table("policy", "stages", "keeps", "paper", box=SIMPLE_HEAD)
     for fact in (*facts, *outside):

@@ -25,10 +25,12 @@ POLICIES: dict[str, str | type[Policy]] = {
     "fastv": "vlm_prune.policies.fastv:FastV",
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
     "mmtok": "vlm_prune.policies.mmtok:MMTok",
+    "holov": "vlm_prune.policies.holov:HoloV",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
     "none": "vlm_prune.policies.baselines:Identity",
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
+    "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
     "scope": "vlm_prune.policies.scope:SCOPE",
     "uniform": "vlm_prune.policies.baselines:Uniform",
@@ -36,6 +38,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
+    "vispruner": "vlm_prune.policies.vispruner:VisPruner",
     "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""

@@ -19,6 +19,7 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Per = Literal["tile", "image"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+OnBadImage = Literal["fail", "skip"]
 
 
 Budget = dict[str, Any]
@@ -114,7 +115,7 @@ class Columns(Strict):
 
     Attributes:
         id: question_id, questionId or id; default the row's number.
-        image: image, image_path, image_id or file_name; a path below ``images``, or the image itself.
+        image: image, image_path, image_id, file_name or image_source; a path below ``images``, or the image itself.
         question: question, text or query.
         answer: label, answer or answers; for VQA a list of accepted answers, or of VQAv2's mappings with ``answer``.
         objects: objects: the names of what is in the image.
@@ -144,7 +145,7 @@ class TableData(Strict):
 
 
 class JsonlData(TableData):
-    """JSON lines (or a JSON list), one file or one a split.
+    """JSON lines (or a JSON list, or CSV), one file or one a split.
 
     Attributes:
         jsonl: the files. Of several, each is a split, called random, popular or adversarial if its name says so.
@@ -349,6 +350,8 @@ class RunConfig(Strict):
         seed: of scenes and of images and questions that are drawn.
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
         dtype: of weights and computation.
+        on_bad_image: ``fail``, a cell in which an image is missing or cannot be read fails; ``skip``, its samples are
+            left out, and counted.
         output: the run folder.
         plugins: modules of your own to import first; they register policies or families.
     """
@@ -363,6 +366,7 @@ class RunConfig(Strict):
     seed: int = 2026
     batch_size: Count = 16
     dtype: Dtype = "float32"
+    on_bad_image: OnBadImage = "fail"
     output: Path
 
     @field_validator("plugins")

@@ -49,6 +49,7 @@ class ForwardCall:
         scores: by layer and ``id`` of a policy, what its `observe` said of the layer's rows.
         step_attention: by layer, what attention computed with in a decoding step after which rows may be evicted.
         probing: True during that pass without the image.
+        looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
         drafts: tokens at the end that are an assistant's and not the prompt's.
         prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
         deepstack: features that stock code adds behind the decoder's first layers.
@@ -72,6 +73,7 @@ class ForwardCall:
     scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     step_attention: dict[int, Any] = field(default_factory=dict)
     probing: bool = False
+    looking: bool = False
     drafts: int = 0
     prompt: Any = None
     deepstack: Deepstack | None = None

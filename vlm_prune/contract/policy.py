@@ -75,6 +75,8 @@ class Policy:
     """Whether newline tokens go with the first dropped token, and not only with the last one of their line."""
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether `prefill` looks at what the layer behind each of its layers would attend with."""
     reads_hidden: ClassVar[bool] = False
     """Whether `modulate` looks at the input of its layers."""
     needs_text_only: ClassVar[bool] = False
@@ -147,8 +149,12 @@ class Policy:
         """0-based decoder layers, of ``depth``, after which `prefill` is asked."""
         return ()
 
-    def prefill(self, view: PrefillView) -> torch.Tensor | None:
-        """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay."""
+    def prefill(self, view: PrefillView) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay.
+
+        With a second tensor, shaped like ``view.hidden``, rows go on with what that holds: where tokens are merged.
+        ``None`` keeps all rows.
+        """
         raise NotImplementedError(f"{self.name} names decoder layers but does not prune at them")
 
     def left(

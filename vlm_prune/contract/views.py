@@ -156,6 +156,9 @@ class PrefillView:
         norm: the decoder's final norm, with its learned weight: ``(..., channels)`` to the same.
         unpadded: keys ``(batch, heads, rows, head_dim)`` as they would be without padding in front. Stock code counts
             it in the positions unless the caller gives these, which turns keys without changing attention.
+        input: what the layer was given, shaped like ``hidden``.
+        next_attention: tells what the next layer would attend with if all rows went on, as ``attention`` does of this
+            one, if the policy reads ahead. Costs that layer's projections.
     """
 
     layer: int
@@ -169,6 +172,9 @@ class PrefillView:
     carry: dict[str, torch.Tensor]
     norm: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
     unpadded: Callable[[torch.Tensor], torch.Tensor] = lambda key: key
+
+    input: torch.Tensor | None = None
+    next_attention: Callable[[], AttentionView] | None = None
 
     @property
     def recorded(self) -> AttentionView:

@@ -13,6 +13,7 @@ from ..call.forward_call import ForwardCall, current_forward
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, ModulateView
 from .eviction import Eviction
+from .look_ahead import SeenError
 
 
 class DecoderAttention:
@@ -33,9 +34,15 @@ class DecoderAttention:
     def see(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> None:
-        """Keep what a layer's attention computes with until its policies are asked."""
+        """Keep what a layer's attention computes with until its policies are asked.
+
+        Raises:
+            SeenError: nothing else was wanted of the call.
+        """
         call = current_forward()
-        if call is None or call.probing or (call.rows is not None and layer not in self.pruned):
+        if call is None or call.probing:
+            return
+        if call.rows is not None and not call.looking and layer not in self.pruned:
             return
         key, value = _filled(call, key, value)
         valid = self._valid(call, call.observed.get("layer"), query, key)
@@ -44,6 +51,8 @@ class DecoderAttention:
             self.eviction.see(call, layer, seen)
         else:
             call.observed["attention"] = seen
+        if call.looking:
+            raise SeenError
 
     # what policies do depends on values, and its state changes with every token
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -26,13 +26,14 @@ from ..call.forward_call import RESUME, ForwardCall, current_forward
 from ..call.rows import Rows
 from ..composition import Composition
 from ..contract.policy import Policy
-from ..contract.views import PrefillView
+from ..contract.views import AttentionView, PrefillView
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from ..sites import Site
 from ..versions import CACHE, HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
 from .eviction import Eviction
+from .look_ahead import look_ahead
 
 
 class DecoderLayers:
@@ -57,6 +58,11 @@ class DecoderLayers:
                 self.modulated.setdefault(layer, []).append(policy)
         for editors in self.modulated.values():
             editors.sort(key=lambda policy: ("logits", "probabilities", "outputs").index(policy.modulates))
+        self.ahead = {
+            number + 1
+            for number, asked in self.pruned.items()
+            if any(policy.reads_ahead for policy, _ in asked)
+        }
         self.eviction = Eviction(self.depth, policies)
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
         watched = {*self.pruned, *self.observed}
@@ -74,7 +80,10 @@ class DecoderLayers:
             )
             reads = any(policy.reads_attention for policy, _ in self.pruned.get(number, []))
             reads = (
-                reads or number in self.observed or (self.eviction.steps and number in self.eviction.layers)
+                reads
+                or number in self.ahead
+                or number in self.observed
+                or (self.eviction.steps and number in self.eviction.layers)
             )
             if reads or number in self.modulated:
                 edit = self.attention.edit if number in self.modulated else None
@@ -83,7 +92,11 @@ class DecoderLayers:
             cut = number in self.pruned or (self.pruned and number < self.deepstack)
             if cut or number in self.observed:
                 # in front of the hooks by which transformers collects hidden states
-                handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+                handles.append(
+                    layer.register_forward_hook(
+                        partial(self.leave_layer, number), prepend=True, with_kwargs=True
+                    )
+                )
 
     def begin(self, call: ForwardCall, kwargs: dict[str, Any]) -> None:
         """A prefill begins; ``kwargs`` are the decoder's. Runs the pass without the image if a policy needs it."""
@@ -221,7 +234,9 @@ class DecoderLayers:
         )
         return made
 
-    def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave_layer(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
         call = current_forward()
         if call is None or call.probing or call.rows is None:
@@ -234,15 +249,21 @@ class DecoderLayers:
             return None
         gone = torch.zeros_like(visual)
         closed_up: torch.Tensor | None = None
+        merged = hidden
         for policy, budget in self.pruned.get(number, []):  # all see the layer as it was
             view = self._view(call, rows, visual, policy, budget, number, hidden)
+            if policy.reads_ahead:
+                view.next_attention = partial(self._next_attention, call, number, hidden, kwargs)
             keep = policy.prefill(view)
+            if isinstance(keep, tuple):
+                keep, merged = keep
             rows.carry.update(view.carry)
             call.rows.carry.update({name: x.to(home) for name, x in view.carry.items()})
             if keep is not None:
                 gone = gone | (visual & ~keep)
                 if policy.positions == "compact":
                     closed_up = visual & ~keep if closed_up is None else closed_up | (visual & ~keep)
+        hidden = merged
         for policy, budget in self.observed.get(number, []):
             scores = policy.observe(self._view(call, rows, visual, policy, budget, number, hidden))
             if scores is not None:
@@ -277,6 +298,7 @@ class DecoderLayers:
             carry=dict(rows.carry),
             norm=lambda x: self.decoder.norm(x).to(x.device),
             unpadded=partial(self._unpadded, rows),
+            input=call.observed["hidden"].to(hidden.device),
         )
 
     def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
@@ -287,6 +309,30 @@ class DecoderLayers:
         turned, rest = key.split([cos.shape[-1], key.shape[-1] - cos.shape[-1]], -1)
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([second, -first], -1) * sin, rest], -1)
+
+    def _next_attention(
+        self, call: ForwardCall, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> AttentionView:
+        """What layer ``number + 1`` would attend with if all rows ``hidden`` that leave layer ``number`` went on."""
+        if call.rows is None:
+            raise RuntimeError(f"layer {number} is not in a prefill, so nothing is cut behind it")
+        layer, cache, home = self.layers[number + 1], cache_of(kwargs), hidden.device
+        if call.deepstack is not None:
+            hidden = call.deepstack.foreseen(number, hidden)
+        hidden = hidden.to(next(layer.parameters()).device)
+        held = next(iter(getattr(cache, "layers", ())[number + 1 : number + 2]), None)
+        pruned, positions = _pruned_layer(cache, number + 1), call.rows.positions
+        if pruned is not None and pruned.shift is not None:
+            positions = positions - pruned.shift[:, None]
+        _, places = stream.split_positions(positions.to(hidden.device))
+        here, call.observed, call.looking = call.observed, {"layer": pruned}, True
+        try:
+            look_ahead(layer, hidden, self.decoder.rotary_emb(hidden, places), held)
+            seen: AttentionView = call.observed["attention"]
+        finally:
+            call.observed, call.looking = here, False
+        tensors = {name: x.to(home) for name, x in vars(seen).items() if isinstance(x, torch.Tensor)}
+        return replace(seen, **tensors)
 
     def _target(
         self, call: ForwardCall, policy: Policy, budget: Budget, visual: torch.Tensor
