@@ -206,12 +206,6 @@ def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[in
     return reference._pick(model, tile, divprune_units(projected, target))
 
 
-def mmtok(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
-    """Covers the image alone: no question is known."""
-    _, _, features = seen(model, tile)
-    return reference._pick(model, tile, mmtok_units(features[0, reference._cls(model) :], target))
-
-
 def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     scores, _, features = seen(model, tile)
@@ -261,7 +255,6 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
 ENCODE = {
     "agilepruner": agilepruner,
     "divprune": divprune,
-    "mmtok": mmtok,
     "pool": pool,
     "scope": scope,
     "holov": holov,

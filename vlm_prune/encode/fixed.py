@@ -308,6 +308,7 @@ class Encoder(EncodeStage):
                     target=target,
                     content_key=keys.to(output.device)[some],
                     carry={name: x.to(output.device)[some] for name, x in carry.items()},
+                    tower=None if call.entering is None else call.entering.index_select(0, some),
                 )
             )
 
@@ -322,7 +323,8 @@ class Encoder(EncodeStage):
             return None
         projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
-        if self.composition.entry is not None:
+        if (entry := self.composition.entry) is not None:
+            call.entering = args[0][:, call.extra :] if entry.reads_tower else None
             self._offer(call, output)
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None
