@@ -126,10 +126,10 @@ class MMTok(SelectPolicy):
 
     def for_family(self, family: str, mrope: bool) -> Policy:
         """With the temperature that was released for the family."""
-        at_work = super().for_family(family, mrope)
-        if self.text_temperature is not None:
-            return at_work
-        return replace(at_work, text_temperature=0.01 if family.startswith("qwen") else 0.02)
+        if self.text_temperature is None:
+            released = 0.01 if family.startswith("qwen") else 0.02
+            return replace(self, text_temperature=released).for_family(family, mrope)
+        return super().for_family(family, mrope)
 
     def select(self, view: EntryView) -> Keep:
         """The tokens picked, in their original order."""
