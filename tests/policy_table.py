@@ -75,7 +75,8 @@ def in_stage(stage: str) -> list[str]:
     return [name for name in sorted(POLICIES) if stage in policy_class(name).stages]
 
 
-ENCODE, MODULATE = in_stage("encode"), in_stage("modulate")
+ENCODE = [name for name in sorted(POLICIES) if policy_class(name).encodes]
+MODULATE = in_stage("modulate")
 PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 """Of the policies that act in prefill those that may follow one of the encode stage."""
 

@@ -59,11 +59,22 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "llava_next_video": "vlm_prune.adapters.llava_next:next_video_anatomy",
     "llava_onevision": "vlm_prune.adapters.llava_next:onevision_anatomy",
     "vipllava": "vlm_prune.adapters.llava:vip_anatomy",
+    "qwen3_vl_moe": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm4v": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm4v_moe": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm46v": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glmga": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm_ocr": "vlm_prune.adapters.qwen_vl:anatomy",
+    "cosmos3_omni": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen2_5_omni_thinker": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen3_omni_moe_thinker": "vlm_prune.adapters.qwen_vl:anatomy",
 }
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a policy may be called."""
+GENERAL = "vlm_prune.adapters.features:anatomy"
+"""What finds the parts of a model of any other type."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -265,13 +276,8 @@ def find_anatomy(model: Any) -> Anatomy:
         )
     if model_type not in ADAPTERS:
         load_plugins()
-    if model_type not in ADAPTERS:
-        raise UnsupportedModelError(
-            f'{type(model).__name__} is of model type "{model_type}", which has no adapter. '
-            f"{did_you_mean(model_type, ADAPTERS)}"
-        )
     try:
-        anatomy: Anatomy = _load(ADAPTERS[model_type])(model)
+        anatomy: Anatomy = _load(ADAPTERS.get(model_type, GENERAL))(model)
     except ValueError as error:
         raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
     except AttributeError as error:

@@ -90,6 +90,7 @@ class EncodeCall:
         offers: what the decoder's entry is to choose among, if a policy does so there.
         entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
         drops_newlines: whether a newline goes as soon as a token of its image is dropped.
+        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
     """
 
     grids: list[tuple[int, int]]
@@ -109,6 +110,7 @@ class EncodeCall:
     offers: list[Offer] = field(default_factory=list)
     entering: torch.Tensor | None = None
     drops_newlines: bool = False
+    trusted: bool = True
 
     @property
     def tiles(self) -> int:
