@@ -40,6 +40,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
+    "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""
 
