@@ -169,15 +169,11 @@ class MustDrop(Policy):
 
     def prefill(self, view: PrefillView) -> torch.Tensor:
         """Drop what the text attends to least, but nothing of the key set."""
-        if view.attention is None:
-            raise RuntimeError(
-                f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
-            )
         visual = view.visual
         keys = visual & (view.carry[KEY] > 0) if KEY in view.carry else torch.zeros_like(visual)
         voters = view.text
         voters = voters | (last_row(view.valid, visual) & ~voters.any(-1, keepdim=True))
-        total, peak = attention_mass(view.attention, voters)
+        total, peak = attention_mass(view.recorded, voters)
         if self.limits is None:
             steps = self.prefill_layers(view.depth)
             count = step_count(view.initial, view.target, steps.index(view.layer) + 1, len(steps))

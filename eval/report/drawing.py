@@ -33,8 +33,9 @@ def picture(
     for plate in plates(boxes, image.size):
         left, top, right, bottom = plate.view
         scale = SIDE / (1 + plate.thumbnail) / max(right - left, bottom - top)
-        x = left + (np.arange(round((right - left) * scale)) + 0.5) / scale
-        y = top + (np.arange(round((bottom - top) * scale)) + 0.5) / scale
+        # of an image a thousand times as wide as high, a line of pixels is left
+        x = left + (np.arange(max(1, round((right - left) * scale))) + 0.5) / scale
+        y = top + (np.arange(max(1, round((bottom - top) * scale))) + 0.5) / scale
         lit, seen = np.zeros((2, len(y), len(x)), bool)
         for number in plate.tiles:
             (x0, y0, x1, y1), (rows, columns) = boxes[number], grids[number]

@@ -12,13 +12,14 @@ from vlm_prune.errors import PolicyError
 from vlm_prune.eval.chair import VARIANTS
 from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
-from vlm_prune.registry import policy_class
+from vlm_prune.registry import load_plugins, named_policies
 
 Split = Literal["random", "popular", "adversarial"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Per = Literal["tile", "image"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+OnBadImage = Literal["fail", "skip"]
 
 
 Budget = dict[str, Any]
@@ -114,7 +115,7 @@ class Columns(Strict):
 
     Attributes:
         id: question_id, questionId or id; default the row's number.
-        image: image, image_path, image_id or file_name; a path below ``images``, or the image itself.
+        image: image, image_path, image_id, file_name or image_source; a path below ``images``, or the image itself.
         question: question, text or query.
         answer: label, answer or answers; for VQA a list of accepted answers, or of VQAv2's mappings with ``answer``.
         objects: objects: the names of what is in the image.
@@ -144,7 +145,7 @@ class TableData(Strict):
 
 
 class JsonlData(TableData):
-    """JSON lines (or a JSON list), one file or one a split.
+    """JSON lines (or a JSON list, or CSV), one file or one a split.
 
     Attributes:
         jsonl: the files. Of several, each is a split, called random, popular or adversarial if its name says so.
@@ -349,9 +350,13 @@ class RunConfig(Strict):
         seed: of scenes and of images and questions that are drawn.
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
         dtype: of weights and computation.
+        on_bad_image: ``fail``, a cell in which an image is missing or cannot be read fails; ``skip``, its samples are
+            left out, and counted.
         output: the run folder.
+        plugins: modules of your own to import first; they register policies or families.
     """
 
+    plugins: list[str] = []
     models: Annotated[list[ModelEntry], Field(min_length=1)]
     policies: Annotated[list[PolicyEntry], Field(min_length=1)]
     ratios: list[Ratio] = []
@@ -361,7 +366,17 @@ class RunConfig(Strict):
     seed: int = 2026
     batch_size: Count = 16
     dtype: Dtype = "float32"
+    on_bad_image: OnBadImage = "fail"
     output: Path
+
+    @field_validator("plugins")
+    @classmethod
+    def _loaded(cls, modules: list[str]) -> list[str]:
+        try:
+            load_plugins(modules)
+        except PolicyError as error:
+            raise ValueError(str(error)) from error
+        return modules
 
     @field_validator("models", "policies", mode="before")
     @classmethod
@@ -384,7 +399,7 @@ class RunConfig(Strict):
         of = {"per": "image"} if (entry.per or self.per) == "image" else {}
         found: list[Budget] = [{"tokens": count, **of} for count in tokens or ()]
         found += [{"ratio": ratio, **of} for ratio in ratios or ()]
-        prunes = any(policy_class(name).stages != ("modulate",) for name in entry.policy.split("+"))
+        prunes = any(policy.prunes for policy in named_policies(entry.policy))
         return found if prunes and found else [{}]
 
     @model_validator(mode="after")

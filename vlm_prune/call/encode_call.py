@@ -50,7 +50,8 @@ class Offer:
 
     Attributes:
         features: ``(tiles, tokens, channels)``, projected.
-        rows: int64 ``(tiles, tokens)``, which of the call's rows for the language model each token is.
+        rows: int64 ``(tiles, tokens)``, which of the call's rows for the language model each token is; -1 for those
+            that stock code takes off again, as padding.
         spans: for each tile, the number of the span in `EncodeCall.spans` that it is in.
         grid: rows and columns of tokens.
         target: tokens wanted of each tile.
@@ -159,6 +160,23 @@ class EncodeCall:
             parts.append(torch.where(packing.numbers > 0, packing.numbers + number, 0))
             number += sum(rows * columns for rows, columns in packing.grids)
         return torch.cat(parts)
+
+    def unit_rows(self) -> tuple[torch.Tensor, list[int]]:
+        """The row for the language model that each unit becomes, and the number of the span that each tile is in.
+
+        int64 ``(tiles, units)`` on the host, of tiles of one size; -1 for units that stock code takes off again.
+        """
+        units = self.units[0]
+        if self.arrangement is None:
+            first = torch.arange(self.tiles)[:, None] * self.rows[0] + self.extra
+            return first + torch.arange(units), list(range(self.tiles))
+        rows, images, begin = torch.full((self.tiles * units,), -1), [], 0
+        for number, packing in enumerate(self.packings):
+            images += [number] * len(packing.tiles)
+            places = (packing.source >= 0).nonzero()[:, 0]
+            rows[packing.source[places] + packing.tiles.start * units] = places + begin
+            begin += len(packing.source)
+        return rows.view(self.tiles, units), images
 
     @property
     def whole(self) -> bool:

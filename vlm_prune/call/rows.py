@@ -23,6 +23,7 @@ class Rows:
         positions: int64 ``(batch or 1, rows)``, RoPE positions, not yet moved by what earlier turns renumbered; with
             multimodal RoPE ``(axes, batch or 1, rows)``.
         shift: int64 ``(batch,)``, by how much this turn's last position was moved down; ``None`` if it was not.
+        padding: int64 ``(batch,)``, tokens of padding in front that ``positions`` count; ``None`` if they count none.
         visual: bool ``(batch, rows)``, visual tokens; ``None`` if no policy acts inside the decoder.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere.
     """
@@ -33,6 +34,7 @@ class Rows:
     valid: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
     visual: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 

@@ -28,8 +28,9 @@ class Keep:
 
         ``counts`` is one number for all rows, or one per row. NaN ranks last, whatever the backend thinks of it.
         """
-        lowest = torch.finfo(scores.dtype).min  # above -inf, by which a policy rules a unit out
-        scores = scores.nan_to_num(nan=lowest, neginf=-torch.inf)
+        if scores.is_floating_point():
+            lowest = torch.finfo(scores.dtype).min  # above -inf, by which a policy rules a unit out
+            scores = scores.nan_to_num(nan=lowest, neginf=-torch.inf)
         if isinstance(counts, int) or len(set(counts)) == 1:
             k = counts if isinstance(counts, int) else counts[0]
             return cls(scores.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values)

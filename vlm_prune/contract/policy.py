@@ -314,4 +314,4 @@ class ScorerPolicy(SelectPolicy):
             raise PolicyError(
                 f"{self.name}.score returned {given}: a tensor {shape} is needed, one score per token."
             )
-        return scores if scores.is_floating_point() else scores.double()
+        return scores

@@ -150,6 +150,9 @@ class PrefillView:
             the last ``rows`` keys are this prefill's. Not repeated for grouped queries.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere; the policy may
             put new ones in.
+        norm: the decoder's final norm, with its learned weight: ``(..., channels)`` to the same.
+        unpadded: keys ``(batch, heads, rows, head_dim)`` as they would be without padding in front. Stock code counts
+            it in the positions unless the caller gives these, which turns keys without changing attention.
         input: what the layer was given, shaped like ``hidden``.
         next_attention: tells what the next layer would attend with if all rows went on, as ``attention`` does of this
             one, if the policy reads ahead. Costs that layer's projections.
@@ -164,8 +167,18 @@ class PrefillView:
     target: torch.Tensor
     attention: AttentionView | None
     carry: dict[str, torch.Tensor]
+    norm: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    unpadded: Callable[[torch.Tensor], torch.Tensor] = lambda key: key
+
     input: torch.Tensor | None = None
     next_attention: Callable[[], AttentionView] | None = None
+
+    @property
+    def recorded(self) -> AttentionView:
+        """`attention`, for policies that cannot do without. Raises RuntimeError if it was not recorded."""
+        if self.attention is None:
+            raise RuntimeError(f"the attention of decoder layer {self.layer} was not recorded")
+        return self.attention
 
     @property
     def text(self) -> torch.Tensor:

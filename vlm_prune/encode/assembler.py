@@ -76,7 +76,7 @@ class Arranger:
                 rows, alive = self._choose(
                     packing, rows, notes, keys[packing.tiles.start : packing.tiles.stop]
                 )
-            if self.encoder.composition.entry is not None and not call.whole:
+            if self.encoder.composition.entry is not None and packing.late and not call.whole:
                 self._offer(call, i, rows, keys[packing.tiles.start : packing.tiles.stop], carry)
             keeps += packing.kept(alive)
             targets += self._targets(call, packing)

@@ -286,16 +286,17 @@ class Encoder(EncodeStage):
         """Let the decoder's entry choose among the projected features, tiles of one target at a time."""
         keys, units = content_key(call.pixels), call.units[0]
         carry = {} if call.state is None else call.state.carry
-        number = torch.arange(units, device=output.device)
-        for target, tiles in call.groups(list(range(call.tiles))).items():
+        early = [tile for tile, late in enumerate(call.late) if not late]
+        rows, images = call.unit_rows()
+        for target, tiles in call.groups(early).items():
             if target >= units:
                 continue
             some = to_device(tiles, output.device)
             call.offers.append(
                 Offer(
                     features=output.index_select(0, some)[:, call.extra :],
-                    rows=some[:, None] * call.rows[0] + call.extra + number,
-                    spans=tiles,
+                    rows=rows[tiles].to(output.device),
+                    spans=[images[tile] for tile in tiles],
                     grid=call.grids[0],
                     target=target,
                     content_key=keys.to(output.device)[some],
@@ -314,7 +315,7 @@ class Encoder(EncodeStage):
             return None
         projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
-        if self.composition.entry is not None and call.arrangement is None:
+        if self.composition.entry is not None:
             self._offer(call, output)
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None

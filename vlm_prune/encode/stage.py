@@ -13,7 +13,7 @@ from ..composition import Composition
 from ..contract.anatomy import PackedTower, Tower
 from ..contract.policy import Keep, Policy
 from ..contract.views import FeaturesView, TowerView
-from ..errors import UnsupportedCallError
+from ..errors import PolicyError, UnsupportedCallError
 from ..sites import Site
 
 
@@ -85,8 +85,8 @@ class EncodeStage:
         """
         asked = [policy for policy in self.asked[number] if not (whole and policy.encodes)]
         with _exact(view.hidden):
-            answers = [policy.encode(view) for policy in asked]
-        return [keep for keep in answers if keep is not None]
+            answers = [(policy, policy.encode(view)) for policy in asked]
+        return [_answer(policy, keep, *view.units.shape) for policy, keep in answers if keep is not None]
 
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
@@ -102,8 +102,19 @@ class EncodeStage:
             with _exact(view.features):
                 keep = policy.encode_final(view)
             if keep is not None:
-                return keep
+                return _answer(
+                    policy, keep, *view.features.shape[:2], None if policy.exceeds else view.target
+                )
         return None
+
+
+def _answer(policy: Policy, keep: Any, tiles: int, units: int, most: int | None = None) -> Keep:
+    """What a policy answers about ``tiles`` of ``units`` each, checked."""
+    if not isinstance(keep, Keep):
+        raise PolicyError(
+            f"{policy.name} answers with a {type(keep).__name__}: a Keep, or None to keep all, is needed."
+        )
+    return keep.checked(policy.name, tiles, units, most)
 
 
 def _exact(x: torch.Tensor) -> torch.autocast:

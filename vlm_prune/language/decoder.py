@@ -164,9 +164,10 @@ class Decoder:
         batch, length, _ = embeds.shape
         logical = int(past.get_seq_length()) if past is not None else 0
         now = None if mask is None else mask[:, -length:].bool()
-        positions = kwargs.get("position_ids")
+        positions, padding = kwargs.get("position_ids"), None
         if positions is None:
             positions = torch.arange(logical, logical + length, device=embeds.device)[None]
+            padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
         alive = ~stream.find_holes(embeds) if holes else None
         if choosing and self.entry is not None:
@@ -180,6 +181,7 @@ class Decoder:
             order=torch.arange(length, device=embeds.device).expand(batch, -1),
             positions=positions,
             mask=now,
+            padding=padding,
         )
         if inside:
             rows = call.mark_visual(rows)

@@ -61,13 +61,15 @@ class Entry:
         lost: list[int] | None = [0] * len(embeds)
         for encoded, owners in zip(call.encoded, call.owners(), strict=True):
             total = sum(span.rows for span in encoded.spans)
-            alive = torch.ones(total, dtype=torch.bool, device=embeds.device)
+            # one more than there are, for tokens that became no row
+            alive = torch.ones(total + 1, dtype=torch.bool, device=embeds.device)
             for offer in encoded.offers:
                 keep = self._ask(offer, [owners[span] for span in offer.spans], shown)
                 rows = offer.rows.to(embeds.device)
-                alive = alive.index_copy(0, rows.flatten(), keep.mask(rows.shape[1]).flatten())
+                places = torch.where(rows < 0, total, rows).flatten()
+                alive = alive.index_copy(0, places, keep.mask(rows.shape[1]).flatten())
                 lost = _lost(lost, call, encoded.kind, offer, owners, keep)
-            flags.append(encoded.settle(alive))
+            flags.append(encoded.settle(alive[:total]))
             lost = lost if encoded.arrangement is None else None
         kinds = [encoded.kind for encoded in call.encoded]
         chosen = ~visual | stream.lay_out(flags, kinds, call.image_masks, call.copies)

@@ -296,8 +296,19 @@ class DecoderLayers:
             target=target.to(hidden.device),
             attention=call.observed.get("attention"),
             carry=dict(rows.carry),
+            norm=lambda x: self.decoder.norm(x).to(x.device),
+            unpadded=partial(self._unpadded, rows),
             input=call.observed["hidden"].to(hidden.device),
         )
+
+    def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
+        """Turn keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
+        if rows.padding is None:
+            return key
+        cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, rows.padding[:, None]))
+        turned, rest = key.split([cos.shape[-1], key.shape[-1] - cos.shape[-1]], -1)
+        first, second = turned.chunk(2, -1)
+        return torch.cat([turned * cos + torch.cat([second, -first], -1) * sin, rest], -1)
 
     def _next_attention(
         self, call: ForwardCall, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]
