@@ -31,6 +31,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "none": "vlm_prune.policies.baselines:Identity",
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
+    "prumerge": "vlm_prune.policies.prumerge:PruMerge",
     "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
     "scope": "vlm_prune.policies.scope:SCOPE",
