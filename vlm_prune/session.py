@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from .call.budget import Budget
-from .call.encode_call import ride_of, set_encode
-from .call.forward_call import ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way
+from .call.encode_call import ride_of
+from .call.forward_call import ForwardCall, begin_forward, current_forward, end_forward, forget_calls
 from .call.receipt import MEAN_QUERY, Receipt
+from .call.rows import Rows
 from .config import to_config
 from .contract.anatomy import Anatomy, PackedTower
 from .contract.policy import Policy
-from .encode.assembler import Arranger
+from .encode.assembler import FEATURE_METHODS, Arranger, FeatureMethod
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
@@ -30,6 +31,10 @@ from .language.loss import Loss
 from .registry import POLICIES, policy_class
 from .saving import Saver
 from .versions import CHUNKS_BRING_IMAGES, cache_of, takes_encoded
+
+
+_pruned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruning]] = weakref.WeakKeyDictionary()
+"""Whose hooks are on a module, of all modules that have any."""
 
 
 class Pruning:
@@ -51,6 +56,7 @@ class Pruning:
         wrapper: nn.Module | None = None,
     ):
         check_decoder(anatomy.decoder)
+        check_unshared(anatomy)
         self._model, self._wrapper, self._written = model, wrapper, policies
         policies = tuple(
             policy.for_decoder(anatomy.decoder.config).for_family(anatomy.family, anatomy.mrope)
@@ -59,6 +65,7 @@ class Pruning:
         self.policies, self.budget, self.family = policies, budget, anatomy.family
         self._anatomy = anatomy
         self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
+        self._live_rows: weakref.WeakKeyDictionary[threading.Thread, Rows] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
 
         owner = next((p for p in policies if p.prunes), None)
@@ -74,9 +81,12 @@ class Pruning:
         else:
             self._encoder = Encoder(tower, anatomy.projector, policies, share, self)
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
-        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets, deepstack)
+        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets, deepstack, self)
         self._layers = layers if layers else None
-        self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
+        self._decoder = Decoder(
+            anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers, self
+        )
+        self._claim()
         try:
             self._install()
         except BaseException:
@@ -96,6 +106,7 @@ class Pruning:
             )
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin._claim()
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -128,7 +139,7 @@ class Pruning:
         base = self._anatomy.base
         # what the user saves is the model, or the PEFT model around it
         self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
-        self._handles.append(Loss(self._model))
+        self._handles.append(Loss(self._model, self))
         # older versions of transformers, and some families, encode images inside the first forward
         self._takes_encoded = takes_encoded(self._model)
         if not CHUNKS_BRING_IMAGES:
@@ -140,14 +151,25 @@ class Pruning:
             base.register_forward_hook(self._leave, always_call=True),
         ]
         self._encoder.install(self._handles)
-        self._handles += [Arranger(base, feature, self._encoder) for feature in self._anatomy.features]
+        arranging = {feature.method: feature for feature in self._anatomy.features}
+        for method in {*FEATURE_METHODS, *arranging}:
+            if method in arranging:
+                self._handles.append(Arranger(base, arranging[method], self._encoder))
+            elif hasattr(base, method):
+                self._handles.append(FeatureMethod(base, method, self._encoder))
         self._decoder.install(self._handles)
         if self._layers is not None:
             self._layers.install(self._handles)
 
+    def _claim(self) -> None:
+        for module in _hooked(self._anatomy):
+            _pruned[module] = weakref.ref(self)
+
     def remove(self) -> None:
         """Undo everything; the model is as it was before."""
-        forget_calls()
+        forget_calls(self)
+        for module in _hooked(self._anatomy):
+            _pruned.pop(module, None)
         for handle in self._handles:
             handle.remove()
         sites = self._encoder.sites + (self._layers.sites if self._layers is not None else [])
@@ -192,6 +214,16 @@ class Pruning:
         """Make a receipt the current one of this thread."""
         self._receipts[threading.current_thread()] = receipt
 
+    # --- what the loss asks ---
+
+    def leave_live_rows(self, rows: Rows) -> None:
+        """Tell the loss of this forward which rows are left."""
+        self._live_rows[threading.current_thread()] = rows
+
+    def take_live_rows(self) -> Rows | None:
+        """The rows left by the forward that just ended in this thread; ``None`` if it dropped none."""
+        return self._live_rows.pop(threading.current_thread(), None)
+
     # --- hooks around a forward ---
 
     def _see_chunk(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,16 +238,17 @@ class Pruning:
             encoded = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
         if not encoded or not isinstance(keep, int) or cache_of(kwargs) is None:
             keep = 1
-        expect_drafts(max(keep - 1, 0))
+        expect_drafts(max(keep - 1, 0), self)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
-        if torch.compiler.is_compiling() and nothing_under_way() and not brings_features(kwargs):
+        if torch.compiler.is_compiling() and current_forward(self) is None and not brings_features(kwargs):
             check_forward(self._anatomy, kwargs)
             return  # a step with what the cache holds: `torch.compile` cannot write context variables
         call = ForwardCall(owner=self)
-        begin_forward(call)
-        call.drafts = take_drafts() if self._layers is not None else 0
+        begin_forward(call, module)
+        self._live_rows.pop(threading.current_thread(), None)
+        call.drafts = take_drafts(self) if self._layers is not None else 0
         if args:
             kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         check_forward(self._anatomy, kwargs)
@@ -262,7 +295,24 @@ class Pruning:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward, also after an exception."""
-        if nothing_under_way():
-            return
-        set_encode(None)
-        end_forward()
+        if current_forward(self) is not None:
+            end_forward(self)
+
+
+def _hooked(anatomy: Anatomy) -> list[nn.Module]:
+    """The modules of a model on which there may be hooks while it is pruned."""
+    tower = anatomy.tower
+    parts = [anatomy.base, tower.module, anatomy.projector, anatomy.decoder]
+    return [*parts, *tower.layers, *tower.attentions, *anatomy.decoder_layers]
+
+
+def check_unshared(anatomy: Anatomy) -> None:
+    """Raise if the model shares a module with another one that is pruned now."""
+    for module in _hooked(anatomy):
+        other = _pruned[module]() if module in _pruned else None
+        if other is not None:
+            raise StateError(
+                f"This model shares a {type(module).__name__} with another one, a {type(other._model).__name__} that is "
+                f"pruned by {other.name}: of models that share a module, one can be pruned at a time, and the others stay "
+                "as they are. unprune the other model first, or give this one a module of its own (copy.deepcopy)."
+            )

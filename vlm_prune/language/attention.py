@@ -17,17 +17,19 @@ from ..contract.views import AttentionView, ModulateView
 class DecoderAttention:
     """Shows the attention of layers ``pruned`` to their policies, and lets those of layers ``modulated`` edit it.
 
-    ``depth`` is the number of decoder layers.
+    ``depth`` is the number of decoder layers, ``session`` what the calls of their model belong to.
     """
 
-    def __init__(self, depth: int, pruned: Container[int], modulated: Mapping[int, Sequence[Policy]]):
-        self.depth, self.pruned, self.modulated = depth, pruned, modulated
+    def __init__(
+        self, depth: int, pruned: Container[int], modulated: Mapping[int, Sequence[Policy]], session: Any
+    ):
+        self.depth, self.pruned, self.modulated, self.session = depth, pruned, modulated, session
 
     def see(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> None:
         """Keep what a layer's attention computes with until its policies are asked."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None or call.probing or call.rows is None or layer not in self.pruned:
             return
         key, value = _filled(call, key, value)
@@ -46,7 +48,7 @@ class DecoderAttention:
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Let the policies edit the head outputs ``(batch, queries, heads, head_dim)`` of one layer."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None:
             return output
         if call.probing:

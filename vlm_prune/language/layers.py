@@ -37,13 +37,19 @@ class DecoderLayers:
     """The hooks on single decoder layers for policies that prune in prefill or modulate attention.
 
     ``policies`` are (policy, budget) pairs in the written order of the composition. Behind the first ``deepstack``
-    layers stock code adds features to visual rows.
+    layers stock code adds features to visual rows. ``session`` is what the calls of their model belong to.
     """
 
     def __init__(
-        self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], deepstack: int = 0
+        self,
+        decoder: Any,
+        layers: list[Any],
+        policies: list[tuple[Policy, Budget]],
+        deepstack: int,
+        session: Any,
     ):
         self.decoder, self.layers, self.policies, self.deepstack = decoder, layers, policies, deepstack
+        self.session = session
         self.depth = len(layers)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
         self.modulated: dict[int, list[Policy]] = {}
@@ -56,7 +62,7 @@ class DecoderLayers:
             editors.sort(key=lambda policy: ("logits", "probabilities", "outputs").index(policy.modulates))
         self.trimmed = {layer for policy, _ in policies for layer in policy.trimmed_layers(self.depth)}
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
-        self.attention = DecoderAttention(self.depth, self.pruned, self.modulated)
+        self.attention = DecoderAttention(self.depth, self.pruned, self.modulated, session)
         self.sites: list[Site] = []
 
     def __bool__(self) -> bool:
@@ -115,7 +121,7 @@ class DecoderLayers:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before layer ``number``: note its rows, give it the mask and positions it needs."""
-        under_way = current_forward()
+        under_way = current_forward(self.session)
         call = under_way or kwargs.get(RESUME)
         if call is None or call.probing:
             return None
@@ -215,7 +221,7 @@ class DecoderLayers:
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None or call.probing or call.rows is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
