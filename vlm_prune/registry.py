@@ -334,8 +334,8 @@ def find_anatomy(model: Any) -> Anatomy:
     except (ValueError, AttributeError) as error:
         if model_type not in ADAPTERS:
             raise UnsupportedModelError(
-                f'{type(model).__name__} is of model type "{model_type}", which has no adapter{_why(model)}. The general '
-                f"adapter cannot serve it: {error} Available: {', '.join(sorted(ADAPTERS))}."
+                f'{type(model).__name__} is of model type "{model_type}", which has no adapter{_why(model)}. The '
+                f"general adapter cannot serve it: {error} Available: {', '.join(sorted(ADAPTERS))}."
             ) from error
         if isinstance(error, ValueError):
             raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error

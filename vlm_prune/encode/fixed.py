@@ -16,7 +16,7 @@ from torch import nn
 
 from ..call import stream
 from ..call.assembly import read_packing
-from ..call.encode_call import EncodeCall, Offer, current_arrangement, current_encode, let_ride, set_encode
+from ..call.encode_call import EncodeCall, Offer, current_encoding, let_ride
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import Tower
@@ -58,9 +58,12 @@ class Encoder(EncodeStage):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin an encode call."""
+        if not self.enters():
+            return None
         self.check_recompute()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
-        arrangement, merge = current_arrangement(), self.tower.merge
+        under_way, merge = current_encoding(self.session), self.tower.merge
+        arrangement = None if under_way is None else under_way.arrangement
         merge = merge if arrangement is None else merge * arrangement.merge
         patches = self.tower.patch_grid(*pixels.shape[-2:])
         grid = (patches[0] // merge, patches[1] // merge)
@@ -88,7 +91,7 @@ class Encoder(EncodeStage):
         small = next((shape for shape in shapes if shape is not None), None)
         if small is not None and self.tower.resizing:
             self._check_at_hand()
-        set_encode(call)
+        self.begin(call)
         if small is None:
             return None
         pixels = self._shrink(call, small)
@@ -141,12 +144,12 @@ class Encoder(EncodeStage):
         return valid
 
     def _state(self) -> TowerState | None:
-        call = current_encode()
+        call = self.under_way()
         return call.state if call is not None else None
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind layer ``number``: ask the policies that want to be asked here, and cut."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -204,11 +207,11 @@ class Encoder(EncodeStage):
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
-        call = current_encode()
+        call = self.leaves()
         if call is None:
             return
         if output is None:  # an exception is on its way
-            set_encode(None)
+            self.forget()
             return
         state: TowerState | None = call.state
         let_ride(output, call)
@@ -231,7 +234,7 @@ class Encoder(EncodeStage):
 
     def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Ask the policies that choose behind the tower; hand the projector the live rows only."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         features: torch.Tensor = args[0]
@@ -314,11 +317,11 @@ class Encoder(EncodeStage):
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
         """Re-open the holes behind the projector; the encode call ends here."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         if call.arrangement is None or output is None:
-            set_encode(None)
+            self.forget()
         if output is None:
             return None
         projected = call.keeps is not None

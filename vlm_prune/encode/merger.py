@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, Offer, current_encode
+from ..call.encode_call import EncodeCall, Offer
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
 from .packed_state import PackedState, Tile, pick
@@ -24,7 +24,7 @@ class Merger:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Ask the policies that choose behind the tower; hand the merger the live units only."""
-        call = current_encode()
+        call = self.stage.under_way()
         if call is None:
             return None
         live = self._choose(call, args[0], self.group, after_projector=False)
@@ -32,7 +32,7 @@ class Merger:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """Ask the policies that choose behind the merger; re-open the holes."""
-        call = current_encode()
+        call = self.stage.under_way()
         if call is None:
             return None
         live = self._choose(call, output, 1, after_projector=True)
@@ -73,7 +73,7 @@ class Merger:
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
         """Re-open the holes in what goes to the decoder's first layers."""
-        call = current_encode()
+        call = self.stage.under_way()
         return None if call is None else call.state.reopen(output)
 
     def _choose(

@@ -18,7 +18,7 @@ from ..cache.masks import behind, is_prepared, join_masks, padding_mask, past_ma
 from ..cache.storage import check_cache
 from ..call import stream
 from ..call.deepstack import Deepstack, shorten
-from ..call.forward_call import RESUME, ForwardCall, current_forward, leave_live_rows, next_forward
+from ..call.forward_call import RESUME, ForwardCall, current_forward, next_forward
 from ..call.receipt import JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
@@ -35,7 +35,7 @@ class Decoder:
     ``positions`` is the rule for the RoPE positions of tokens kept by the encode stage ("original" or "compact").
     ``layers`` are the hooks of the policies that act inside the decoder, ``entry`` asks the one that chooses at its
     entry; ``None`` if none does. ``masks`` makes the masks of a model whose image tokens look at each other, ``None``
-    if the decoder makes its own.
+    if the decoder makes its own. ``session`` is what the calls of its model belong to.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class Decoder:
         depth: int,
         positions: str,
         layers: DecoderLayers | None,
+        session: Any,
         entry: Entry | None = None,
         masks: MaskMaker | None = None,
     ):
-        self.module, self.depth, self.positions = module, depth, positions
+        self.module, self.depth, self.positions, self.session = module, depth, positions, session
         self.layers, self.entry, self.masks = layers, entry, masks
 
     def install(self, handles: list[Any]) -> None:
@@ -65,7 +66,7 @@ class Decoder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
-        under_way = current_forward()
+        under_way = current_forward(self.session)
         call = (
             under_way or ForwardCall()
         )  # a decoder called on its own, or a compiled step, brings no visual tokens
@@ -137,7 +138,7 @@ class Decoder:
         call.image_masks = [mask[:, : -call.drafts] for mask in call.image_masks]
         call.drafts = 0
         step = ForwardCall(prompt=self.module(**prompt))
-        next_forward(step)
+        next_forward(step, self.session)
         return drafts, step
 
     def _continue(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache) -> None:
@@ -227,7 +228,7 @@ class Decoder:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Restore the full length and note in the cache what is missing."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None or call.probing:
             return None
         length = output.last_hidden_state.shape[1]
@@ -241,7 +242,7 @@ class Decoder:
                 output.last_hidden_state = rows.restore(live := output.last_hidden_state)
                 # the next token follows from the last row that is left, also where the prompt ends with a dropped one
                 output.last_hidden_state[:, -1] = live[:, -1]
-                leave_live_rows(rows)
+                self.session.leave_live_rows(rows)
                 if output.hidden_states is not None:
                     states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
                     output.hidden_states = tuple(h if h is None else r.restore(h) for h, r in states)

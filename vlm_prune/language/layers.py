@@ -40,11 +40,14 @@ from .look_ahead import look_ahead
 class DecoderLayers:
     """The hooks on single decoder layers for policies that act in prefill, on the cache, or on attention.
 
-    After the first ``deepstack`` layers stock code adds features to visual rows.
+    After the first ``deepstack`` layers stock code adds features to visual rows. ``session`` is what the calls of their
+    model belong to.
     """
 
-    def __init__(self, decoder: Any, layers: list[Any], composition: Composition, deepstack: int = 0):
-        self.decoder, self.layers, self.deepstack = decoder, layers, deepstack
+    def __init__(
+        self, decoder: Any, layers: list[Any], composition: Composition, deepstack: int, session: Any
+    ):
+        self.decoder, self.layers, self.deepstack, self.session = decoder, layers, deepstack, session
         self.policies = policies = [(policy, composition.share(policy)) for policy in composition.policies]
         self.depth, self.kinds = len(layers), layer_kinds(decoder.config)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
@@ -67,7 +70,7 @@ class DecoderLayers:
         self.eviction = Eviction([kind not in STATES for kind in self.kinds], policies)
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
         watched = {*self.pruned, *self.observed}
-        self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction)
+        self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction, session)
         self.sites: list[Site] = []
 
     def __bool__(self) -> bool:
@@ -137,7 +140,7 @@ class DecoderLayers:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before layer ``number``: note its rows, give it the mask and positions it needs."""
-        under_way = current_forward()
+        under_way = current_forward(self.session)
         call = under_way or kwargs.get(RESUME)
         if call is None or call.probing:
             return None
@@ -252,7 +255,7 @@ class DecoderLayers:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None or call.probing or call.rows is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
