@@ -93,11 +93,22 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "llava_next_video": "vlm_prune.adapters.llava_next:next_video_anatomy",
     "llava_onevision": "vlm_prune.adapters.llava_next:onevision_anatomy",
     "vipllava": "vlm_prune.adapters.llava:vip_anatomy",
+    "qwen3_vl_moe": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm4v": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm4v_moe": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm46v": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glmga": "vlm_prune.adapters.qwen_vl:anatomy",
+    "glm_ocr": "vlm_prune.adapters.qwen_vl:anatomy",
+    "cosmos3_omni": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen2_5_omni_thinker": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen3_omni_moe_thinker": "vlm_prune.adapters.qwen_vl:anatomy",
 }
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a policy may be called."""
+GENERAL = "vlm_prune.adapters.features:anatomy"
+"""What finds the parts of a model of any other type."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -316,16 +327,16 @@ def find_anatomy(model: Any) -> Anatomy:
         )
     if model_type not in ADAPTERS:
         load_plugins()
-    if model_type not in ADAPTERS:
-        raise UnsupportedModelError(
-            f'{type(model).__name__} is of model type "{model_type}", which has no adapter{_why(model)}. '
-            f"Available: {', '.join(sorted(ADAPTERS))}."
-        )
     try:
-        anatomy: Anatomy = load_entry(ADAPTERS[model_type])(model)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
-    except AttributeError as error:
+        anatomy: Anatomy = load_entry(ADAPTERS.get(model_type, GENERAL))(model)
+    except (ValueError, AttributeError) as error:
+        if model_type not in ADAPTERS:
+            raise UnsupportedModelError(
+                f'{type(model).__name__} is of model type "{model_type}", which has no adapter{_why(model, error)}. '
+                f"Available: {', '.join(sorted(ADAPTERS))}."
+            ) from error
+        if isinstance(error, ValueError):
+            raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
         raise UnsupportedModelError(
             f'{type(model).__name__} is of model type "{model_type}" but lacks a part that its adapter looks for '
             f"({error}). Give the complete stock model, with its language-modelling head, for instance "
@@ -334,11 +345,14 @@ def find_anatomy(model: Any) -> Anatomy:
     return anatomy
 
 
-def _why(model: Any) -> str:
-    """What is amiss with a model without adapter: it sees nothing, it is a tower, or its family is not known."""
+def _why(model: Any, error: Exception) -> str:
+    """Why a model without adapter cannot be pruned: it sees nothing, it is a tower, or is not built as most are."""
     parts = vars(model.config) if hasattr(model.config, "__dict__") else {}
     if any(name in parts for name in ("vision_config", "text_config", "vq_config")):
-        return "; docs/contributing.md (Add a model family) says how to write one"
+        return (
+            f", and the general one does not fit ({str(error).rstrip('.')}): docs/contributing.md (Add a model family) "
+            "says how to write one"
+        )
     if "image_size" in parts or "patch_size" in parts:
         return ", since it is a vision tower alone: give the whole vision-language model"
     return ", since it has no vision tower, and so no visual tokens to prune: give a vision-language model"

@@ -87,6 +87,7 @@ class EncodeCall:
         packings: what comes of it, image by image.
         offers: what the decoder's entry is to choose among, if a policy does so there.
         drops_newlines: whether a newline goes as soon as a token of its image is dropped.
+        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
     """
 
     grids: list[tuple[int, int]]
@@ -105,6 +106,7 @@ class EncodeCall:
     packings: list[Packing] = field(default_factory=list)
     offers: list[Offer] = field(default_factory=list)
     drops_newlines: bool = False
+    trusted: bool = True
 
     @property
     def tiles(self) -> int:
