@@ -40,7 +40,7 @@ TABLE = {
     "dyvte": Row({"exit_layer": 1}, "exit"),
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
     "flowcut": Row(),
-    "mmtok": Row(),
+    "mmtok": Row(text_blind=False),
     "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
     "none": Row(holds="all"),
@@ -51,6 +51,7 @@ TABLE = {
         text_blind=False,
     ),
     "pool": Row(),
+    "prumerge": Row(),
     "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),
@@ -66,6 +67,7 @@ TABLE = {
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "visionzip": Row(),
     "vispruner": Row(),
+    "zooprune": Row({"directions": 8}),
 }
 
 

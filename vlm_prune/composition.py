@@ -49,7 +49,7 @@ class Composition:
         owner = next((policy for policy in written if policy.prunes), None)
         if owner is not None and owner.keeps_all and tokens is not None:
             raise BudgetError(
-                f'policy="{owner.name}" keeps every visual token, so tokens={tokens} means nothing. Leave it out, or '
+                f'policy="{owner.name}" keeps every visual token, so tokens={tokens} has no meaning. Leave it out, or '
                 'name a policy that drops tokens, such as "uniform".'
             )
         config = anatomy.decoder.config

@@ -31,6 +31,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "none": "vlm_prune.policies.baselines:Identity",
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
+    "prumerge": "vlm_prune.policies.prumerge:PruMerge",
     "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
     "scope": "vlm_prune.policies.scope:SCOPE",
@@ -40,6 +41,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
+    "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""
 
@@ -332,8 +334,8 @@ def find_anatomy(model: Any) -> Anatomy:
     except (ValueError, AttributeError) as error:
         if model_type not in ADAPTERS:
             raise UnsupportedModelError(
-                f'{type(model).__name__} is of model type "{model_type}", which has no adapter{_why(model, error)}. '
-                f"Available: {', '.join(sorted(ADAPTERS))}."
+                f'{type(model).__name__} is of model type "{model_type}", which has no adapter{_why(model)}. The '
+                f"general adapter cannot serve it: {error} Available: {', '.join(sorted(ADAPTERS))}."
             ) from error
         if isinstance(error, ValueError):
             raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
@@ -345,14 +347,11 @@ def find_anatomy(model: Any) -> Anatomy:
     return anatomy
 
 
-def _why(model: Any, error: Exception) -> str:
-    """Why a model without adapter cannot be pruned: it sees nothing, it is a tower, or is not built as most are."""
+def _why(model: Any) -> str:
+    """What is amiss with a model without adapter: it sees nothing, it is a tower, or its family is not known."""
     parts = vars(model.config) if hasattr(model.config, "__dict__") else {}
     if any(name in parts for name in ("vision_config", "text_config", "vq_config")):
-        return (
-            f", and the general one does not fit ({str(error).rstrip('.')}): docs/contributing.md (Add a model family) "
-            "says how to write one"
-        )
+        return "; docs/contributing.md (Add a model family) says how to write one"
     if "image_size" in parts or "patch_size" in parts:
         return ", since it is a vision tower alone: give the whole vision-language model"
     return ", since it has no vision tower, and so no visual tokens to prune: give a vision-language model"

@@ -1,7 +1,7 @@
 """What `make docs` adds to the pages of docs/: README and guides from elsewhere, generated references, and right links.
 
 Pages are written to be read on GitHub, where links lead to files. On the site a link to a page leads to that page, a
-link to any other file of the repository to the repository; one that leads nowhere is a warning, which fails the build.
+link to any other file to the repository; one that leads nowhere is a warning, which fails a strict build.
 """
 
 from __future__ import annotations

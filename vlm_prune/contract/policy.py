@@ -75,6 +75,8 @@ class Policy:
     """Whether its budget is one of a whole image although it cuts each tile by itself, to `tile_target` units."""
     drops_newlines: ClassVar[bool] = False
     """Whether newline tokens go with the first dropped token, and not only with the last one of their line."""
+    reads_tower: ClassVar[bool] = False
+    """Whether `entry` looks at what entered the projector."""
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
     reads_ahead: ClassVar[bool] = False
