@@ -162,9 +162,9 @@ def test_models_without_an_adapter_say_what_they_lack():
     tower = CLIPVisionModel(CLIPVisionConfig(**SMALL))
     with refuses(tower, UnsupportedModelError, "a vision tower alone", "whole vision-language model"):
         prune(tower)
-    other = make("llava")
-    other.config.model_type = "idefics9"
-    with refuses(other, UnsupportedModelError, '"idefics9"', "docs/contributing.md", "Available: internvl"):
+    other = LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=32))
+    other.config.model_type, other.config.vision_config = "idefics9", {}
+    with refuses(other, UnsupportedModelError, '"idefics9"', "docs/contributing.md", "Available: "):
         prune(other)
     for model in (text, tower, other):
         with pytest.raises(UnsupportedModelError) as caught:
