@@ -18,14 +18,21 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run folder, see docs/runs.md.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
     samples: Annotated[int, typer.Option(help="Samples of each task to browse, spread evenly.")] = 40,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Also write every chart (PDF, SVG, CSV) and table (CSV, LaTeX, PDF, SVG) here."),
+    ] = None,
 ) -> None:
     """Write the report of a finished or interrupted run: one HTML file that needs no network."""
     with plain_errors():
-        from vlm_prune.eval.report import write_report
+        from vlm_prune.eval.report import export_report, write_report
         from vlm_prune.eval.runs.folder import RunFolder
 
         path = write_report(RunFolder(folder), out, samples)
+        files = export_report(RunFolder(folder), export) if export is not None else []
     typer.echo(f"wrote {path}")
+    if export is not None:
+        typer.echo(f"wrote {len(files)} files in {export}")
 
 
 @app.command()
@@ -53,7 +60,7 @@ def inspect(
         paths = out or [Path(f"{image.stem}.{policy}.html")]
         if bad := [path for path in paths if path.suffix not in (".html", ".png")]:
             raise ValueError(f"--out {bad[0]}: choose a name that ends in .html or .png")
-        settings = _settings(setting or [])
+        settings = settings_of(setting or [])
 
         from transformers.utils import logging
 
@@ -81,7 +88,7 @@ def inspect(
             typer.echo(f"wrote {(write_picture if path.suffix == '.png' else write_page)(found, path)}")
 
 
-def _settings(given: list[str]) -> dict[str, Any]:
+def settings_of(given: list[str]) -> dict[str, Any]:
     """``name=value`` pairs, values read as YAML; ``flowcut.compat=official`` names the policy of a composition."""
     found: dict[str, Any] = {}
     for text in given:

@@ -6,15 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vlm_prune.eval.pope import (
-    PARSERS,
-    RATES,
-    mean_rates,
-    parse_answer,
-    pope_rates,
-    score_pope,
-    score_splits,
-)
+from vlm_prune.eval.pope import PARSERS, RATES, mean_rates, parse_answer, pope_rates, score_pope, score_splits
 from vlm_prune.eval.pope_questions import SPLITS, build_questions, read_object_lists, write_questions
 from vlm_prune.eval.records import read_records
 from vlm_prune.eval.scores_cli import app

@@ -11,10 +11,10 @@ from tests.models import make, prompt
 from vlm_prune import prune, unprune
 from vlm_prune.config import load_config
 from vlm_prune.errors import BudgetError, PolicyError, StateError
+from vlm_prune.eval.learn.search import Search, Study
+from vlm_prune.eval.learn.tune import NAMES, last_hidden, search_space, similarity, tune
 from vlm_prune.policies.shares import solve_last
 from vlm_prune.policies.vflowopt import VFlowOpt
-from vlm_prune.search import Search, Study
-from vlm_prune.tune import NAMES, last_hidden, search_space, similarity, tune
 
 pytest.importorskip("skopt")
 

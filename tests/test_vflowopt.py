@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import FAMILIES, LAYOUTS, prompt, shared
 from vlm_prune import pruned
+from vlm_prune.contract.views import AttentionView, FeaturesView, PrefillView, TowerView
 from vlm_prune.policies.importance import (
     calibrated_attention,
     entropy_share,
@@ -31,7 +32,6 @@ from vlm_prune.policies.recycle import (
 )
 from vlm_prune.policies.shares import PUBLISHED, average_share, solve_first, solve_last, solved_counts
 from vlm_prune.policies.vflowopt import AVERAGE, MAP, VFlowOpt
-from vlm_prune.policies.views import AttentionView, FeaturesView, PrefillView, TowerView
 
 CUTS = (9 / 28, 18 / 28)
 HALF = (0.5, 0.5, 0.5)

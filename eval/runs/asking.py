@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 
+from vlm_prune.call.receipt import Receipt
 from vlm_prune.eval.measure import model_inputs, prompt_text, receipt_of
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample
 from vlm_prune.eval.runs.tiles import Box, boxes_of_grids
-from vlm_prune.receipt import Receipt
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:

@@ -13,7 +13,7 @@ from vlm_prune.errors import PolicyError
 from vlm_prune.eval.chair import VARIANTS
 from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
-from vlm_prune.registry import policy_class
+from vlm_prune.registry import load_plugins, named_policies
 
 Split = Literal["random", "popular", "adversarial"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -396,8 +396,10 @@ class RunConfig(Strict):
         on_bad_image: ``fail``, a cell in which an image is missing or cannot be read fails; ``skip``, its samples are
             left out, and counted.
         output: the run folder.
+        plugins: modules of your own to import first; they register policies or families.
     """
 
+    plugins: list[str] = []
     models: Annotated[list[ModelEntry], Field(min_length=1)]
     policies: Annotated[list[PolicyEntry], Field(min_length=1)]
     ratios: list[Ratio] = []
@@ -409,6 +411,15 @@ class RunConfig(Strict):
     dtype: Dtype = "float32"
     on_bad_image: OnBadImage = "fail"
     output: Path
+
+    @field_validator("plugins")
+    @classmethod
+    def _loaded(cls, modules: list[str]) -> list[str]:
+        try:
+            load_plugins(modules)
+        except PolicyError as error:
+            raise ValueError(str(error)) from error
+        return modules
 
     @field_validator("models", "policies", mode="before")
     @classmethod
@@ -431,7 +442,7 @@ class RunConfig(Strict):
         of = {"per": "image"} if (entry.per or self.per) == "image" else {}
         found: list[Budget] = [{"tokens": count, **of} for count in tokens or ()]
         found += [{"ratio": ratio, **of} for ratio in ratios or ()]
-        prunes = any(policy_class(name).stages != ("modulate",) for name in entry.policy.split("+"))
+        prunes = any(policy.prunes for policy in named_policies(entry.policy))
         return found if prunes and found else [{}]
 
     @model_validator(mode="after")

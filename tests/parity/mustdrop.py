@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from tests.parity._files import Golden, npz_cases
 from tests.parity._given import VISUAL, embeds_model, load_llm
 from vlm_prune import prune
-from vlm_prune.encode_call import RIDE
+from vlm_prune.call.encode_call import RIDE
 from vlm_prune.policies.dual_attention import dual_attention_filter, key_set
 from vlm_prune.policies.mustdrop import KEY, MustDrop
 from vlm_prune.policies.window_merge import (
