@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_prune.eval.pope_matching import Matched, Row, match_answers
-from vlm_prune.eval.records import choose
+from vlm_prune.eval.pope_matching import Matched, Row, match_answers, question_text
+from vlm_prune.eval.records import choose, whole
 
 Verdict = bool | None
 """True: yes; False: no; None: the parser takes the answer for neither."""
@@ -163,6 +163,38 @@ def score_splits(
         name: _score(Matched(pairs, matched.by, [*matched.warnings, *warnings]), parser)
         for name, pairs in answered.items()
     }
+
+
+def relabelled(
+    questions: Sequence[Row], answers: Sequence[Row], labels: Sequence[Row]
+) -> tuple[list[Row], list[Row]]:
+    """Questions with other labels, and their answers: RePOPE's (Neuhaus and Hein 2025, arXiv 2504.15707).
+
+    RePOPE corrects labels of POPE and leaves ambiguous questions out; so do answers that were made for all of them.
+
+    Args:
+        questions: rows with ``question_id``.
+        answers: rows with ``question_id``.
+        labels: rows with ``question_id`` and ``label``; where they repeat the question's ``text``, it has to be that.
+
+    Raises:
+        ValueError: a row has no id, or a label is of a question that is not there or asks something else.
+    """
+    for what, rows in {"a question": questions, "an answer": answers, "a label": labels}.items():
+        if not all("question_id" in row for row in rows):
+            raise ValueError(f"{what} has no question_id: other labels can only be matched by it")
+    known = {str(whole(row["question_id"])): row for row in questions}
+    label_of: dict[str, Any] = {}
+    for row in labels:
+        name = str(whole(row["question_id"]))
+        if name not in known:
+            raise ValueError(f"question {name} of the labels is not among the {len(known)} questions")
+        ours, theirs = question_text(known[name]), question_text(row)
+        if ours and theirs and ours != theirs:
+            raise ValueError(f"question {name}: the labels are of {theirs!r}, the questions have {ours!r}")
+        label_of[name] = row["label"]
+    kept: list[Row] = [{**row, "label": label_of[name]} for name, row in known.items() if name in label_of]
+    return kept, [row for row in answers if str(whole(row["question_id"])) in label_of]
 
 
 def mean_rates(results: Mapping[str, PopeResult]) -> dict[str, float]:

@@ -68,7 +68,7 @@ def _split_name(path: Path) -> str:
 
 
 def _pope_results(
-    questions: list[Path], answers: list[Path], parser: str
+    questions: list[Path], answers: list[Path], labels: list[Path], parser: str
 ) -> dict[str, pope_scores.PopeResult]:
     """Results by split: file by file, or one file of each cut by its ``category``."""
     if len(questions) != len(answers):
@@ -79,6 +79,15 @@ def _pope_results(
         (read_records(asked), read_records(given, by_id=("question_id", "answer")))
         for asked, given in zip(questions, answers, strict=True)
     ]
+    if labels:
+        if len(labels) != len(questions):
+            raise ValueError(
+                f"{len(questions)} question files and {len(labels)} files of labels; give one for each"
+            )
+        files = [
+            pope_scores.relabelled(*rows, read_records(path))
+            for rows, path in zip(files, labels, strict=True)
+        ]
     if len(files) == 1:
         return pope_scores.score_splits(*files[0], parser)
     names = [_split_name(path) for path in questions]
@@ -99,6 +108,12 @@ def pope(
             "--questions."
         ),
     ],
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Other labels, such as RePOPE's, with question_id; questions without one are left out."
+        ),
+    ] = None,
     parser: Annotated[
         str, typer.Option(help=f"How an answer is read: {', '.join(pope_scores.PARSERS)}.")
     ] = "official",
@@ -106,7 +121,7 @@ def pope(
 ) -> None:
     """Score POPE answers: accuracy, precision, recall, f1, yes_ratio; of several splits the mean too."""
     with _plain_errors():
-        results = _pope_results(questions, answers, parser)
+        results = _pope_results(questions, answers, labels or [], parser)
         if len(results) == 1:
             (summary,) = (result.summary() for result in results.values())
             warnings = summary["warnings"]

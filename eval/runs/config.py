@@ -349,12 +349,13 @@ class VqaTask(TaskEntry):
     """Short answers against accepted ones.
 
     Attributes:
-        metric: ``exact``, right if it equals one of them; ``vqa``, VQAv2's: right to the share of annotators who agree.
+        metric: ``exact``, right if it equals one of them; ``vqa``, VQAv2's: right to the share of annotators who agree;
+            ``relaxed``, ChartQA's: numbers within 5 %; ``anls``, DocVQA's: by likeness of spelling.
     """
 
     task: Literal["vqa"]
     prompt: str = "{question}\nAnswer the question using a single word or phrase."
-    metric: Literal["exact", "vqa"] = "exact"
+    metric: Literal["exact", "vqa", "relaxed", "anls"] = "exact"
 
     @model_validator(mode="after")
     def _prompted(self) -> VqaTask:

@@ -9,6 +9,7 @@ left) in layers whose cached keys stand at their positions before the trim, whic
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -122,6 +123,7 @@ def check_vision(golden: Golden) -> None:
     assert torch.equal(key_set(golden["cls_attn"], ratio), keys[:, : official.shape[1]])
 
 
+@dataclass(frozen=True)
 class KeysGiven(MustDrop):
     """MustDrop whose key set comes from the case, as no tower ran; notes what it dropped."""
 
