@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Anatomy, Tower, feature_layers, square
+from ..contract.anatomy import Anatomy, Tower, feature_layers, square
 
 
 def anatomy(model: Any) -> Anatomy:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import CLS, Anatomy, clip_like_tower
+from ..contract.anatomy import Anatomy
+from .clip_tower import CLS, clip_like_tower
 
 
 def anatomy(model: Any) -> Anatomy:

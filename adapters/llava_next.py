@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from ..versions import video_pixels
-from .base import Anatomy, Arrangement, FeatureCall, clip_like_tower
+from ..contract.anatomy import Anatomy, Arrangement, FeatureCall
+from .clip_tower import clip_like_tower
+from .versions import video_pixels
 
 
 def next_anatomy(model: Any) -> Anatomy:

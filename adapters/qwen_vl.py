@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Anatomy, PackedTower
+from ..contract.anatomy import Anatomy, PackedTower
 
 
 def anatomy(model: Any) -> Anatomy:

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from vlm_prune import pruned, viz
+from vlm_prune.call.receipt import Receipt
+from vlm_prune.contract.policy import Policy
 from vlm_prune.eval.measure import prompt_text, receipt_of
 from vlm_prune.eval.models import load_model
 from vlm_prune.eval.policy_charts import Drawing, bars, heat, image, save
 from vlm_prune.eval.scenes import make_scenes
-from vlm_prune.policies.base import Policy
 from vlm_prune.policies.pooling import pooling_cells, smaller_grid
-from vlm_prune.receipt import Receipt
 from vlm_prune.registry import POLICIES, policy_class
 
 MODEL, RATIO, SEED, QUESTION = "tiny-llava", 0.25, 11, "Please describe this image in detail."
@@ -53,6 +53,7 @@ def watched(policy: Policy, seen: Seen) -> Policy:
     """The same policy, writing what it changes into ``seen``."""
     base: Any = type(policy)
 
+    @dataclasses.dataclass(frozen=True)
     class Watched(base):
         def modulate(self, view: Any) -> Any:
             before = view.output.clone()

@@ -90,17 +90,18 @@ def inspect(
         paths = out or [Path(f"{image.stem}.{policy}.html")]
         if bad := [path for path in paths if path.suffix not in (".html", ".png")]:
             raise ValueError(f"--out {bad[0]}: choose a name that ends in .html or .png")
-        settings = _settings(setting or [])
+        settings = settings_of(setting or [])
 
         from transformers.utils import logging
 
+        from vlm_prune.eval.images import load_image
         from vlm_prune.eval.report.drawing import write_picture
         from vlm_prune.eval.report.inspection import inspect as look
-        from vlm_prune.eval.report.inspection import open_image, open_model, own_settings, write_page
+        from vlm_prune.eval.report.inspection import open_model, own_settings, write_page
         from vlm_prune.registry import make_policies
 
         logging.disable_progress_bar()
-        picture = open_image(image)
+        picture = load_image(image)
         settings = settings or own_settings(policy, model)
         make_policies(policy, settings)  # a wrong name or setting shall not wait for the weights
         budget = {"tokens": tokens, "ratio": ratio, "per": per}
@@ -117,7 +118,7 @@ def inspect(
             typer.echo(f"wrote {(write_picture if path.suffix == '.png' else write_page)(found, path)}")
 
 
-def _settings(given: list[str]) -> dict[str, Any]:
+def settings_of(given: list[str]) -> dict[str, Any]:
     """``name=value`` pairs, values read as YAML; ``flowcut.compat=official`` names the policy of a composition."""
     found: dict[str, Any] = {}
     for text in given:

@@ -76,7 +76,8 @@ def _pope_results(
             f"{len(questions)} question files and {len(answers)} answer files; give them in pairs, in order"
         )
     files = [
-        (read_records(asked), read_records(given)) for asked, given in zip(questions, answers, strict=True)
+        (read_records(asked), read_records(given, by_id=("question_id", "answer")))
+        for asked, given in zip(questions, answers, strict=True)
     ]
     if len(files) == 1:
         return pope_scores.score_splits(*files[0], parser)
@@ -88,11 +89,15 @@ def _pope_results(
 
 def pope(
     questions: Annotated[
-        list[Path], typer.Option(help="JSON lines with question_id, text, label; once for each split.")
+        list[Path],
+        typer.Option(help="JSON lines or CSV with question_id, text, label, image; once for each split."),
     ],
     answers: Annotated[
         list[Path],
-        typer.Option(help="JSON lines with question_id and text or answer; as often as --questions."),
+        typer.Option(
+            help="JSON lines or CSV with question_id and text, answer or response, or {id: answer}; as often as "
+            "--questions."
+        ),
     ],
     parser: Annotated[
         str, typer.Option(help=f"How an answer is read: {', '.join(pope_scores.PARSERS)}.")
@@ -154,7 +159,7 @@ def pope_questions(
 
 def chair(
     captions: Annotated[
-        Path, typer.Option(help="JSON lines or list with image_id, caption; or {imgToEval: ..}.")
+        Path, typer.Option(help="JSON lines, list or CSV with image_id, caption; or {imgToEval: ..}.")
     ],
     annotations: Annotated[Path, typer.Option(help="Folder with instances_*.json and captions_*.json.")],
     variant: Annotated[
@@ -199,6 +204,7 @@ def chair(
             details.write_text(
                 json.dumps({"overall": summary, "sentences": sentences}, indent=1), encoding="utf-8"
             )
+        _warn(result.warnings)
         if result.undefined:
             _warn([f"{', '.join(result.undefined)} set to 0: nothing to divide by"])
         _show(summary, as_json)

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView, TowerView
 from ..kernels import gather_rows
-from .base import Keep, Policy
 from .scores import cosine_distance, global_attention
 from .settings import check_choice, check_number
-from .views import FeaturesView, TowerView
 
 RELEASED_UNITS = 576
 """Visual tokens of an image in the released code, which never prunes to a budget of this size or above."""

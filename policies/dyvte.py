@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from .base import Policy, Positions
+from ..contract.policy import Policy, Positions
 from .exit_gates import ExitGates, exit_features, wants_exit
 
 if TYPE_CHECKING:
-    from .views import PrefillView
+    from ..contract.views import PrefillView
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .views import AttentionView
+from ..contract.views import AttentionView
 
 
 def mean_attention(view: AttentionView, queries: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from ..contract.policy import Policy
 from ..kernels import overwrite_rows, to_device
-from .base import Policy
-from .rows import BLOCK, all_rows, final_row, row_probabilities, weighted_values
+from .attention_rows import BLOCK, all_rows, final_row, row_probabilities, weighted_values
 from .scores import global_attention
 from .settings import check_choice, check_number
 
 if TYPE_CHECKING:
-    from .views import ModulateView, TowerView
+    from ..contract.views import ModulateView, TowerView
 
 LOCAL, SUMMARY = "paint_local", "paint_summary"
 """Names under which the two token sets travel from the tower to the decoder."""

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 import torch
 
+from ..contract.grids import middle_of, part
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView
 from ..kernels import merge_rows, to_device
-from .base import Keep, Policy
-from .views import FeaturesView
 
 
 def pooling_cells(grid: tuple[int, int], keep: int) -> tuple[list[int], list[int]]:
@@ -30,24 +31,15 @@ def pooling_cells(grid: tuple[int, int], keep: int) -> tuple[list[int], list[int
     cell = [0] * (height * width)
     middle: list[int] = []
     for band in range(bands):
-        rows = _part(band, bands, height)
+        rows = part(band, bands, height)
         cells = keep * (band + 1) // bands - keep * band // bands
         for number in range(cells):
-            columns = _part(number, cells, width)
+            columns = part(number, cells, width)
             for row in rows:
                 for column in columns:
                     cell[row * width + column] = len(middle)
-            middle.append(_middle(rows) * width + _middle(columns))
+            middle.append(middle_of(rows) * width + middle_of(columns))
     return cell, middle
-
-
-def _part(number: int, parts: int, size: int) -> range:
-    """Part ``number`` of ``size`` places divided into ``parts`` runs whose lengths differ by one at most."""
-    return range(number * size // parts, (number + 1) * size // parts)
-
-
-def _middle(part: range) -> int:
-    return part[len(part) // 2]
 
 
 def pool(features: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
@@ -70,23 +62,6 @@ def smaller_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
     rows = {min(max(r, 1), height, keep) for r in (ideal, ideal + 1)}
     shapes = [(r, min(keep // r, width)) for r in sorted(rows)]
     return max(shapes, key=lambda shape: (shape[0] * shape[1], -abs(shape[0] * width - shape[1] * height)))
-
-
-def grid_places(grid: tuple[int, int], small: tuple[int, int]) -> list[int]:
-    """Where the cells of a ``small`` grid stand in a larger one: raster numbers of the units in their middle."""
-    height, width = grid
-    rows = [_middle(_part(r, small[0], height)) for r in range(small[0])]
-    return [row * width + _middle(_part(c, small[1], width)) for row in rows for c in range(small[1])]
-
-
-def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize ``(tiles, channels, height, width)`` by a bicubic filter that is widened to stop aliasing.
-
-    The filter's weights sum to 1, so it makes no difference whether pixels are normalised before or after.
-    """
-    exact = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
-    small = torch.nn.functional.interpolate(exact, (height, width), mode="bicubic", antialias=True)
-    return small.to(pixels.dtype)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..contract.policy import Keep
 from ..kernels import gather_rows, merge_rows, to_device
-from .base import Keep
 
 
 @dataclass(frozen=True)

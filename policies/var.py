@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from ..contract.policy import Policy
 from ..kernels import overwrite_rows, to_device
-from .base import Policy
-from .rows import BLOCK, row_probabilities, rows_where, weighted_values
+from .attention_rows import BLOCK, row_probabilities, rows_where, weighted_values
 from .settings import check_choice, check_number
 from .sinks import default_tau, first_token_dims, known_sink_dims, sink_score
 
 if TYPE_CHECKING:
-    from .views import ModulateView
+    from ..contract.views import ModulateView
 
 SINKS, DIMS = "var_sinks", "var_dims"
 """Names of what is remembered with the cache: sink keys, and the dimensions they were found by."""

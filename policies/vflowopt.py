@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from .base import Keep, Policy, Positions
+from ..contract.policy import Keep, Policy, Positions
 from .importance import calibrated_attention, entropy_share, patch_entropy, true_grey, wrapped_grey
 from .recycle import recycle_official, recycle_to
 from .scores import top_mask
@@ -30,7 +30,7 @@ from .shares import (
 )
 
 if TYPE_CHECKING:
-    from .views import FeaturesView, ModulateView, PrefillView, TowerView
+    from ..contract.views import FeaturesView, ModulateView, PrefillView, TowerView
 
 MAP, AVERAGE = "vflowopt_map", "vflowopt_average"
 """What the encode stage leaves per token: its importance, and the tokens to hold on average per token that enters."""
@@ -80,6 +80,7 @@ class VFlowOpt(Policy):
     default_ratio: ClassVar[float] = 0.25
     late: ClassVar[bool] = True
     after_projector: ClassVar[bool] = True
+    exceeds: ClassVar[bool] = True
 
     positions: Positions = "original"
     t: float = PUBLISHED[0.25]["t"]

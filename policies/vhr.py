@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from .base import Policy
-from .rows import final_row
+from ..contract.policy import Policy
+from .attention_rows import final_row
 from .settings import check_choice, check_number
 
 if TYPE_CHECKING:
-    from .views import ModulateView
+    from ..contract.views import ModulateView
 
 
 def head_divergence(with_image: torch.Tensor, without_image: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView, TowerView
 from ..kernels import gather_rows, merge_rows
-from .base import Keep, Policy
 from .scores import global_attention
 from .settings import check_choice, check_number
-from .views import FeaturesView, TowerView
 
 
 def assign(attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextual: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ..contract.policy import Keep
 from ..kernels import gather_rows
-from .base import Keep
 
 
 def window_cells(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> torch.Tensor:

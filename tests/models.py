@@ -31,7 +31,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.arranged import ARRANGED, ArrangedPrompt, arranged_prompt
 from tests.packed import PACKED, PackedPrompt, packed_prompt
 from tests.padding import padded
-from vlm_prune.versions import flat_tower, takes_encoded
+from vlm_prune.adapters.versions import flat_tower
+from vlm_prune.versions import takes_encoded
 
 IMAGE, PAD, TEXT, VOCAB = 60, 0, range(3, 59), 64
 
@@ -123,6 +124,11 @@ def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
     """A model of ``family`` in eval mode, with weights that make attention peaky and every token matter."""
     others = {**PACKED, **ARRANGED}
     model = others[family]() if family in others else FAMILIES[family].build(**changes)
+    return peaky(model, attention, seed)
+
+
+def peaky(model: nn.Module, attention: str = "sdpa", seed: int = 0) -> nn.Module:
+    """``model`` in eval mode, with weights that make attention peaky and every token matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 
 from tests.parity._modulated import Driver
+from vlm_prune.contract.views import ModulateView
 from vlm_prune.policies.paint import LOCAL, SUMMARY, Paint
 from vlm_prune.policies.var import SINKS, VAR
 from vlm_prune.policies.vhr import VHR
-from vlm_prune.policies.views import ModulateView
 
 WIDTH, HEADS, KV_HEADS, DEPTH = 64, 8, 2, 4
 DIM = 11

@@ -7,8 +7,8 @@ from functools import cache
 import torch
 
 from tests.models import IMAGE, prompt, shared
-from vlm_prune.calls import current_forward
-from vlm_prune.encode_call import current_encode
+from vlm_prune.call.encode_call import current_encode
+from vlm_prune.call.forward_call import current_forward
 from vlm_prune.versions import cache_of
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-3}

@@ -18,9 +18,9 @@ from tests.arranged import ArrangedPrompt
 from tests.models import IMAGE, Prompt
 from tests.packed import PackedPrompt
 from tests.reference_packed import PackedKept, PackedShort, packed_choose, packed_shorten
+from vlm_prune.adapters.versions import consumed_layers
+from vlm_prune.encode.fixed import content_key
 from vlm_prune.policies.baselines import random_ranking, uniform_index
-from vlm_prune.tower import content_key
-from vlm_prune.versions import consumed_layers
 
 
 @dataclass

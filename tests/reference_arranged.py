@@ -7,8 +7,8 @@ from torch import nn
 
 from tests import reference
 from tests.arranged import IMAGE, SIDE, ArrangedPrompt, Canvas, shape
+from vlm_prune.encode.fixed import content_key
 from vlm_prune.policies.baselines import random_ranking, uniform_index
-from vlm_prune.tower import content_key
 
 
 def image_rows(

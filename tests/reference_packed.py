@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.packed import IMAGE, MERGE, VIDEO, PackedPrompt, Visual
-from vlm_prune.encode import content_key
+from vlm_prune.encode.stage import content_key
 from vlm_prune.policies.baselines import random_ranking, uniform_index
 
 GROUP = MERGE * MERGE

@@ -15,15 +15,7 @@ from transformers import (
 
 from tests.models import _llava, _qwen2, clip_layers, make
 from tests.refusal import refuses
-from vlm_prune import (
-    BudgetError,
-    PolicyError,
-    StateError,
-    UnsupportedModelError,
-    prune,
-    pruned,
-    unprune,
-)
+from vlm_prune import BudgetError, PolicyError, StateError, UnsupportedModelError, prune, pruned, unprune
 from vlm_prune.policies.flowcut import FlowCut
 
 BAD_ARGUMENTS = {

@@ -7,10 +7,11 @@ import torch
 
 from tests.models import prompt, shared
 from tests.policy_table import options
-from vlm_prune import calls, pruned
-from vlm_prune.budget import Budget
-from vlm_prune.census import Census
-from vlm_prune.layers import DecoderLayers
+from vlm_prune import pruned
+from vlm_prune.call import forward_call as calls
+from vlm_prune.call.budget import Budget
+from vlm_prune.call.row_counts import Census
+from vlm_prune.language.layers import DecoderLayers
 
 
 @pytest.mark.parametrize("kinds", [0, 1, 2])

@@ -7,8 +7,10 @@ import torch
 
 from tests.models import FAMILIES, IMAGE, LAYOUTS, make, prompt
 from vlm_prune import POLICIES, PolicyError, StateError, prune, pruned, unprune
+from vlm_prune.contract.views import PrefillView
 from vlm_prune.errors import UnsupportedModelError
-from vlm_prune.observe_exit import answer_rows, hide_columns, prompt_text
+from vlm_prune.eval.learn.observe_exit import answer_rows, hide_columns, prompt_text
+from vlm_prune.eval.learn.train_exit import lr_factor, observe_batch, train_exit
 from vlm_prune.policies.dyvte import DyVTE
 from vlm_prune.policies.exit_gates import (
     ExitGates,
@@ -18,9 +20,7 @@ from vlm_prune.policies.exit_gates import (
     gate_loss,
     wants_exit,
 )
-from vlm_prune.policies.views import PrefillView
 from vlm_prune.registry import find_anatomy
-from vlm_prune.train_exit import lr_factor, observe_batch, train_exit
 
 
 def some_gates(depth: int = 3, channels: int = 32, **sizes) -> ExitGates:

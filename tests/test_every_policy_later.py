@@ -17,7 +17,7 @@ from tests.policy_checks import (
 )
 from tests.policy_table import TABLE, options
 from vlm_prune import UnsupportedCallError, pruned
-from vlm_prune.calls import current_forward
+from vlm_prune.call.forward_call import current_forward
 from vlm_prune.registry import policy_class
 from vlm_prune.versions import CACHE, CHUNKS_BRING_IMAGES, cache_of
 

@@ -5,10 +5,10 @@ import torch
 
 from tests.models import LAYOUTS, make, prompt
 from vlm_prune import pruned
+from vlm_prune.contract.views import AttentionView, PrefillView
 from vlm_prune.kernels import reference
 from vlm_prune.policies.fastv import FastV
 from vlm_prune.policies.scores import attention_mass, last_row, top_mask
-from vlm_prune.policies.views import AttentionView, PrefillView
 
 
 def random_view(batch=3, heads=6, shared=2, rows=13, past=0, valid=None) -> AttentionView:

@@ -25,9 +25,9 @@ from tests.arranged import ARRANGED
 from tests.models import EVERY, FAMILIES, prompt, shared
 from tests.policy_table import TABLE, options
 from vlm_prune import pruned
+from vlm_prune.call.timing import Stopwatch
 from vlm_prune.policies import fastv
 from vlm_prune.support import PART, support
-from vlm_prune.timing import Stopwatch
 from vlm_prune.versions import CACHE, cache_of
 
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique", "unique_dim", "bincount", "equal", "_linalg_eigh")

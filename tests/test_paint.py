@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.modulation import ACTIVE, view
+from vlm_prune.contract.views import AttentionView, TowerView
 from vlm_prune.policies.paint import LOCAL, SUMMARY, Paint, lift, local_tokens, summary_tokens
-from vlm_prune.policies.views import AttentionView, TowerView
 
 
 def test_lift_raises_positive_and_shrinks_negative_logits():

@@ -12,8 +12,8 @@ from tests.models import LAYOUTS, fingerprint, make, prompt
 from tests.policy_table import options
 from tests.test_training import gradients, text
 from vlm_prune import StateError, UnsupportedModelError, prune, pruned, unprune
-from vlm_prune.calls import current_forward
-from vlm_prune.encode_call import current_encode
+from vlm_prune.call.encode_call import current_encode
+from vlm_prune.call.forward_call import current_forward
 
 peft = pytest.importorskip("peft")
 

@@ -211,7 +211,10 @@ def test_a_crowd_sticks_out_nowhere_and_labels_stand_free(crowd, width):
     scroll, labels, clashes = ask(
         crowd,
         """
-        const boxes = (svg, what) => [...svg.querySelectorAll(what)].map((e) => [e.textContent, e.getBoundingClientRect()]);
+        const named = (e) => [e.textContent, e.getBoundingClientRect()];
+        const boxes = (svg, what) => [...svg.querySelectorAll(what)].map(named);
+        const between = (low, value, high, by) => low + by < value && value < high - by;
+        const inside = (x, y, box, by) => between(box.left, x, box.right, by) && between(box.top, y, box.bottom, by);
         const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
         const clashes = [];
         let count = 0;
@@ -222,14 +225,13 @@ def test_a_crowd_sticks_out_nowhere_and_labels_stand_free(crowd, width):
           shown.forEach(([name, box], i) => {
             for (const [other, beside] of shown.slice(i + 1)) if (!apart(box, beside)) clashes.push([name, other]);
             for (const [other, dot] of dots) {
-              const middle = [(dot.left + dot.right) / 2, (dot.top + dot.bottom) / 2];
-              if (middle[0] > box.left && middle[0] < box.right && middle[1] > box.top && middle[1] < box.bottom) clashes.push([name, "a dot"]);
+              if (inside((dot.left + dot.right) / 2, (dot.top + dot.bottom) / 2, box, 0)) clashes.push([name, "a dot"]);
             }
             for (const line of svg.querySelectorAll(".series path")) {
               const place = line.getScreenCTM(), length = line.getTotalLength();
               for (let at = 0; at <= length; at += 1) {
                 const spot = line.getPointAtLength(at).matrixTransform(place);
-                if (spot.x > box.left + 1 && spot.x < box.right - 1 && spot.y > box.top + 2 && spot.y < box.bottom - 2) {
+                if (inside(spot.x, spot.y, box, 2)) {
                   clashes.push([name, "a line"]);
                   break;
                 }
@@ -261,7 +263,8 @@ def test_no_two_policies_look_alike_and_each_looks_the_same_everywhere(crowd, da
           return lines.length && [...lines].every((line) => getComputedStyle(line).stroke === colours[i]);
         });
         const rows = [...document.querySelectorAll("#cells tbody tr")];
-        return [keys, series, rows.map((row) => [row.cells[0].textContent.trim(), look(row.cells[0].querySelector("path"))])];
+        const told = ({ cells: [cell] }) => [cell.textContent.trim(), look(cell.querySelector("path"))];
+        return [keys, series, rows.map(told)];
         """.replace("DARK", str(dark).lower()),
     )
     assert len(keys) == 35
@@ -290,7 +293,7 @@ def test_columns_come_in_groups_where_there_is_no_room_for_all(crowd):
     first, shown, every = ask(
         crowd,
         """
-        const count = () => [...document.querySelectorAll("#cells thead tr:last-child th")].filter((e) => !e.hidden).length;
+        const count = () => document.querySelectorAll("#cells thead tr:last-child th:not([hidden])").length;
         const group = document.getElementById("group"), first = [group.value, count()];
         group.value = ""; group.dispatchEvent(new Event("change"));
         return [first[0], first[1], count()];
@@ -315,7 +318,10 @@ def test_files_to_take_away_are_in_the_page(page):
     links = ask(
         page,
         """
-        return [...document.querySelectorAll(".downloads a")].map((a) => [a.download, a.href.slice(0, a.href.indexOf(",")), atob(a.href.split(",")[1]).slice(0, 40)]);
+        return [...document.querySelectorAll(".downloads a")].map((a) => {
+          const [address, content] = a.href.split(",");
+          return [a.download, address, atob(content).slice(0, 40)];
+        });
         """,
     )  # fmt: skip
     starts = {"pdf": "%PDF-", "csv": ("policy,", "model,"), "tex": r"% \usepackage{booktabs}"}

@@ -17,7 +17,7 @@ from tests.models import FAMILIES, LAYOUTS, make, prompt
 from tests.policy_table import TABLE, options
 from tests.refusal import refuses
 from vlm_prune import PolicyError, prune, pruned, register_policy, unprune
-from vlm_prune.policies.base import Keep, Policy
+from vlm_prune.contract.policy import Keep, Policy
 from vlm_prune.policies.flowcut import FlowCut
 from vlm_prune.policies.vhr import VHR
 from vlm_prune.registry import POLICIES

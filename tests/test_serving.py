@@ -20,7 +20,7 @@ from vlm_prune import (
     prune,
     pruned,
 )
-from vlm_prune.policies.base import Keep, Policy
+from vlm_prune.contract.policy import Keep, Policy
 from vlm_prune.registry import policy_class
 from vlm_prune.serving import image_embeds
 from vlm_prune.serving.encoder import ServedEncoder, live_rows

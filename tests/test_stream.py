@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_prune import Keep, stream
-from vlm_prune.budget import Budget
+from vlm_prune import Keep
+from vlm_prune.call import stream
+from vlm_prune.call.budget import Budget
+from vlm_prune.call.rows import Rows
+from vlm_prune.encode.fixed import content_key
 from vlm_prune.policies.baselines import random_ranking, uniform_index
 from vlm_prune.policies.flowcut import drop_counts, information_score, relative_entropy
-from vlm_prune.rows import Rows
-from vlm_prune.tower import content_key
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -14,9 +14,10 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from tests.models import FAMILIES, LAYOUTS, attention_functions, fingerprint, make, prompt
 from tests.reference import CASES, POLICIES, budget
 from vlm_prune import StateError, UnsupportedCallError, prune, pruned, unprune
-from vlm_prune.calls import current_forward
-from vlm_prune.encode_call import current_encode
-from vlm_prune.versions import CACHE, cache_of, flat_tower
+from vlm_prune.adapters.versions import flat_tower
+from vlm_prune.call.encode_call import current_encode
+from vlm_prune.call.forward_call import current_forward
+from vlm_prune.versions import CACHE, cache_of
 
 cases = pytest.mark.parametrize(("policy", "family", "positions"), CASES)
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import FAMILIES, LAYOUTS, prompt, shared
 from vlm_prune import pruned
+from vlm_prune.contract.views import AttentionView, FeaturesView, PrefillView, TowerView
 from vlm_prune.policies.importance import (
     calibrated_attention,
     entropy_share,
@@ -31,7 +32,6 @@ from vlm_prune.policies.recycle import (
 )
 from vlm_prune.policies.shares import PUBLISHED, average_share, solve_first, solve_last, solved_counts
 from vlm_prune.policies.vflowopt import AVERAGE, MAP, VFlowOpt
-from vlm_prune.policies.views import AttentionView, FeaturesView, PrefillView, TowerView
 
 CUTS = (9 / 28, 18 / 28)
 HALF = (0.5, 0.5, 0.5)
@@ -450,9 +450,6 @@ def test_entropy_changes_what_is_kept(family):
     kept = []
     for alpha in (0.0, 1000.0):
         with pruned(model, VFlowOpt(m=2.0, alpha=alpha, image_mean=HALF, image_std=HALF), ratio=0.3):
-            try:
-                model(**batch.inputs)
-            except RuntimeError as error:
-                pytest.skip(f"engine: {error}")
+            model(**batch.inputs)
             kept.append(model.pruning.receipt.kept)
     assert kept[0] != kept[1]

@@ -3,19 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 from .api import from_pretrained, prune, pruned, unprune
+from .contract.policy import Keep, Policy, ScorerPolicy, SelectPolicy
 from .errors import (
     BudgetError,
+    ModelNotFoundError,
     PolicyError,
     PruningError,
     StateError,
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from .policies.base import Keep, Policy
-from .registry import ADAPTERS, POLICIES, register_policy
+from .registry import ADAPTERS, POLICIES, register_family, register_policy
 
 if TYPE_CHECKING:
-    from .receipt import Receipt
+    from .call.receipt import Receipt
 
 __version__ = "0.1.0"
 
@@ -24,16 +25,20 @@ __all__ = [
     "POLICIES",
     "BudgetError",
     "Keep",
+    "ModelNotFoundError",
     "Policy",
     "PolicyError",
     "PruningError",
     "Receipt",
+    "ScorerPolicy",
+    "SelectPolicy",
     "StateError",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "from_pretrained",
     "prune",
     "pruned",
+    "register_family",
     "register_policy",
     "unprune",
 ]
@@ -42,7 +47,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # the engine brings seconds of transformers' and torch's modules, which are there anyway once a model is
     if name == "Receipt":
-        from .receipt import Receipt
+        from .call.receipt import Receipt
 
         return Receipt
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

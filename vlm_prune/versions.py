@@ -33,19 +33,3 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
     if found is None and not isinstance(arguments, ModelOutput):  # which warns when asked by the old name
         return arguments.get("past_key_values")
     return found
-
-
-def consumed_layers(config: Any) -> int | list[int] | tuple[int, ...]:
-    """``config.vision_feature_layer``, which VipLLaVA called by a name of its own in 5.19."""
-    return getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
-
-
-def video_pixels(arguments: Mapping[str, Any]) -> Any:
-    """A ``get_video_features`` call's ``pixel_values_videos``, which were called ``pixel_values`` in 5.4."""
-    given = arguments.get("pixel_values_videos")
-    return arguments["pixel_values"] if given is None else given
-
-
-def flat_tower(tower: Any) -> Any:
-    """The module in a CLIP vision model that has its layers: in older versions, one further in."""
-    return getattr(tower, "vision_model", tower)

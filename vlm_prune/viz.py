@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .receipt import Receipt
+from .call.receipt import Receipt
 
 Pixels = npt.NDArray[np.uint8]
 """``(height, width, 3)``, or ``(tiles, height, width, 3)``."""

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from vlm_prune import pruned, stream
+from vlm_prune import pruned
+from vlm_prune.call import stream
+from vlm_prune.call.flops import tower_flops
+from vlm_prune.contract.views import AttentionView, FeaturesView
 from vlm_prune.eval.bench.clock import interleaved, moved_bytes, spent_in
 from vlm_prune.eval.bench.speed import Row
 from vlm_prune.eval.bench.subject import Subject
-from vlm_prune.flops import tower_flops
 from vlm_prune.policies.scores import attention_mass
-from vlm_prune.policies.views import AttentionView, FeaturesView
 from vlm_prune.registry import POLICIES, find_anatomy, policy_class
 
 GROWTH = (576, 1152, 2304, 4608, 11520)

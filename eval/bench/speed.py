@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from vlm_prune import prune, pruned, unprune
+from vlm_prune.call.flops import decoder_flops
 from vlm_prune.eval.bench.clock import Times, interleaved, peak_bytes
 from vlm_prune.eval.bench.subject import Subject
-from vlm_prune.flops import decoder_flops
 
 ANSWER = 8
 """New tokens of an end-to-end run."""

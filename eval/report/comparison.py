@@ -14,7 +14,6 @@ from vlm_prune.eval.report.page import render
 from vlm_prune.eval.report.results import Entry, Results, read_results
 from vlm_prune.eval.report.samples import label_text, spread, verdict
 from vlm_prune.eval.runs.folder import Record, RunFolder, write_whole
-from vlm_prune.eval.runs.images import READING
 from vlm_prune.eval.runs.standings import JUDGED, Pair, Played, judge
 
 
@@ -144,7 +143,7 @@ def _sample(
     if path not in sources:
         try:
             sources[path] = data_uri(folder.image(record))
-        except READING:  # the answers can be read without it
+        except ValueError:  # the answers can be read without it
             sources[path] = ""
     return {
         "id": record["id"],

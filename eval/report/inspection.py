@@ -10,17 +10,17 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vlm_prune import Receipt, pruned
-from vlm_prune.eval.measure import prompt_text, receipt_of
+from vlm_prune.call.survivors import Grids, Units
+from vlm_prune.eval.measure import model_inputs, prompt_text, receipt_of
 from vlm_prune.eval.models import MODELS, exit_gates, load_model
 from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
 from vlm_prune.eval.report.page import render
 from vlm_prune.eval.runs.folder import write_whole
 from vlm_prune.eval.runs.tiles import Tiles, boxes_of_grids
-from vlm_prune.survivors import Grids, Units
 
 LONGEST = 1600
 """Side in pixels of the picture in a page, which is shown as wide as that."""
@@ -96,19 +96,6 @@ def open_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         ) from error
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB, turned as its EXIF data says.
-
-    Raises:
-        ValueError: it is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read") from error
-
-
 def own_settings(policy: str, model: str) -> dict[str, Any]:
     """What a policy needs and a shipped model brings along: exit gates for DyVTE."""
     names = policy.split("+")
@@ -134,7 +121,7 @@ def inspect(
 
     ``options`` are those of `prune`: a budget, and settings of the policy. ``name`` is what to call the model.
     """
-    inputs = processor(images=[image], text=[prompt_text(processor, prompt)], return_tensors="pt").to(
+    inputs = model_inputs(processor, [image], [prompt_text(processor, prompt)], ["to inspect"]).to(
         model.device, model.dtype
     )
 

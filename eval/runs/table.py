@@ -80,6 +80,8 @@ def joined(
             line |= {_name(task, kind, name): value for name, value in spent.items()}
         else:
             line[COUNTS[kind] if task == kind in COUNTS else f"n_{task}"] = row["n"]
+            if row.get("skipped"):
+                line[f"skipped_{task}"] = row["skipped"]
             if judged is not None:
                 line |= _standing(row, judged)
     return list(lines.values())
@@ -206,7 +208,9 @@ def _count(task: Task, line: Line) -> str:
     splits = [
         name.split("_")[1] for name in line if re.fullmatch(rf"{re.escape(label)}_[^_]+_accuracy", name)
     ]
-    return f"{count} {what}" + (f" ({', '.join(splits)})" if splits else "")
+    skipped = [f"{line[f'skipped_{label}']} skipped"] if f"skipped_{label}" in line else []
+    notes = ", ".join([*splits, *skipped])
+    return f"{count} {what}" + (f" ({notes})" if notes else "")
 
 
 def _full(line: Line) -> str:

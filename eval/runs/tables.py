@@ -16,7 +16,7 @@ from vlm_prune.eval.runs.images import Picture
 
 USUAL = {
     "id": ("question_id", "questionId", "id"),
-    "image": ("image", "image_path", "image_id", "file_name"),
+    "image": ("image", "image_path", "image_id", "file_name", "image_source"),
     "question": ("question", "text", "query"),
     "answer": ("label", "answer", "answers"),
     "objects": ("objects",),
@@ -124,7 +124,7 @@ def _datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "data sets on disk and on the hub need the package datasets: pip install 'vlm-prune[eval]'"
+            "data sets on disk and on the hub need the package datasets: in a clone, pip install '.[eval]'"
         ) from error
     return datasets
 

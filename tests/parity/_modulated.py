@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import LlamaConfig
 
-from vlm_prune.attention import Site
-from vlm_prune.policies.views import ModulateView
+from vlm_prune.contract.views import ModulateView
+from vlm_prune.sites import Site
 from vlm_prune.versions import CACHE, cache_of
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from tests.parity._files import Golden, npz_cases
+from vlm_prune.contract.views import FeaturesView
 from vlm_prune.policies.agilepruner import AgilePruner, adaptive_tau, effective_rank, pick
 from vlm_prune.policies.scores import cosine_distance
-from vlm_prune.policies.views import FeaturesView
 
 cases = npz_cases
 

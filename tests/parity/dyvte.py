@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.parity._files import Golden, npz_cases
 from tests.parity._given import VISUAL, embeds_model
 from vlm_prune import prune
-from vlm_prune.observe_exit import observe
+from vlm_prune.eval.learn.observe_exit import observe
 from vlm_prune.policies.dyvte import DyVTE
 from vlm_prune.policies.exit_gates import ExitGates, exit_features, gate_logits, gate_loss, wants_exit
 from vlm_prune.versions import CACHE, cache_of

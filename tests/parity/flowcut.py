@@ -17,14 +17,14 @@ from transformers import (
 
 from tests.parity._files import Golden, npz_cases
 from tests.parity._given import embeds_model
-from vlm_prune import prune, stream
+from vlm_prune import prune
 from vlm_prune.adapters.llava_next import _next_images
-from vlm_prune.encode_call import current_encode
-from vlm_prune.packing import read_packing
-from vlm_prune.policies.flowcut import drop_counts, information_score, value_magnitude
-from vlm_prune.policies.flowcut_decoder import FlowCutDecoder
+from vlm_prune.call import stream
+from vlm_prune.call.assembly import read_packing
+from vlm_prune.call.encode_call import current_encode
+from vlm_prune.contract.views import AttentionView
+from vlm_prune.policies.flowcut import FlowCutDecoder, drop_counts, information_score, value_magnitude
 from vlm_prune.policies.scores import global_attention, global_similarity
-from vlm_prune.policies.views import AttentionView
 from vlm_prune.versions import CACHE, cache_of
 
 cases = npz_cases

@@ -12,15 +12,15 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from tests.parity._files import Golden, npz_cases
 from tests.parity._given import Projector, Tower, load_llm
 from vlm_prune import prune
-from vlm_prune.policies.base import Keep
+from vlm_prune.contract.policy import Keep
+from vlm_prune.contract.views import AttentionView, ModulateView, PrefillView
+from vlm_prune.eval.learn.search import Search
+from vlm_prune.eval.learn.tune import search_space
 from vlm_prune.policies.importance import calibrated_attention, entropy_share, patch_entropy, wrapped_grey
 from vlm_prune.policies.recycle import Cells, recycle_official
 from vlm_prune.policies.scores import top_mask
 from vlm_prune.policies.shares import average_share, literal_counts, solve_last
 from vlm_prune.policies.vflowopt import AVERAGE, MAP, VFlowOpt
-from vlm_prune.policies.views import AttentionView, ModulateView, PrefillView
-from vlm_prune.search import Search
-from vlm_prune.tune import search_space
 from vlm_prune.versions import cache_of
 
 CROP = 27  # rows and columns of tokens per crop in the released code

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import stream
+from ..call import stream
 from ..errors import PolicyError, StateError
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import stream
+from ..call import stream
+from ..contract.policy import Policy
+from ..encode.fixed import Encoder
 from ..errors import UnsupportedCallError
-from ..policies.base import Policy
-from ..tower import Encoder
 from .stage import Gather, ServedStage
 from .towers import Parts
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..encode_call import current_encode, set_encode
+from ..call.encode_call import current_encode, set_encode
+from ..contract.policy import Policy
+from ..encode.merger import Merger
+from ..encode.packed import PackedEncoder
 from ..errors import UnsupportedCallError
-from ..merger import Merger
-from ..packed import PackedEncoder
-from ..policies.base import Policy
 from .stage import Gather, ServedStage
 from .towers import PackedParts
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..adapters.base import feature_layers, square
-from ..budget import Budget
+from ..call.budget import Budget
+from ..contract.anatomy import feature_layers, square
+from ..contract.policy import Policy
 from ..errors import BudgetError, PolicyError, UnsupportedModelError
-from ..policies.base import Policy
 from ..registry import did_you_mean, make_policies
 
 KEY = "vlm_prune"

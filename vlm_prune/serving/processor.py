@@ -15,7 +15,7 @@ import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from ..budget import Budget
+from ..call.budget import Budget
 from ..errors import UnsupportedCallError
 from .plan import KEY, Plan
 

@@ -16,7 +16,7 @@ from vllm.model_executor.models import qwen2_5_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
-from .. import stream
+from ..call import stream
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from .checks import check_ranks_agree
 from .encoder import check_counts

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..budget import Budget
-from ..policies.base import Policy
+from ..call.budget import Budget
+from ..composition import Composition
+from ..contract.policy import Policy
 from .towers import PackedParts, Parts
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -22,7 +23,7 @@ class NoReceipt:
 
     def new_receipt(self, *args: Any) -> Any:
         """One that nothing is written on."""
-        return SimpleNamespace(record_tower=lambda *args: None)
+        return SimpleNamespace()
 
     def publish(self, receipt: Any) -> None:
         """Nobody reads it."""
@@ -45,7 +46,8 @@ class ServedStage:
     budget: Budget
 
     def __init__(self, parts: Parts | PackedParts, gather: Gather, policy: Policy):
-        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), NoReceipt())  # type: ignore[call-arg]
+        alone = Composition((policy,), (policy,), Budget(ratio=1.0))
+        super().__init__(parts.tower, parts.projector, alone, NoReceipt())  # type: ignore[call-arg]
         self.heads, self.gather = parts.heads, gather
 
     @contextmanager

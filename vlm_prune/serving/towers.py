@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..adapters.base import PackedTower, Tower, square
+from ..contract.anatomy import PackedTower, Tower, square
 from .plan import Tiles
 
 

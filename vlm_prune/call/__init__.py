@@ -1,0 +1,1 @@
+"""What belongs to one call: its encode and forward state, rows, budget, receipt."""

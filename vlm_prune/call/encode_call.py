@@ -1,0 +1,287 @@
+"""State of a batch of tiles on its way from the tower to behind the projector.
+
+It lives in a context variable while they are encoded, never on a module. ``generate`` encodes images before it calls
+forward, so an `EncodeCall` rides on the tower's output object, which stock code hands from the one to the other.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..contract.keep import Keep
+from .receipt import Receipt, Segments
+from .timing import Stopwatch
+
+if TYPE_CHECKING:
+    from ..contract.anatomy import Arrangement
+    from .assembly import Packing
+
+_encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
+_arrangement: ContextVar[Arrangement | None] = ContextVar("vlm_prune_arrangement", default=None)
+_riding: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("vlm_prune_riding", default=())
+
+RIDE = "vlm_prune"
+"""Attribute of a tower's output object under which its `EncodeCall` travels."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of the language model that stand together.
+
+    Attributes:
+        rows: how many, before anything is dropped.
+        tiles: rows of each tile that went into them.
+        plain: units of its one tile, and those wanted of it; ``None`` where stock code arranges tiles.
+    """
+
+    rows: int
+    tiles: list[int]
+    plain: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Visual tokens among which the decoder's entry is to choose, of one tile or of several alike.
+
+    Attributes:
+        features: ``(tiles, tokens, channels)``, projected.
+        rows: int64 ``(tiles, tokens)``, which of the call's rows for the language model each token is; -1 for those
+            that stock code takes off again, as padding.
+        spans: for each tile, the number of the span in `EncodeCall.spans` that it is in.
+        grid: rows and columns of tokens.
+        target: tokens wanted of each tile.
+        content_key: int64 ``(tiles,)``, see `FeaturesView`.
+        carry: values ``(tiles, tokens)`` that the encode stage left.
+        tower: see `EntryView`.
+    """
+
+    features: torch.Tensor
+    rows: torch.Tensor
+    spans: list[int]
+    grid: tuple[int, int]
+    target: int
+    content_key: torch.Tensor
+    carry: dict[str, torch.Tensor]
+    tower: torch.Tensor | None = None
+
+
+@dataclass
+class EncodeCall:
+    """Some tiles on their way through tower and projector. What each tile has is written down tile by tile.
+
+    Attributes:
+        grids: rows and columns of units of each tile.
+        targets: units wanted of each tile.
+        pixels: the tower's input.
+        extra: rows that each tile hands to the language model beside its units (1 where CLS is one of them).
+        kind: which of the model's placeholders the tiles stand for, an index into `Anatomy.image_tokens`.
+        keeps: the units that survive so far, ``None`` while all do: one `Keep` for each group of tiles, in order. A
+            tower that takes tiles of one size has one group, a tower of packed images one group per image.
+        tower_tokens: tokens that each tower layer computed of the tile with most.
+        tower_keeps: the units among them, as `keeps`.
+        carry: ``(rows for the language model,)``, what the policy left for the decoder's stages; 0 at holes.
+        arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
+        packings: what comes of it, image by image.
+        offers: what the decoder's entry is to choose among, if a policy does so there.
+        entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
+        drops_newlines: whether a newline goes as soon as a token of its image is dropped.
+        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
+    """
+
+    grids: list[tuple[int, int]]
+    targets: list[int]
+    pixels: torch.Tensor
+    stopwatch: Stopwatch
+    receipt: Receipt
+    extra: int = 0
+    kind: int = 0
+    state: Any = None
+    keeps: list[Keep] | None = None
+    tower_tokens: list[int] = field(default_factory=list)
+    tower_keeps: list[list[Keep] | None] = field(default_factory=list)
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    arrangement: Arrangement | None = None
+    packings: list[Packing] = field(default_factory=list)
+    offers: list[Offer] = field(default_factory=list)
+    entering: torch.Tensor | None = None
+    drops_newlines: bool = False
+    trusted: bool = True
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles there are."""
+        return len(self.grids)
+
+    @property
+    def units(self) -> list[int]:
+        """Units of each tile before anything is dropped."""
+        return [rows * columns for rows, columns in self.grids]
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows behind the projector that stand for each tile before anything is dropped."""
+        return [units + self.extra for units in self.units]
+
+    @property
+    def spans(self) -> list[Span]:
+        """The rows that the language model gets of these tiles, image by image, or tile by tile."""
+        rows = self.rows
+        if self.arrangement is None:
+            plain = zip(self.units, self.targets, strict=True)
+            return [Span(count, [count], units) for count, units in zip(rows, plain, strict=True)]
+        return [Span(len(p.source), rows[p.tiles.start : p.tiles.stop]) for p in self.packings]
+
+    @property
+    def late(self) -> list[bool]:
+        """Of each tile, whether its tokens are chosen behind the arranging."""
+        return [packing.late for packing in self.packings for _ in packing.tiles] or [False] * self.tiles
+
+    def groups(self, tiles: list[int]) -> dict[int, list[int]]:
+        """Those ``tiles`` together of which equally many units are wanted: that number, and theirs."""
+        groups: dict[int, list[int]] = {}
+        for tile in tiles:
+            groups.setdefault(self.targets[tile], []).append(tile)
+        return groups
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The visual token that each row of the language model is, counted from 1 through the receipt's grids.
+
+        int64 ``(rows,)`` on the host; 0 for rows that no budget counts: CLS, newlines.
+        """
+        number, parts = 0, []
+        if self.arrangement is None:
+            for units in self.units:
+                parts += [
+                    torch.zeros(self.extra, dtype=torch.int64),
+                    torch.arange(number + 1, number + units + 1),
+                ]
+                number += units
+        for packing in self.packings:
+            parts.append(torch.where(packing.numbers > 0, packing.numbers + number, 0))
+            number += sum(rows * columns for rows, columns in packing.grids)
+        return torch.cat(parts)
+
+    def unit_rows(self) -> tuple[torch.Tensor, list[int]]:
+        """The row for the language model that each unit becomes, and the number of the span that each tile is in.
+
+        int64 ``(tiles, units)`` on the host, of tiles of one size; -1 for units that stock code takes off again.
+        """
+        units = self.units[0]
+        if self.arrangement is None:
+            first = torch.arange(self.tiles)[:, None] * self.rows[0] + self.extra
+            return first + torch.arange(units), list(range(self.tiles))
+        rows, images, begin = torch.full((self.tiles * units,), -1), [], 0
+        for number, packing in enumerate(self.packings):
+            images += [number] * len(packing.tiles)
+            places = (packing.source >= 0).nonzero()[:, 0]
+            rows[packing.source[places] + packing.tiles.start * units] = places + begin
+            begin += len(packing.source)
+        return rows.view(self.tiles, units), images
+
+    @property
+    def whole(self) -> bool:
+        """Whether all units of all tiles are wanted."""
+        return self.targets == self.units
+
+    @property
+    def dropped(self) -> int | None:
+        """Units dropped in all tiles together, if that is known without asking the device."""
+        if self.arrangement is not None:  # padding goes too, and lines that end where nothing is left
+            return 0 if self.whole else None
+        if self.keeps is None:
+            return 0
+        if any(keep.valid is not None for keep in self.keeps):
+            return None
+        return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
+
+    def settle(self, alive: torch.Tensor) -> torch.Tensor:
+        """Note which rows for the language model a late choice keeps, bool ``(rows,)``; returns it with newlines."""
+        if self.arrangement is None:
+            keeps, masks = [], [mask[self.extra :] for mask in alive.split(self.rows)]
+            for mask, target, units in zip(masks, self.targets, self.units, strict=True):
+                keeps.append(
+                    Keep.from_mask(mask[None], units) if target < units else Keep.all(1, units, mask.device)
+                )
+            self.keeps = keeps
+        else:
+            parts, keeps = [], []
+            for packing, mask in zip(
+                self.packings, alive.split([len(p.source) for p in self.packings]), strict=True
+            ):
+                chosen = mask & ~packing.newline.to(mask.device)
+                keeps += packing.kept(chosen)
+                parts.append(chosen if self.drops_newlines else chosen | packing.ends_line(chosen))
+            alive, self.keeps = torch.cat(parts), keeps
+        self.receipt.keeps = self.keeps
+        return alive
+
+    def record_tower(self, segments: Segments, dense: Segments) -> None:
+        """Note in the receipt what the tower did; ``segments`` and ``dense`` are asked when someone reads them."""
+        receipt = self.receipt
+        receipt.keeps, receipt.tower_tokens = self.keeps, self.tower_tokens
+        receipt.tower_keeps, receipt.tower_grids = self.tower_keeps, self.grids
+        receipt._tower_segments = (segments, dense)
+        receipt._tower_ms = self.stopwatch.stop()
+
+
+def let_ride(output: Any, call: EncodeCall) -> None:
+    """Let an encode call travel on the tower's output object."""
+    setattr(output, RIDE, call)
+    _riding.set((weakref.ref(output), *_riding.get()[:3]))
+
+
+def ride_of(output: Any) -> EncodeCall | None:
+    """The encode call that an output object comes from; ``None`` if it is not known.
+
+    transformers and accelerate copy such objects when they move their tensors to another device. A copy is known by the
+    features of the last few that are still there. What chunked prefill slices out of one is no copy, even if it is all
+    of an image: of the other outputs nothing is left in it.
+    """
+    call: EncodeCall | None = getattr(output, RIDE, None)
+    features = getattr(output, "pooler_output", None)
+    if call is None and features is not None:
+        for reference in _riding.get():
+            if (known := reference()) is None or known.keys() != output.keys():
+                continue
+            if _alike(known.pooler_output, features):
+                call = getattr(known, RIDE)
+                setattr(output, RIDE, call)
+                break
+    return call
+
+
+def _alike(known: Any, features: Any) -> bool:
+    """Whether these are the same image features, perhaps on another device. Waits for the device."""
+    pairs = (
+        list(zip(known, features, strict=False)) if known is not None and len(known) == len(features) else []
+    )
+    return bool(pairs) and all(
+        a.shape == b.shape and torch.equal(a[..., 0].nan_to_num(), b[..., 0].to(a.device).nan_to_num())
+        for a, b in pairs
+    )
+
+
+def current_encode() -> EncodeCall | None:
+    """The encode call under way in this thread, if any."""
+    return _encode.get()
+
+
+def set_encode(call: EncodeCall | None) -> None:
+    """Begin (or, with ``None``, end) an encode call."""
+    _encode.set(call)
+
+
+def current_arrangement() -> Arrangement | None:
+    """How the tiles that go through the tower now in this thread will be arranged, if they will."""
+    return _arrangement.get()
+
+
+def set_arrangement(arrangement: Arrangement | None) -> None:
+    """Say so, or with ``None`` end it."""
+    _arrangement.set(arrangement)

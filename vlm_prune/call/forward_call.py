@@ -1,0 +1,324 @@
+"""State of one forward of the model. It lives in a context variable while the forward runs, never on a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UnsupportedCallError
+from ..kernels import to_device
+from . import stream
+from .encode_call import EncodeCall, Span, current_encode, set_encode
+from .row_counts import Census
+from .survivors import DecoderTrace
+from .timing import Stopwatch
+
+if TYPE_CHECKING:
+    from .deepstack import Deepstack
+    from .rows import Rows
+
+_forward: ContextVar[ForwardCall | None] = ContextVar("vlm_prune_forward", default=None)
+_live_rows: ContextVar[Rows | None] = ContextVar("vlm_prune_live_rows", default=None)
+
+RESUME = "vlm_prune_call"
+"""Keyword by which layers find the call they belong to where no context variable says so: in a compiled step, and when
+attention runs again in the backward pass."""
+
+
+@dataclass
+class ForwardCall:
+    """One forward of the model.
+
+    Attributes:
+        encoded: the tiles that this forward consumes.
+        unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
+        kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
+        image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
+            the decoder.
+        mask: the caller's padding mask.
+        given: the mask that the model was called with, from which some make those of their decoder.
+        types: int ``(batch, tokens)``, what kind of token each is, where the model was told; some let those of an
+            image look at each other.
+        rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
+        first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
+        fitted: masks and positions made for layers that differ from it.
+        observed: what the current layer's attention computed with.
+        text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
+        scores: by layer and ``id`` of a policy, what its `observe` said of the layer's rows.
+        step_attention: by layer, what attention computed with in a decoding step after which rows may be evicted.
+        probing: True during that pass without the image.
+        looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
+        drafts: tokens at the end that are an assistant's and not the prompt's.
+        prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
+        deepstack: features that stock code adds behind the decoder's first layers.
+        census: what `count` found, if anyone asked.
+        left: visual tokens of each sequence that are left by now; ``None`` while nobody asked.
+        owner: whose forward this is; ``outer`` is the call of another model around it.
+    """
+
+    unknown_features: bool = False
+    encoded: list[EncodeCall] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    image_masks: list[torch.Tensor] = field(default_factory=list)
+    mask: torch.Tensor | None = None
+    given: Any = None
+    types: torch.Tensor | None = None
+    rows: Rows | None = None
+    entered: Rows | None = None
+    layer_rows: list[Rows] = field(default_factory=list)
+    first: tuple[Any, ...] = ()
+    fitted: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
+    text_only: dict[int, torch.Tensor] = field(default_factory=dict)
+    scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    step_attention: dict[int, Any] = field(default_factory=dict)
+    probing: bool = False
+    looking: bool = False
+    drafts: int = 0
+    prompt: Any = None
+    deepstack: Deepstack | None = None
+    census: Census | None = None
+    left: list[int] | None = None
+    stopwatch: Stopwatch | None = None
+    owner: Any = None
+    outer: ForwardCall | None = None
+
+    def may_have_holes(self, embeds: torch.Tensor) -> bool:
+        """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
+        if self.encoded:
+            return any(call.dropped != 0 for call in self.encoded)
+        return self.unknown_features and bool(embeds[..., 0].isnan().any())
+
+    @property
+    def image_mask(self) -> torch.Tensor | None:
+        """Placeholders of visual tokens of any kind: bool ``(batch, length)``; ``None`` if that is not known."""
+        return torch.stack(self.image_masks).any(0) if self.image_masks else None
+
+    def has_visual_tokens(self) -> bool:
+        """Whether this forward brings visual tokens along."""
+        return bool(self.encoded) or (self.unknown_features and bool(self.image_masks))
+
+    def add_encoded(self, call: EncodeCall) -> None:
+        """Note tiles that were encoded inside this forward."""
+        call.kind = self.kinds.pop(0) if self.kinds else call.kind
+        self.encoded.append(call)
+
+    def mark_visual(self, rows: Rows) -> Rows:
+        """``rows`` with `Rows.visual` and the values that the encode stage left for each visual token."""
+        mask = self.image_mask
+        if mask is None:
+            raise UnsupportedCallError(
+                "This policy acts on visual tokens inside the decoder and cannot tell which they are: the call has "
+                "inputs_embeds with image features already in them. Pass input_ids and pixel_values instead."
+            )
+        carry = {}
+        for name in {name for call in self.encoded for name in call.carry}:
+            some = next(call.carry[name] for call in self.encoded if name in call.carry)
+            carry[name] = self._spread(
+                [call.carry.get(name, some.new_zeros(len(call.numbers))) for call in self.encoded]
+            )
+        return replace(rows, visual=mask, carry=carry)
+
+    def _spread(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Lay out values ``(rows of all its tiles,)`` of each encode call over the prompts: ``(batch, length)``."""
+        device = self.image_masks[0].device
+        values = [x.to(device) for x in values]
+        return stream.lay_out(values, [call.kind for call in self.encoded], self.image_masks, self.copies)
+
+    def trace(self, number: int) -> DecoderTrace | None:
+        """Where the tiles of ``encoded[number]`` are in each layer; ``None`` if no policy acts between layers."""
+        if not self.image_masks or not self.layer_rows:
+            return None
+        return DecoderTrace(
+            masks=self.image_masks,
+            copies=self.copies,
+            kinds=[call.kind for call in self.encoded],
+            numbers=[call.numbers for call in self.encoded],
+            number=number,
+            layers=[(rows.order, rows.valid) for rows in self.layer_rows],
+        )
+
+    def per_sequence(self, wanted: Callable[[list[int]], int]) -> torch.Tensor:
+        """``wanted(rows of each tile)`` summed over the images of each prompt: int64 ``(batch,)``."""
+        device, values = self.image_masks[0].device, []
+        for call in self.encoded:
+            first = [n for span in call.spans for n in (wanted(span.tiles), *[0] * (span.rows - 1))]
+            values.append(to_device(first, device))
+        return self._spread(values).sum(-1)
+
+    def text_width(self) -> int | None:
+        """No sequence of a prefill has more rows of text than this."""
+        return None if self.rows is None or self.rows.visual is None else max(self.count().text)
+
+    def count(self, live: torch.Tensor | None = None, alive: torch.Tensor | None = None) -> Census:
+        """The census of this prefill. One sequence with a fixed budget is counted on the host; else this waits once.
+
+        ``live`` and ``alive`` ``(batch, length)`` as for `Census.take`, needed only where there are holes.
+        """
+        if self.census is None:
+            if live is None:
+                live = torch.ones_like(self.image_masks[0])
+                if self.mask is not None and len(live) > 1:
+                    live = self.mask[:, -live.shape[1] :].bool()
+            planned = self._planned()
+            trusted = all(call.trusted for call in self.encoded)
+            if planned is not None and trusted and len(live) == 1 and (planned or alive is None):
+                self.census = self._plan(live.shape[1], planned)
+            else:
+                self.census = Census.take(self.image_masks, live, alive)
+            if planned and alive is not None and self.census.holes % planned:
+                raise UnsupportedCallError(
+                    f"The image features hold {self.census.holes} rows of NaN where {planned} tokens were dropped: the "
+                    "vision tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
+                )
+            if planned and alive is not None and not self.census.holes:
+                raise UnsupportedCallError(
+                    f"{planned} visual tokens were dropped, but none is missing where the language model begins: this "
+                    "model does not hand its image features on as it should. Please unprune(model), and report it."
+                )
+            if self.left is None:  # else a cut has counted since
+                self.left = list(self.census.visual)
+        return self.census
+
+    def _planned(self) -> int | None:
+        """Rows dropped in all tiles together, if the host knows that."""
+        dropped = [call.dropped for call in self.encoded]
+        if self.unknown_features or not dropped or None in dropped:
+            return None
+        return sum(n or 0 for n in dropped)
+
+    def _plan(self, length: int, dropped: int) -> Census:
+        """The census of one sequence of ``length`` rows."""
+        placeholders = [
+            [sum(span.rows for span in self._spans(kind))] for kind in range(len(self.image_masks))
+        ]
+        visual = sum(count for (count,) in placeholders) - dropped if placeholders else 0
+        return Census([length - dropped], [visual], dropped, placeholders)
+
+    def _spans(self, kind: int) -> list[Span]:
+        return [span for call in self.encoded if call.kind == kind for span in call.spans]
+
+    @property
+    def copies(self) -> list[int]:
+        """For each kind of placeholder, how many sequences next to each other share the values of an image.
+
+        More than one where beams are copies of a sequence.
+        """
+        kinds = range(len(self.image_masks))
+        if len(self.image_masks[0]) == 1:
+            return [1 for _ in kinds]
+        rows = [sum(span.rows for span in self._spans(kind)) for kind in kinds]
+        return [sum(self.count().placeholders[kind]) // rows[kind] if rows[kind] else 1 for kind in kinds]
+
+    @property
+    def accounted(self) -> bool:
+        """Whether every placeholder stands for a row of a tile that is known here, and none is masked out."""
+        census = self.count()
+        found = [sum(counts) for counts in census.placeholders]
+        known = [
+            copies * sum(span.rows for span in self._spans(kind)) for kind, copies in enumerate(self.copies)
+        ]
+        return found == known and sum(found) - census.holes == sum(census.visual)
+
+    def owners(self) -> list[list[int]]:
+        """For each encode call, the number of the sequence that each of its spans is in: the first of its copies."""
+        owners: list[list[int]] = [[] for _ in self.encoded]
+        for kind, (copies, counts) in enumerate(zip(self.copies, self.count().placeholders, strict=True)):
+            sequence, room = 0, counts[0]
+            for encoded, mine in zip(self.encoded, owners, strict=True):
+                for span in encoded.spans if encoded.kind == kind else ():
+                    while room < span.rows:
+                        sequence += copies
+                        room = counts[sequence]
+                    room -= span.rows
+                    mine.append(sequence)
+        return owners
+
+    def spans_by_sequence(self) -> list[list[Span]]:
+        """What the encode stage handed to each sequence."""
+        owned: list[list[Span]] = [[] for _ in self.count().live]
+        copies = self.copies
+        for encoded, owners in zip(self.encoded, self.owners(), strict=True):
+            for span, owner in zip(encoded.spans, owners, strict=True):
+                for sequence in owned[owner : owner + copies[encoded.kind]]:
+                    sequence.append(span)
+        return owned
+
+    def recount(self, lost: list[int] | None) -> None:
+        """The decoder's entry dropped tokens: ``lost`` of each sequence, ``None`` if only the device knows."""
+        if lost is None:
+            self.census = self.left = None
+        elif self.census is not None:
+            self.census = self.census.without(lost)
+            self.left = list(self.census.visual)
+
+
+def current_forward() -> ForwardCall | None:
+    """The forward under way in this thread, if any."""
+    return _forward.get()
+
+
+def nothing_under_way() -> bool:
+    """Whether no call is under way in this thread, so that there is none to end."""
+    return _forward.get() is None and current_encode() is None
+
+
+@contextmanager
+def resumed(call: ForwardCall | None) -> Iterator[None]:
+    """The forward ``call`` is under way again; ``None`` leaves things as they are."""
+    if call is None:
+        yield
+        return
+    token = _forward.set(call)
+    try:
+        yield
+    finally:
+        _forward.reset(token)
+
+
+def leave_live_rows(rows: Rows) -> None:
+    """Tell the loss of this forward which rows are left."""
+    _live_rows.set(rows)
+
+
+def take_live_rows() -> Rows | None:
+    """The rows left by the forward that just ended in this thread; ``None`` if it dropped none."""
+    rows = _live_rows.get()
+    _live_rows.set(None)
+    return rows
+
+
+def begin_forward(call: ForwardCall) -> None:
+    """Make ``call`` the current one."""
+    _live_rows.set(None)
+    outer = _forward.get()
+    # a forward is never inside another of the same model: that one was interrupted, and Ctrl-C runs no hooks
+    call.outer = outer if outer is None or outer.owner is not call.owner else outer.outer
+    _forward.set(call)
+
+
+def next_forward(call: ForwardCall) -> None:
+    """Go on with ``call`` in place of the current one."""
+    if (before := _forward.get()) is not None:
+        call.owner, call.outer = before.owner, before.outer
+    _forward.set(call)
+
+
+def end_forward() -> ForwardCall | None:
+    """End the current forward and return it; the one around it, if any, is current again."""
+    call = _forward.get()
+    if call is not None:
+        _forward.set(call.outer)
+    return call
+
+
+def forget_calls() -> None:
+    """End everything that an interrupt may have left under way in this thread."""
+    _forward.set(None)
+    set_encode(None)
+    _live_rows.set(None)

@@ -1,0 +1,58 @@
+"""How many rows of a prefill are what: numbers of the host, so that shapes can be planned without asking the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Census:
+    """The rows of each sequence of a batch as they enter the decoder.
+
+    Attributes:
+        live: rows that are neither holes nor padding. Padding of a single sequence counts, since it stays.
+        visual: those of them that are visual tokens.
+        holes: rows of all sequences that the encode stage dropped.
+        placeholders: for each kind of placeholder, how many each sequence has, holes included.
+    """
+
+    live: list[int]
+    visual: list[int]
+    holes: int
+    placeholders: list[list[int]]
+
+    @classmethod
+    def take(
+        cls, masks: Sequence[torch.Tensor], live: torch.Tensor, alive: torch.Tensor | None = None
+    ) -> Census:
+        """Ask the device, once. ``masks`` are the placeholders of each kind; all are bool ``(batch, length)``.
+
+        ``live`` is False at padding and holes, ``alive`` at holes alone; ``None`` says that there are none.
+        """
+        visual = torch.stack([mask & live for mask in masks]).any(0) if masks else torch.zeros_like(live)
+        holes = torch.zeros_like(live) if alive is None else ~alive
+        counts = torch.stack([x.sum(-1) for x in (live, visual, holes, *masks)]).tolist()
+        return cls(counts[0], counts[1], sum(counts[2]), counts[3:])
+
+    def without(self, lost: list[int]) -> Census:
+        """The same after ``lost`` visual tokens of each sequence were dropped."""
+        live, visual = ([n - gone for n, gone in zip(x, lost, strict=True)] for x in (self.live, self.visual))
+        return replace(self, live=live, visual=visual, holes=self.holes + sum(lost))
+
+    @property
+    def text(self) -> list[int]:
+        """Live rows of each sequence that are no visual tokens."""
+        return [live - visual for live, visual in zip(self.live, self.visual, strict=True)]
+
+    @property
+    def width(self) -> int:
+        """Length of the shortened batch. A turn of holes only leaves one row: stock layers cannot compute none."""
+        return max(1, *self.live)
+
+    @property
+    def even(self) -> bool:
+        """Whether every sequence fills it."""
+        return 0 < min(self.live) == max(self.live)

@@ -1,0 +1,114 @@
+"""The token stream as pure tensor functions: opening holes, closing them, and undoing it.
+
+A dropped visual token is a *hole*: a row of NaN where its features would be. Stock code carries holes along like any
+features; the language model's entry closes them (`Rows.close`) and its exit restores the full length (`restore`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..kernels import live_order, place_rows
+
+__all__ = [
+    "compact",
+    "find_holes",
+    "live_order",
+    "open_holes",
+    "restore",
+    "retarget",
+    "split_positions",
+    "unit_patches",
+]
+
+
+def open_holes(
+    rows: torch.Tensor, index: torch.Tensor, length: int, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """Put ``rows`` ``(batch, kept, channels)`` back at ``index`` ``(batch, kept)`` among ``length`` rows of NaN.
+
+    Where ``valid`` ``(batch, kept)`` is False the row stays a hole; such entries of ``index`` must name dropped rows.
+    """
+    return place_rows(rows, index, valid, length, torch.nan)
+
+
+def find_holes(embeds: torch.Tensor) -> torch.Tensor:
+    """Which rows of ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""
+    return embeds[..., 0].isnan()
+
+
+def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Pick rows ``order`` ``(batch, length)`` of ``x`` ``(batch or 1, full length, ...)``."""
+    x = x.expand(order.shape[0], *x.shape[1:])
+    index = order.view(*order.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand(*order.shape, *x.shape[2:]))
+
+
+def split_positions(positions: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Positions in the text, ``None`` if not given, and those for the rotary embeddings.
+
+    With multimodal RoPE these have axes of their own, ``(3, batch, rows)``; text positions may stand in front of them.
+    """
+    if positions.dim() == 2:
+        return positions, positions
+    return (positions[0], positions[1:]) if len(positions) == 4 else (None, positions)
+
+
+def restore(x: torch.Tensor, order: torch.Tensor, length: int, valid: torch.Tensor | None) -> torch.Tensor:
+    """Inverse of `compact`: ``(batch, length, channels)`` with zeros in every row that ``x`` does not hold."""
+    return place_rows(x, order, valid, length, 0.0)
+
+
+def lay_out(
+    values: Sequence[torch.Tensor],
+    kinds: Sequence[int],
+    masks: Sequence[torch.Tensor],
+    copies: Sequence[int],
+) -> torch.Tensor:
+    """Values of visual tokens, in order, at their placeholders: ``(batch, length)``, 0 elsewhere.
+
+    ``values[i]`` ``(tokens,)`` belong to placeholders of kind ``kinds[i]``, those that are True in ``masks[kinds[i]]``
+    ``(batch, length)``. Beams come as copies of a row next to it, so every ``copies[kind]`` rows share their values.
+    """
+    full = values[0].new_zeros(masks[0].shape)
+    for number, (mask, repeats) in enumerate(zip(masks, copies, strict=True)):
+        mine = [x for x, kind in zip(values, kinds, strict=True) if kind == number]
+        if not mine:
+            continue
+        some = full[::repeats].masked_scatter(mask[::repeats], torch.cat(mine))
+        full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
+    return full
+
+
+def retarget(
+    targets: torch.Tensor, order: torch.Tensor, valid: torch.Tensor | None, ignore: int = -100
+) -> torch.Tensor:
+    """Next-token targets of a shortened sequence, laid out at full length: int64 ``(batch, length)``.
+
+    ``targets[b, i]`` is the label of row ``i + 1``; ``order`` and ``valid`` ``(batch, rows)`` say which rows are left.
+    Each of them gets the label of the next one, as it would had the others never been there.
+    """
+    labels = compact(torch.nn.functional.pad(targets[:, :-1], (1, 0), value=ignore), order)
+    moved = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore)
+    if valid is not None:  # nothing comes before a sequence's first token that could predict it
+        moved = moved.masked_fill(~valid, ignore)
+    return torch.full_like(targets, ignore).scatter(1, order, moved)
+
+
+def grouped(index: torch.Tensor, size: int) -> torch.Tensor:
+    """The rows of groups ``index`` ``(groups,)`` where each group is ``size`` rows that stand together."""
+    if size == 1:
+        return index
+    return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
+
+
+def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> torch.Tensor:
+    """The raster numbers of the patches of each unit: int64 ``(units, merge * merge)``.
+
+    ``grid`` counts patches; units are ``merge`` x ``merge`` squares of them, numbered in raster order themselves.
+    """
+    rows, columns = grid
+    number = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)
+    return number.permute(0, 2, 1, 3).reshape(-1, merge * merge)

@@ -1,0 +1,321 @@
+"""What a policy is: `Policy`, and its shorter forms for one choice at one place, `SelectPolicy` and `ScorerPolicy`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from ..errors import PolicyError
+from .keep import Keep, top_mask
+
+if TYPE_CHECKING:
+    from .views import CacheView, EntryView, FeaturesView, ModulateView, PrefillView, TowerView
+
+__all__ = ["PLACES", "STAGES", "Keep", "Place", "Policy", "Positions", "ScorerPolicy", "SelectPolicy"]
+
+Positions = Literal["original", "compact"]
+
+STAGES = ("encode", "entry", "prefill", "decode", "modulate")
+"""Stages that `Policy.stages` may name, in the order of a call."""
+
+Place = Literal["tower", "features", "projected", "entry", "layer", "cache", "decode"]
+"""Where a `SelectPolicy` chooses: after a layer of the vision tower, after the tower, after the projector, at the
+decoder's entry with the text known, after a decoder layer, in the cache after prefill, in the cache while decoding."""
+
+PLACES: dict[Place, str] = {
+    "tower": "encode",
+    "features": "encode",
+    "projected": "encode",
+    "entry": "entry",
+    "layer": "prefill",
+    "cache": "decode",
+    "decode": "decode",
+}
+"""Place -> the stage that it belongs to."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies: a frozen record of settings, with a method for each stage it takes part in.
+
+    Attributes:
+        positions: ``"original"`` keeps the RoPE positions the tokens had before pruning, ``"compact"`` renumbers the
+            shortened sequence. Each policy defaults to what its released code does; ``None`` stands for "compact", and
+            for "original" where a token's position is its place in the image (M-RoPE) and cannot be renumbered.
+    """
+
+    name: ClassVar[str]
+    stages: ClassVar[tuple[str, ...]]
+    """Where it acts, of `STAGES`: "modulate" edits attention and drops no token, all others drop tokens there."""
+    prunes: ClassVar[bool] = True
+    """Whether it drops tokens, and so takes a budget. Follows from `stages`."""
+    encodes: ClassVar[bool] = True
+    """Whether it chooses among all tokens of an image, before the decoder's first layer. Follows from `stages`."""
+    enters: ClassVar[bool] = False
+    """Whether it does so at the decoder's entry. Follows from `stages`."""
+    keeps_all: ClassVar[bool] = False
+    """Whether it keeps every token, so that no number of them can be asked for."""
+    exceeds: ClassVar[bool] = False
+    """Whether it may keep more tokens than the budget says, by a rule of its own (a threshold)."""
+    default_ratio: ClassVar[float] = 1.0
+    """Share of visual tokens kept when the caller names no budget: the middle one of the paper."""
+    after_projector: ClassVar[bool] = False
+    """Whether `encode_final` is asked behind the projector, about projected features, instead of before it."""
+    single_patches: ClassVar[bool] = False
+    """Whether `encode` chooses among single patches where the model merges several into one token."""
+    late: ClassVar[bool] = False
+    """Whether `encode_final` can choose among other tokens than those that its tower layers saw: those of a resized
+    grid, or of all tiles of an image at once. What it leaves in ``carry`` then comes resized as the features do."""
+    reads_cls: ClassVar[bool] = False
+    """Whether `encode` asks for the attention that CLS pays; a tower without CLS is asked with its mean query."""
+    per_image: ClassVar[bool] = False
+    """Whether its budget is one of a whole image although it cuts each tile by itself, to `tile_target` units."""
+    drops_newlines: ClassVar[bool] = False
+    """Whether newline tokens go with the first dropped token, and not only with the last one of their line."""
+    reads_tower: ClassVar[bool] = False
+    """Whether `entry` looks at what entered the projector."""
+    reads_attention: ClassVar[bool] = False
+    """Whether `prefill` looks at the attention of its layers."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether `prefill` looks at what the layer behind each of its layers would attend with."""
+    reads_hidden: ClassVar[bool] = False
+    """Whether `modulate` looks at the input of its layers."""
+    needs_text_only: ClassVar[bool] = False
+    """Whether `modulate` compares with a pass over the prompt without its images."""
+    modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "outputs"
+    """What `modulate` edits. Whatever the written order, logits come first and outputs last."""
+
+    positions: Positions | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stages = getattr(cls, "stages", ())
+        cls.prunes = tuple(stages) != ("modulate",)
+        cls.enters = "entry" in stages
+        cls.encodes = cls.enters or "encode" in stages
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("original", "compact", None):
+            raise ValueError(f'positions={self.positions!r}: choose "original" or "compact"')
+
+    def tile_target(self, target: int) -> int:
+        """Units to keep of each tile of an image of which ``target`` shall be left in the end, if `per_image`."""
+        raise NotImplementedError(f"{self.name} has a budget per image, but does not share it out")
+
+    def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int] | None:
+        """Rows and columns of units that the tower shall see of a smaller image, instead of ``grid``.
+
+        ``None`` shows it the image as the processor prepared it.
+        """
+        return None
+
+    def tower_layers(self, feature_layer: int) -> Collection[int]:
+        """0-based vision layers after which `encode` is asked.
+
+        ``feature_layer`` is the layer whose output the language model consumes.
+        """
+        return ()
+
+    def encode(self, view: TowerView) -> Keep | None:
+        """After a vision layer: which units go on. ``None`` keeps all of them."""
+        raise NotImplementedError(f"{self.name} names tower layers but does not encode")
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """Behind the tower, or behind the projector: which units go on. ``None`` keeps all of them."""
+        return None
+
+    def entry(self, view: EntryView) -> Keep | None:
+        """At the decoder's entry, before its first layer: which units go on. ``None`` keeps all of them."""
+        raise NotImplementedError(f"{self.name} acts at the decoder's entry but does not choose there")
+
+    def for_decoder(self, config: Any) -> Policy:
+        """This policy with what it can read off the decoder's config filled in, when pruning starts."""
+        return self
+
+    def for_family(self, family: str, mrope: bool) -> Policy:
+        """This policy as it is at work on a model ``family``, when pruning starts.
+
+        ``mrope`` says that positions of visual tokens are places in the image.
+        """
+        if self.positions is None:
+            return replace(self, positions="original" if mrope else "compact")
+        if mrope and self.positions == "compact":
+            raise ValueError(
+                'positions="compact": with multimodal RoPE a visual token\'s position is its place in the image, which '
+                'renumbering would destroy. Leave positions out, or give "original".'
+            )
+        return self
+
+    def prefill_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, after which `prefill` is asked."""
+        return ()
+
+    def prefill(self, view: PrefillView) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay.
+
+        With a second tensor, shaped like ``view.hidden``, rows go on with what that holds: where tokens are merged.
+        ``None`` keeps all rows.
+        """
+        raise NotImplementedError(f"{self.name} names decoder layers but does not prune at them")
+
+    def left(
+        self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
+    ) -> int | None:
+        """How many visual tokens `prefill` leaves a sequence at ``layer``, where that follows from the budget.
+
+        The host then need not wait for the device to count them. ``None``: it depends on what the policy sees.
+
+        Args:
+            layer: 0-based, of ``depth`` layers.
+            entered: visual tokens that entered layer 0.
+            target: as `PrefillView.target`.
+            tiles: units of each tile and those wanted of it; empty where stock code puts tiles together.
+        """
+        return None
+
+    def observed_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, whose attention `observe` looks at."""
+        return ()
+
+    def observe(self, view: PrefillView) -> torch.Tensor | None:
+        """After a decoder layer of a prefill: a score for each of its rows, which `evict` finds as ``view.scores``.
+
+        ``(batch, rows)``, or ``(batch, kv_heads, rows)`` where it chooses by head.
+        """
+        raise NotImplementedError(f"{self.name} names layers to observe but does not observe them")
+
+    def evicted_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, from whose KV cache `evict` drops rows."""
+        return ()
+
+    def evict(self, view: CacheView) -> torch.Tensor | None:
+        """After a prefill, or a decoding step that `evicts_at` names: which rows of a layer's KV cache stay.
+
+        A keep mask, bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with equally many in every head of a
+        sequence. ``None`` keeps all.
+        """
+        raise NotImplementedError(f"{self.name} names layers to evict from but does not evict")
+
+    def evicts_at(self, step: int) -> bool:
+        """Whether `evict` is asked after decoding step ``step``, counted from 1; the prefill is always asked about."""
+        return False
+
+    def modulate_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, at whose attention `modulate` is asked."""
+        return ()
+
+    def modulate(self, view: ModulateView) -> torch.Tensor | None:
+        """Behind an attention call: new head outputs, shaped like ``view.output``, or ``None``."""
+        raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")
+
+
+@dataclass(frozen=True)
+class SelectPolicy(Policy):
+    """A policy that makes one choice at one `place`, by `select`; stages and flags follow from the place."""
+
+    place: ClassVar[Place]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if place := getattr(cls, "place", None):
+            if place not in PLACES:
+                raise TypeError(f"{cls.__name__}: place={place!r} is none of {', '.join(PLACES)}")
+            cls.stages = (PLACES[place],)
+            cls.late = place in ("features", "projected", "entry")
+            cls.after_projector = place == "projected"
+            cls.reads_attention = place == "layer"
+        super().__init_subclass__(**kwargs)
+
+    def select(self, view: Any) -> Keep | None:
+        """The units that stay; ``view`` is the one of the place, ``view.target`` how many are wanted."""
+        raise NotImplementedError(f"{self.name} does not select")
+
+    def layer(self, depth: int) -> int:
+        """The 0-based layer after which it chooses, where the place is one, of a tower or decoder of ``depth`` layers.
+
+        For the tower, ``depth`` counts the layers up to the one whose output the language model consumes.
+        """
+        raise NotImplementedError(f"{self.name} chooses after a layer but does not say which")
+
+    def tower_layers(self, feature_layer: int) -> tuple[int, ...]:
+        """The layer of `layer`, if the place is in the tower."""
+        return (self.layer(feature_layer + 1),) if self.place == "tower" else ()
+
+    def encode(self, view: TowerView) -> Keep | None:
+        """See `select`."""
+        return self.select(view)
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """See `select`."""
+        return self.select(view) if self.place in ("features", "projected") else None
+
+    def entry(self, view: EntryView) -> Keep | None:
+        """See `select`."""
+        return self.select(view)
+
+    def prefill_layers(self, depth: int) -> tuple[int, ...]:
+        """The layer of `layer`, if the place is in the decoder."""
+        return (self.layer(depth),) if self.place == "layer" else ()
+
+    def prefill(self, view: PrefillView) -> torch.Tensor | None:
+        """See `select`, about rows of the decoder."""
+        keep = self.select(view)
+        return None if keep is None else ~view.visual | keep.mask(view.visual.shape[1])
+
+
+@dataclass(frozen=True)
+class ScorerPolicy(SelectPolicy):
+    """A policy that keeps the tokens of highest `score` at one `place`.
+
+    ::
+
+        @dataclass(frozen=True)
+        class Loudest(ScorerPolicy):  # tokens whose features have the largest norm
+            name: ClassVar[str] = "loudest"
+            place: ClassVar[Place] = "features"
+
+            def score(self, view: FeaturesView) -> torch.Tensor:
+                return view.features.norm(dim=-1)
+    """
+
+    def score(self, view: Any) -> torch.Tensor:
+        """How much each token is worth: ``(batch, tokens)``, the tokens of ``view``; NaN ranks last."""
+        raise NotImplementedError(f"{self.name} does not score")
+
+    def select(self, view: TowerView | FeaturesView | EntryView) -> Keep:
+        """The ``view.target`` highest of each tile."""
+        tokens = view.units if hasattr(view, "units") else view.features[..., 0]
+        return Keep.top(self._checked(view, tuple(tokens.shape)), view.target)
+
+    def left(self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]) -> int:
+        """The budget."""
+        return target
+
+    def prefill(self, view: PrefillView) -> torch.Tensor:
+        """The ``view.target`` visual rows of highest score in each sequence, and all text."""
+        scores = self._checked(view, tuple(view.visual.shape))
+        return ~view.visual | top_mask(scores, view.target, view.visual)
+
+    def evicted_layers(self, depth: int) -> Collection[int]:
+        """All layers, if the place is the cache."""
+        return range(depth) if PLACES[self.place] == "decode" else ()
+
+    def evict(self, view: CacheView) -> torch.Tensor:
+        """The ``view.target`` visual rows of highest score in each sequence, and all text."""
+        scores = self._checked(view, tuple(view.visual.shape))
+        return ~view.visual | top_mask(scores, view.target, view.visual)
+
+    def evicts_at(self, step: int) -> bool:
+        """Every step, if the place is the cache while decoding."""
+        return self.place == "decode"
+
+    def _checked(self, view: Any, shape: tuple[int, ...]) -> torch.Tensor:
+        scores = self.score(view)
+        if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != shape:
+            given = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise PolicyError(
+                f"{self.name}.score returned {given}: a tensor {shape} is needed, one score per token."
+            )
+        return scores

@@ -1,0 +1,280 @@
+"""What a policy may look at. The engine fills these in; everything costly in them is computed when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+
+LogitEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes scaled logits ``(batch, heads, rows, keys)``, not masked yet, and the rows' numbers ``(batch, rows)``."""
+
+View = TypeVar("View", bound="AttentionView | TowerView | FeaturesView")
+
+
+def _of(view: View, tiles: torch.Tensor) -> View:
+    """A view of which every tensor, batch first, has the ``tiles`` only."""
+    some: dict[str, Any] = {
+        f.name: x[tiles] for f in fields(view) if isinstance(x := getattr(view, f.name), torch.Tensor)
+    }
+    if isinstance(carry := getattr(view, "carry", None), dict):
+        some["carry"] = {name: x[tiles] for name, x in carry.items()}
+    return replace(view, **some)
+
+
+@dataclass
+class AttentionView:
+    """What one attention call of a vision layer computed with.
+
+    ``query``, ``key``, ``value`` are ``(batch, heads, tokens, head_dim)``; token 0 is CLS where ``has_cls``.
+    ``valid`` ``(batch, tokens)`` marks real tokens in a ragged batch, ``None`` if all are.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    has_cls: bool
+    valid: torch.Tensor | None = None
+
+    def of(self, tiles: torch.Tensor) -> AttentionView:
+        """The same of some ``tiles`` only, int64 numbers."""
+        return _of(self, tiles)
+
+
+@dataclass
+class TowerView:
+    """The state of the vision tower after one of its layers, for a batch of tiles.
+
+    A *unit* is what becomes one token of the language model: one patch for LLaVA, a 2x2 cell of patches where a
+    pixel shuffle follows. ``units`` ``(batch, units)`` are the original numbers of those still alive.
+
+    Attributes:
+        layer: 0-based number of the layer that just ran.
+        feature_layer: the layer whose output is consumed.
+        target: units wanted in the end, per tile.
+        grid: rows and columns of a tile's units before any cut.
+        hidden: the layer's output for the patches ``(batch, patches, channels)``, CLS left out.
+        attention: the layer's attention inputs.
+        carry: tensors ``(batch, units)`` that the policy wants to find again at its next layer; the engine cuts them
+            along with the tokens.
+        pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
+    """
+
+    layer: int
+    feature_layer: int
+    target: int
+    grid: tuple[int, int]
+    units: torch.Tensor
+    hidden: torch.Tensor
+    attention: AttentionView
+    slots: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    pixels: torch.Tensor | None = None
+
+    def of(self, tiles: torch.Tensor, target: int) -> TowerView:
+        """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
+        return replace(_of(self, tiles), attention=self.attention.of(tiles), target=target)
+
+    def per_unit(self, per_patch: torch.Tensor) -> torch.Tensor:
+        """Sum a quantity ``(batch, patches, ...)`` over the patches of each unit: ``(batch, units, ...)``.
+
+        ``slots`` ``(batch, units, patches_per_unit)`` says where they stand; ``None`` means one patch per unit.
+        """
+        if self.slots is None:
+            return per_patch
+        trailing = per_patch.shape[2:]
+        index = (
+            self.slots.flatten(1).view(len(self.slots), -1, *[1] * len(trailing)).expand(-1, -1, *trailing)
+        )
+        return per_patch.gather(1, index).unflatten(1, self.slots.shape[1:]).sum(2)
+
+
+@dataclass
+class FeaturesView:
+    """The features about to enter the projector, or just out of it.
+
+    Attributes:
+        features: ``(batch, units, channels)``, one row per token of the language model, in raster order.
+        grid: rows and columns of a tile's units.
+        target: units wanted, per tile.
+        content_key: ``(batch,)`` int64, a number that depends on a tile's pixels alone.
+        pixels: ``(batch, 3, height, width)``, the normalised input of the tower; ``None`` once
+            tiles are arranged to images.
+        carry: what the policy left in `TowerView.carry`.
+        project: the projector as a plain function of ``(batch, units, channels)`` like ``features``, in their dtype;
+            ``None`` behind it.
+    """
+
+    features: torch.Tensor
+    grid: tuple[int, int]
+    target: int
+    content_key: torch.Tensor
+    pixels: torch.Tensor | None
+    carry: dict[str, torch.Tensor]
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def of(self, tiles: torch.Tensor, target: int) -> FeaturesView:
+        """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
+        return replace(_of(self, tiles), target=target)
+
+
+@dataclass
+class EntryView(FeaturesView):
+    """Projected features of some tiles at the decoder's entry, where the text that they stand in is known.
+
+    Attributes:
+        text: embeddings of the text rows of each tile's sequence ``(batch, text rows, channels)``, in order.
+        text_valid: bool ``(batch, text rows)``, which of them exist.
+        question: bool ``(batch, text rows)``, those after the sequence's last visual token; all of them where none is.
+        tower: what entered the projector for each token ``(batch, units, channels)``, if the policy reads it. Of
+            patches that a packed tower's merger takes together it is the mean; where stock code arranges tiles to
+            images, it is arranged as the features are.
+    """
+
+    text: torch.Tensor = field(kw_only=True)
+    text_valid: torch.Tensor = field(kw_only=True)
+    question: torch.Tensor = field(kw_only=True)
+    tower: torch.Tensor | None = field(default=None, kw_only=True)
+
+
+@dataclass
+class PrefillView:
+    """The state of a prefill after one decoder layer.
+
+    Attributes:
+        layer: 0-based number of the layer that just ran.
+        depth: number of decoder layers.
+        hidden: its output ``(batch, rows, channels)``.
+        visual: bool ``(batch, rows)``, visual tokens still there.
+        valid: bool ``(batch, rows)``, rows that are not padding; ``None`` if none is.
+        initial: int64 ``(batch,)``, visual tokens that entered layer 0.
+        target: int64 ``(batch,)``, visual tokens that the budget wants in the end.
+        attention: the layer's attention inputs, if the policy reads them. Keys may begin with those of earlier turns:
+            the last ``rows`` keys are this prefill's. Not repeated for grouped queries.
+        carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere; the policy may
+            put new ones in.
+        norm: the decoder's final norm, with its learned weight: ``(..., channels)`` to the same.
+        unpadded: keys ``(batch, heads, rows, head_dim)`` as they would be without padding in front. Stock code counts
+            it in the positions unless the caller gives these, which turns keys without changing attention.
+        input: what the layer was given, shaped like ``hidden``.
+        next_attention: tells what the next layer would attend with if all rows went on, as ``attention`` does of this
+            one, if the policy reads ahead. Costs that layer's projections.
+    """
+
+    layer: int
+    depth: int
+    hidden: torch.Tensor
+    visual: torch.Tensor
+    valid: torch.Tensor | None
+    initial: torch.Tensor
+    target: torch.Tensor
+    attention: AttentionView | None
+    carry: dict[str, torch.Tensor]
+    norm: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    unpadded: Callable[[torch.Tensor], torch.Tensor] = lambda key: key
+
+    input: torch.Tensor | None = None
+    next_attention: Callable[[], AttentionView] | None = None
+
+    @property
+    def recorded(self) -> AttentionView:
+        """`attention`, for policies that cannot do without. Raises RuntimeError if it was not recorded."""
+        if self.attention is None:
+            raise RuntimeError(f"the attention of decoder layer {self.layer} was not recorded")
+        return self.attention
+
+    @property
+    def text(self) -> torch.Tensor:
+        """Rows behind the last visual token, padding excluded: bool ``(batch, rows)``."""
+        last = self.visual.long().cumsum(-1)
+        text = (last == last[:, -1:]) & ~self.visual & (last > 0)
+        return text if self.valid is None else text & self.valid
+
+
+@dataclass
+class CacheView:
+    """Rows of one decoder layer's KV cache: those that a prefill brought, or after a decoding step all of them.
+
+    Attributes:
+        layer: 0-based number of the layer.
+        depth: number of decoder layers.
+        visual: bool ``(batch, rows)``, which stored rows are visual tokens.
+        valid: bool ``(batch, rows)``, rows that may be attended; ``None`` if all may.
+        remaining: bool ``(batch, rows)``, rows whose tokens also reached the last layer.
+        target: int64 ``(batch,)``, visual tokens that the budget wants in the end.
+        scores: what `Policy.observe` returned for this layer, for its rows; ``None`` if it did not look.
+        keys, values: ``(batch, kv_heads, rows, head_dim)``, positions applied.
+        step: decoding steps since the prefill; 0 right after it.
+        attention: what the layer's attention computed with in this decoding step; ``None`` in a prefill, where
+            `Policy.observe` looks at it layer by layer.
+    """
+
+    layer: int
+    depth: int
+    visual: torch.Tensor
+    valid: torch.Tensor | None
+    remaining: torch.Tensor
+    target: torch.Tensor
+    scores: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    step: int = 0
+    attention: AttentionView | None = None
+
+
+@dataclass
+class ModulateView:
+    """One attention call of a decoder layer, after the stock implementation computed it.
+
+    Attributes:
+        layer: 0-based number of the layer.
+        depth: number of decoder layers.
+        query: ``(batch, heads, queries, head_dim)``, positions applied. Query ``j`` is key ``keys - queries + j``.
+        key, value: ``(batch, kv_heads, keys, head_dim)``, cache included, not repeated for grouped queries.
+        scaling: factor on the dot products.
+        output: ``(batch, queries, heads, head_dim)``, what the stock implementation returned.
+        hidden: the layer's input ``(batch, queries, channels)``, if the policy reads it.
+        visual: bool ``(batch, keys)``, which keys are visual tokens.
+        valid: bool ``(batch, keys)``, keys that may be attended; ``None`` if all may.
+        prefill: whether this call brings visual tokens along.
+        brings: bool ``(batch,)``, which sequences of a prefill those are that bring them; ``None`` if all do.
+        state: tensors, batch first, that stay with this layer's cache; the policy may put its own in.
+        carry: values ``(batch, keys)`` that the encode stage left for each visual token, 0 elsewhere.
+        text_only: ``(batch, heads, head_dim)``, the last row's head outputs of this layer without the image; ``None``
+            if no policy needs them.
+        logit_edits: what earlier policies of a composition do to the logits, see `rows.LogitEdit`; a policy that
+            recomputes rows applies them, and adds its own.
+        most_text: how many queries are text in the sequence with most; ``None`` if that is not known. Waits for the
+            device once a prefill, if there are several sequences.
+    """
+
+    layer: int
+    depth: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    output: torch.Tensor
+    hidden: torch.Tensor | None
+    visual: torch.Tensor
+    valid: torch.Tensor | None
+    prefill: bool
+    state: dict[str, torch.Tensor]
+    carry: dict[str, torch.Tensor]
+    text_only: torch.Tensor | None
+    logit_edits: list[LogitEdit] = field(default_factory=list)
+    brings: torch.Tensor | None = None
+    most_text: Callable[[], int | None] = lambda: None
+
+    @property
+    def text_after_image(self) -> torch.Tensor:
+        """Queries behind the last visual token: bool ``(batch, queries)``."""
+        queries = self.query.shape[2]
+        after = self.visual.flip(-1).long().cumsum(-1).flip(-1) == 0
+        after = after & self.visual.any(-1, keepdim=True)
+        after = after if self.valid is None else after & self.valid
+        return after[:, -queries:]

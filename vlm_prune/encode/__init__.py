@@ -1,0 +1,1 @@
+"""The encode stage: the vision tower is cut here, and around the projector."""

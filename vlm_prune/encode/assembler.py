@@ -1,0 +1,197 @@
+"""Feature methods of models that arrange tiles to images: what is chosen, and what else is dropped, behind that.
+
+Tokens are chosen *late*, behind the arranging, where the stock code resizes the grid, so that its tokens are not the
+tower's any more, or where all tiles of an image share one budget. A newline whose line of tokens is all gone goes too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..call import stream
+from ..call.assembly import Group, Packing
+from ..call.encode_call import EncodeCall, Offer, current_encode, set_arrangement, set_encode
+from ..contract.anatomy import FeatureCall
+from ..contract.policy import Keep
+from ..contract.views import FeaturesView
+from .stage import EncodeStage, content_key
+
+
+class Arranger:
+    """Stands in for one feature method of a model's base module until `remove` is called."""
+
+    def __init__(self, base: Any, feature: FeatureCall, encoder: EncodeStage):
+        self.base, self.feature, self.encoder = base, feature, encoder
+        # generate reads off the signature which arguments are the method's
+        self.__signature__ = inspect.signature(getattr(base, feature.method))
+        object.__setattr__(base, feature.method, self)
+
+    def remove(self) -> None:
+        """Give the module its own method back."""
+        object.__delattr__(self.base, self.feature.method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the stock method returns, with holes where tokens are dropped."""
+        stock = partial(getattr(type(self.base), self.feature.method), self.base)
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        set_arrangement(self.feature.arrange({**given.pop("kwargs", {}), **given}))
+        try:
+            output = stock(*args, **kwargs)
+            call = current_encode()
+            if call is None:
+                raise RuntimeError(
+                    f"{self.feature.method} did not go through the vision tower and the projector"
+                )
+            as_tuple = isinstance(output, tuple)  # return_dict=False
+            features = output[1] if as_tuple else output.pooler_output
+            pairs = zip(features, call.packings, strict=True)
+            rows: Any = self._finish(call, [_rows(x, len(packing.source)) for x, packing in pairs])
+            rows = [
+                x[: like[..., 0].numel()].view(like.shape) for x, like in zip(rows, features, strict=True)
+            ]
+        finally:
+            set_arrangement(None)
+            set_encode(None)
+        self.encoder.end(call)
+        rows = torch.stack(rows) if isinstance(features, torch.Tensor) else rows
+        if as_tuple:
+            return (output[0], rows, *output[2:])
+        output.pooler_output = rows
+        return output
+
+    def _finish(self, call: EncodeCall, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Choose late, drop newlines, fill in the receipt; returns features ``(rows, channels)`` with all holes."""
+        keys, carry = content_key(call.pixels), self._packed_carry(call)
+        keeps: list[Keep] = []
+        targets: list[int] = []
+        for i, packing in enumerate(call.packings):
+            rows, real = features[i], ~packing.newline.to(features[i].device)
+            alive = real & ~stream.find_holes(rows) if call.keeps is not None else real
+            if packing.late and not call.whole:
+                notes = {name: x[i] for name, x in carry.items()}
+                rows, alive = self._choose(
+                    packing, rows, notes, keys[packing.tiles.start : packing.tiles.stop]
+                )
+            if self.encoder.composition.entry is not None and packing.late and not call.whole:
+                self._offer(call, i, rows, keys[packing.tiles.start : packing.tiles.stop], carry)
+            keeps += packing.kept(alive)
+            targets += self._targets(call, packing)
+            if not call.whole:
+                if not any(policy.drops_newlines for policy in self.encoder.policies):
+                    alive = alive | packing.ends_line(alive)
+                rows = rows.masked_fill(~alive[:, None], torch.nan)
+            features[i] = rows
+        call.carry = {name: torch.cat(x) for name, x in carry.items()}
+        grids = [grid for packing in call.packings for grid in packing.grids]
+        call.receipt.keeps, call.receipt.grids, call.receipt.targets = keeps, grids, targets
+        return features
+
+    def _packed_carry(self, call: EncodeCall) -> dict[str, list[torch.Tensor]]:
+        """What policies left for each unit, arranged as the features are; 0 at newlines."""
+        if call.arrangement is None:
+            return {}
+        packed = {}
+        for name, x in call.carry.items():
+            flags = (
+                x.dtype == torch.bool
+            )  # a flag that is resized holds where most of its share comes from ones
+            tiles = (x.float() if flags else x).view(call.tiles, -1, 1)
+            arranged = [rows[:, 0] for rows in call.arrangement.pack(tiles, tiles.new_zeros(1))]
+            packed[name] = [rows > 0.5 for rows in arranged] if flags else arranged
+        return packed
+
+    def _offer(
+        self,
+        call: EncodeCall,
+        image: int,
+        rows: torch.Tensor,
+        keys: torch.Tensor,
+        carry: dict[str, list[torch.Tensor]],
+    ) -> None:
+        """Let the decoder's entry choose among the tokens of one image."""
+        packing, tower = call.packings[image], None
+        first = sum(len(p.source) for p in call.packings[:image])
+        if call.entering is not None and call.arrangement is not None:
+            entering = call.entering
+            tower = call.arrangement.pack(entering, entering.new_zeros(entering.shape[-1]))[image]
+        for number, group in enumerate(packing.choices):
+            places = group.rows.to(rows.device)
+            target = self._target(packing, group)
+            if target >= places.shape[1]:
+                continue
+            call.offers.append(
+                Offer(
+                    features=rows[places],
+                    rows=places + first,
+                    spans=[image] * len(places),
+                    grid=group.grid,
+                    target=target,
+                    content_key=_member_keys(keys, len(places), number),
+                    carry={name: x[image][places] for name, x in carry.items()},
+                    tower=None if tower is None else tower[places.to(tower.device)],
+                )
+            )
+
+    def _choose(
+        self, packing: Packing, rows: torch.Tensor, carry: dict[str, torch.Tensor], keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask the policies about one image: its rows, with merged ones in their places, and which stay."""
+        alive = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for number, group in enumerate(packing.choices):
+            places = group.rows.to(rows.device)
+            key = _member_keys(keys, len(places), number)
+            view = FeaturesView(
+                features=rows[places],
+                grid=group.grid,
+                target=self._target(packing, group),
+                content_key=key,
+                pixels=None,
+                carry={name: x[places] for name, x in carry.items()},
+            )
+            keep = self.encoder.ask_final(view)
+            if keep is None:
+                alive[places.flatten()] = True
+                continue
+            index = places.gather(1, keep.index)
+            chosen = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid
+            alive[index.flatten()] = chosen.flatten()
+            if keep.rows is not None:
+                rows = rows.index_copy(0, index.flatten(), keep.rows.flatten(0, 1).to(rows.dtype))
+        return rows, alive
+
+    def _target(self, packing: Packing, group: Group) -> int:
+        """Tokens wanted of each member of a group."""
+        return self.encoder.budget.units(group.rows.shape[1], 1 if packing.joint else group.tiles)
+
+    def _targets(self, call: EncodeCall, packing: Packing) -> list[int]:
+        """Tokens wanted of each grid of the receipt."""
+        if not packing.resized:
+            return call.targets[packing.tiles.start : packing.tiles.stop]
+        if not packing.joint:
+            return [self._target(packing, group) for group in packing.groups for _ in group.rows]
+        (group,) = packing.choices  # they compete for it: each has the share that it has of the tokens
+        share = self._target(packing, group) / group.rows.shape[1]
+        return [max(1, round(rows * columns * share)) for rows, columns in packing.grids]
+
+
+def _rows(features: torch.Tensor, count: int) -> torch.Tensor:
+    """Features of an image or a video as ``(count, channels)``.
+
+    One video's may come frame by frame (transformers 5.19), and a newline behind them be added later (5.4).
+    """
+    rows = features.flatten(0, -2)
+    missing = count - len(rows)
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _member_keys(keys: torch.Tensor, members: int, group: int) -> torch.Tensor:
+    """Content keys ``(members,)`` of a group's members, from the ``keys`` of an image's tiles."""
+    if members == len(keys):
+        return keys
+    # a member of several tiles: their contents in order, apart from the group before it
+    weight = torch.arange(len(keys), device=keys.device) * 2 + 1
+    return (keys * weight).sum(0, keepdim=True) + group

@@ -1,0 +1,340 @@
+"""The encode stage: pruning inside the vision tower, behind it, and around the projector.
+
+Hooks on the tower's layers ask the policy and cut the hidden states; the hook on the tower's output re-opens the
+holes, so that stock code between tower and projector sees a full grid; the hooks on the projector make it compute
+live rows only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..call import stream
+from ..call.assembly import read_packing
+from ..call.encode_call import EncodeCall, Offer, current_arrangement, current_encode, let_ride, set_encode
+from ..call.timing import Stopwatch
+from ..composition import Composition
+from ..contract.anatomy import Tower
+from ..contract.policy import Keep
+from ..contract.views import AttentionView, FeaturesView, TowerView
+from ..errors import UnsupportedCallError
+from ..kernels import gather_rows, to_device
+from ..sites import Site
+from .fixed_state import TowerState
+from .projection import Projection
+from .shrink import grid_places, shrink
+from .stage import EncodeStage, content_key
+
+
+class Encoder(EncodeStage):
+    """All hooks of the encode stage for one model and one policy."""
+
+    def __init__(self, tower: Tower, projector: nn.Module, composition: Composition, session: Any):
+        super().__init__(tower, projector, composition, session)
+        self.tower = tower
+
+    def install(self, handles: list[Any]) -> None:
+        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        module = self.tower.module
+        handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
+        handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
+        for number, layer in enumerate(self.tower.layers):
+            # in front of the hooks by which transformers collects hidden states: they shall see the cut ones
+            handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+        # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
+        for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
+            self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
+        handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
+        handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
+
+    # --- inside the tower ---
+
+    def enter_tower(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Begin an encode call."""
+        self.check_recompute()
+        pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
+        arrangement, merge = current_arrangement(), self.tower.merge
+        merge = merge if arrangement is None else merge * arrangement.merge
+        patches = self.tower.patch_grid(*pixels.shape[-2:])
+        grid = (patches[0] // merge, patches[1] // merge)
+        count, images = grid[0] * grid[1], [1] * len(pixels) if arrangement is None else arrangement.images
+        grids, targets = [grid] * len(pixels), self.tile_targets(count, images)
+        call = EncodeCall(
+            grids=grids,
+            targets=targets,
+            arrangement=arrangement,
+            pixels=pixels,
+            extra=int(self.tower.keeps_cls),
+            stopwatch=Stopwatch(pixels.device),
+            receipt=self.session.new_receipt(grids, targets),
+        )
+        if arrangement is not None:
+            call.packings = read_packing(arrangement, grid, self.shares_late)
+            self._check_late(call)
+        if not call.whole or self.observes:
+            units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
+            slots = None
+            if merge > 1:
+                slots = stream.unit_patches(patches, merge, pixels.device).expand(len(pixels), -1, -1)
+            call.state = TowerState(patches, int(self.tower.has_cls), merge, units, slots)
+        shapes = (policy.tower_grid(grid, targets[0]) for policy in self.policies if not call.whole)
+        small = next((shape for shape in shapes if shape is not None), None)
+        if small is not None and self.tower.resizing:
+            self._check_at_hand()
+        set_encode(call)
+        if small is None:
+            return None
+        pixels = self._shrink(call, small)
+        kwargs = {**kwargs, **self.tower.resizing}
+        return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _check_at_hand(self) -> None:
+        """Raise if position embeddings, which stock code reads without calling their module, are offloaded."""
+        for name, weight in self.tower.module.named_parameters():
+            if weight.is_meta and "position_embedding" in name:
+                raise UnsupportedCallError(
+                    f"The vision tower's {name} is offloaded, and stock code cannot interpolate it there, as smaller "
+                    "images need. Give the vision tower a device in the device_map, or choose another policy."
+                )
+
+    def _shrink(self, call: EncodeCall, small: tuple[int, int]) -> torch.Tensor:
+        """The image at the size that makes a ``small`` grid of units, and the state of the call that goes with it."""
+        state: TowerState = call.state
+        (height, width), merge, device = call.pixels.shape[-2:], state.merge, call.pixels.device
+        (rows, columns), *_ = call.grids
+        places = to_device(grid_places((rows, columns), small), device)
+        state.units = places.expand(call.tiles, -1)
+        if state.slots is not None:
+            slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)
+            state.slots = slots.expand(call.tiles, -1, -1)
+        return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
+
+    def _check_late(self, call: EncodeCall) -> None:
+        """Raise if tokens have to be chosen behind the arranging by a policy that cannot."""
+        unable = [p.name for p in self.policies if p.encodes and not p.late]
+        if any(call.late) and not call.whole and unable:
+            able = ", ".join(self.session.names_late())
+            raise UnsupportedCallError(
+                f"{unable[0]} chooses among the tokens of the vision tower, but the model resizes their grid "
+                "afterwards (a large image, or a video), or all tiles of an image share one budget. Choose a policy "
+                f"that can choose later ({able}), a smaller image, or a budget per tile."
+            )
+
+    def see_attention(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor | None:
+        """Keep what a layer's attention computed with until its policy is asked; mask the fill of ragged tiles."""
+        state = self._state()
+        if state is None:
+            return None
+        state.follow(query.device)
+        valid = state.valid_tokens()
+        if layer in self.asked:
+            state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
+        return valid
+
+    def _state(self) -> TowerState | None:
+        call = current_encode()
+        return call.state if call is not None else None
+
+    def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind layer ``number``: ask the policies that want to be asked here, and cut."""
+        call = current_encode()
+        if call is None:
+            return None
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        call.tower_tokens.append(hidden.shape[1])
+        state: TowerState | None = call.state
+        if state is not None:
+            state.follow(hidden.device)
+        call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
+        if state is None:
+            return None
+        if state.attention is not None:
+            hidden = self._ask(number, hidden, call, state, state.attention)
+        if number in self.tower.feature_layers:
+            state.consumed[number] = replace(state)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _ask(
+        self, number: int, hidden: torch.Tensor, call: EncodeCall, state: TowerState, attention: AttentionView
+    ) -> torch.Tensor:
+        """Ask the policies about layer ``number``; returns its output without the units that they drop."""
+        view = TowerView(
+            layer=number,
+            feature_layer=self.tower.feature_layer,
+            target=max(call.targets),
+            grid=call.grids[0],
+            units=state.units,
+            hidden=hidden[:, int(self.tower.has_cls) :],
+            attention=attention,
+            slots=state.slots,
+            valid=state.valid,
+            pixels=call.pixels.to(hidden.device),
+            carry=state.carry,
+        )
+        state.attention = None
+        for keep in self._answers(number, view, call):
+            spared = keep.sparing(call.late, state.units.shape[1])
+            if spared is not None:
+                hidden = state.cut(hidden, spared)
+        return hidden
+
+    def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
+        """What the policies answer; they are asked about tiles of one target at a time."""
+        groups, units = call.groups(list(range(call.tiles))), call.units[0]
+        if len(groups) == 1:
+            return self.ask_layer(number, view, call.whole)
+        parts, carry = [], dict(view.carry)
+        for target, tiles in groups.items():
+            chosen = to_device(tiles, view.hidden.device)
+            some = view.of(chosen, target)
+            parts += [(chosen, keep) for keep in self.ask_layer(number, some, target == units)]
+            for name, x in some.carry.items():  # 0 for tiles about which a policy has nothing to note
+                carry[name] = carry.get(name, x.new_zeros(view.units.shape)).index_copy(0, chosen, x)
+        view.carry.update(carry)
+        return [Keep.joined(parts, view.hidden, view.units.shape[1])] if parts else []
+
+    def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
+        call = current_encode()
+        if call is None:
+            return
+        if output is None:  # an exception is on its way
+            set_encode(None)
+            return
+        state: TowerState | None = call.state
+        let_ride(output, call)
+        if state is not None:
+            # once more behind the projector, where policies may merge
+            call.carry = state.carried(call.units[0], call.extra)
+        if state is None or (state.valid is None and state.units.numel() == sum(call.units)):
+            return
+        call.keeps = [Keep(state.units, state.valid)]
+        hidden_states = list(getattr(output, "hidden_states", None) or ())
+        for layer, then in state.consumed.items():
+            if hidden_states and hidden_states[layer + 1] is not None:
+                hidden_states[layer + 1] = then.reopen(hidden_states[layer + 1])
+            if layer + 1 == len(self.tower.layers):
+                output.last_hidden_state = then.reopen(output.last_hidden_state)
+        if hidden_states:
+            output.hidden_states = tuple(hidden_states)
+
+    # --- around the projector ---
+
+    def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Ask the policies that choose behind the tower; hand the projector the live rows only."""
+        call = current_encode()
+        if call is None:
+            return None
+        features: torch.Tensor = args[0]
+        rows = self._choose(call, features, after_projector=False)
+        if call.keeps is None:
+            return None
+        index, valid = self._rows(call.keeps[0], features.device)
+        if rows is None:
+            rows = gather_rows(features, index, valid)
+        elif valid is not None:
+            rows = rows.masked_fill(~valid[..., None], 0)
+        return (rows, *args[1:])
+
+    def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
+        """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
+        state: TowerState | None = call.state
+        if call.keeps is not None or state is None or call.whole:
+            return None
+        late, cls, features = call.late, features[:, : call.extra], features[:, call.extra :]
+        sizes = zip(late, call.targets, call.units, strict=True)
+        early = [i for i, (is_late, target, units) in enumerate(sizes) if not is_late and target < units]
+        if not early:
+            return None
+        state.follow(features.device)
+        pixels, groups = call.pixels.to(features.device), call.groups(early)
+        view = FeaturesView(
+            features,
+            call.grids[0],
+            max(groups),
+            content_key(pixels),
+            pixels,
+            dict(state.carry),
+            None if after_projector else Projection(self.projector),
+        )
+        if len(early) == call.tiles and len(groups) == 1:
+            keep = self.ask_final(view, after_projector)
+        else:
+            parts = []
+            for target, tiles in groups.items():
+                chosen = to_device(tiles, features.device)
+                if (part := self.ask_final(view.of(chosen, target), after_projector)) is not None:
+                    parts.append((chosen, part))
+            keep = Keep.joined(parts, features, features.shape[1]) if parts else None
+        if keep is None:
+            return None
+        call.keeps = [keep]
+        return None if keep.rows is None else torch.cat([cls, keep.rows], 1)
+
+    def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
+        index, valid = keep.index.to(device), None if keep.valid is None else keep.valid.to(device)
+        if not self.tower.keeps_cls:
+            return index, valid
+        if valid is not None:
+            valid = torch.nn.functional.pad(valid, (1, 0), value=True)
+        return torch.nn.functional.pad(index + 1, (1, 0), value=0), valid
+
+    def _offer(self, call: EncodeCall, output: torch.Tensor) -> None:
+        """Let the decoder's entry choose among the projected features, tiles of one target at a time."""
+        keys, units = content_key(call.pixels), call.units[0]
+        carry = {} if call.state is None else call.state.carry
+        early = [tile for tile, late in enumerate(call.late) if not late]
+        rows, images = call.unit_rows()
+        for target, tiles in call.groups(early).items():
+            if target >= units:
+                continue
+            some = to_device(tiles, output.device)
+            call.offers.append(
+                Offer(
+                    features=output.index_select(0, some)[:, call.extra :],
+                    rows=rows[tiles].to(output.device),
+                    spans=[images[tile] for tile in tiles],
+                    grid=call.grids[0],
+                    target=target,
+                    content_key=keys.to(output.device)[some],
+                    carry={name: x.to(output.device)[some] for name, x in carry.items()},
+                    tower=None if call.entering is None else call.entering.index_select(0, some),
+                )
+            )
+
+    def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
+        """Re-open the holes behind the projector; the encode call ends here."""
+        call = current_encode()
+        if call is None:
+            return None
+        if call.arrangement is None or output is None:
+            set_encode(None)
+        if output is None:
+            return None
+        projected = call.keeps is not None
+        rows = self._choose(call, output, after_projector=True)
+        if (entry := self.composition.entry) is not None:
+            call.entering = args[0][:, call.extra :] if entry.reads_tower else None
+            self._offer(call, output)
+        if call.state is not None:
+            call.carry, call.state = call.state.carried(call.units[0], call.extra), None
+        segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
+        call.record_tower(lambda: segments, lambda: segments[:1] * len(segments))
+        if call.arrangement is None:  # else `arranger.Arranger` ends the call
+            self.end(call)
+        if call.keeps is None:
+            return None
+        index, valid = self._rows(call.keeps[0], output.device)
+        if not projected:
+            output = gather_rows(output, index) if rows is None else rows
+        return stream.open_holes(output, index, call.rows[0], valid)

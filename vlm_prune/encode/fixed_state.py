@@ -1,0 +1,99 @@
+"""Tiles of one size on their way through a vision tower: what is left of them, where it stands, how it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import pad
+
+from ..call import stream
+from ..contract.policy import Keep
+from ..contract.views import AttentionView
+from ..kernels import gather_rows
+
+
+@dataclass
+class TowerState:
+    """Where a batch of tiles stands inside the tower.
+
+    Attributes:
+        grid: rows and columns of patches that went in.
+        cls: rows in front of the patches, 1 where the tower has a CLS token.
+        merge: side of the square of patches that makes a unit.
+        units: int64 ``(tiles, alive)``, the original unit numbers in the order in which they stand in the sequence.
+        slots: int64 ``(tiles, alive, patches per unit)``, where their patches stand; ``None`` if a unit is a patch, and
+            they stand in the same order.
+        valid: bool ``(tiles, alive)``, the real ones where tiles keep different numbers.
+        attention: what the layer's attention computed with, until its policy is asked.
+        carry: ``(tiles, alive)``, what policies noted for themselves.
+        consumed: how things stood behind each layer whose output is consumed.
+    """
+
+    grid: tuple[int, int]
+    cls: int
+    merge: int
+    units: torch.Tensor
+    slots: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    attention: AttentionView | None = None
+    carry: dict[str, torch.Tensor] = field(default_factory=dict)
+    consumed: dict[int, TowerState] = field(default_factory=dict)
+
+    def follow(self, device: torch.device) -> None:
+        """Move to where the next layer's output is, where a tower is spread over devices."""
+        if self.units.device == device:
+            return
+        self.units = self.units.to(device)
+        self.slots = None if self.slots is None else self.slots.to(device)
+        self.valid = None if self.valid is None else self.valid.to(device)
+        self.carry = {name: x.to(device) for name, x in self.carry.items()}
+
+    def valid_tokens(self) -> torch.Tensor | None:
+        """``valid`` of each token of the sequence, CLS included: bool ``(tiles, tokens)``."""
+        if self.valid is None:
+            return None
+        return pad(self.valid.repeat_interleave(self.merge**2, dim=1), (self.cls, 0), value=True)
+
+    def cut(self, hidden: torch.Tensor, keep: Keep) -> torch.Tensor:
+        """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and of all that goes with them."""
+        index, per_unit = keep.index, self.merge**2
+        if per_unit > 1:
+            if self.slots is None:
+                raise RuntimeError("a tower with merged patches lost track of them")
+            index = self.slots.gather(1, index[..., None].expand(-1, -1, per_unit)).flatten(1)
+            kept = torch.arange(index.shape[1], device=index.device).view(1, -1, per_unit)
+            self.slots = kept.expand(len(index), -1, -1)
+        self.units = self.units.gather(1, keep.index)
+        self.carry = {name: x.gather(1, keep.index) for name, x in self.carry.items()}
+        self.valid = keep.valid
+        if keep.rows is not None:
+            return torch.cat([hidden[:, : self.cls], keep.rows], 1)
+        return gather_rows(hidden, self._behind_cls(index))
+
+    def reopen(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden`` ``(tiles, CLS + alive patches, channels)`` at full length, with holes."""
+        self.follow(hidden.device)
+        table = stream.unit_patches(self.grid, self.merge, hidden.device)
+        index = table[self.units].flatten(1)
+        if self.slots is not None:
+            # behind a cut the patches of a unit stand together, those of a smaller image in raster order
+            index = index.scatter(1, self.slots.flatten(1), index)
+        length = self.cls + self.grid[0] * self.grid[1]
+        return stream.open_holes(hidden, self._behind_cls(index), length, self.valid_tokens())
+
+    def carried(self, units: int, extra: int) -> dict[str, torch.Tensor]:
+        """What policies left per unit, laid out as the rows that the language model gets: ``(rows of all tiles,)``.
+
+        A tile has ``units`` of them, and ``extra`` rows in front.
+        """
+        carried = {}
+        for name, x in self.carry.items():
+            x = x if self.valid is None else x.masked_fill(~self.valid, 0)
+            full = x.new_zeros(len(x), units).scatter(1, self.units, x)
+            carried[name] = pad(full, (extra, 0)).flatten()
+        return carried
+
+    def _behind_cls(self, index: torch.Tensor) -> torch.Tensor:
+        """Numbers of tokens from those of patches, CLS put in front."""
+        return pad(index + 1, (1, 0), value=0) if self.cls else index

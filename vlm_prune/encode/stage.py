@@ -1,0 +1,131 @@
+"""What the encode stage has in common for all towers: which policies want to be asked where, and asking them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..call.encode_call import EncodeCall
+from ..call.forward_call import current_forward
+from ..composition import Composition
+from ..contract.anatomy import FeatureTower, PackedTower, Tower
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView, TowerView
+from ..errors import PolicyError, UnsupportedCallError
+from ..sites import Site
+
+
+class EncodeStage:
+    """The policies of a composition that look at a tower, and the layers behind which they do.
+
+    Attributes:
+        asked: the policies to ask behind each tower layer.
+        observes: whether policies of later stages watch the tower without dropping anything in it.
+        sites: attention sites to close when the model is unpruned.
+    """
+
+    def __init__(
+        self,
+        tower: Tower | PackedTower | FeatureTower,
+        projector: nn.Module | None,
+        composition: Composition,
+        session: Any,
+    ):
+        self.projector, self.composition, self.session = projector, composition, session
+        self.policies, self.budget = composition.policies, composition.share(composition.encoder)
+        self.layers = tower.layers
+        self.asked: dict[int, list[Policy]] = {}
+        for policy in self.policies:
+            for layer in policy.tower_layers(tower.feature_layer):
+                if layer < len(tower.layers):
+                    self.asked.setdefault(layer, []).append(policy)
+        self.observes = any(
+            (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
+        )
+        self.sites: list[Site] = []
+
+    @property
+    def shares_late(self) -> bool:
+        """Whether the tiles of an image compete for one budget, so that tokens are chosen when it is complete."""
+        return self.budget.joint and not any(policy.per_image for policy in self.policies)
+
+    def tile_targets(self, available: int, images: list[int]) -> list[int]:
+        """Units to keep of each tile, of ``available`` each; ``images`` are the tiles of each image.
+
+        Tiles that compete for a budget have an even share of it each.
+        """
+        if not self.budget.joint:
+            return [self.budget.units(available)] * sum(images)
+        owner = next((policy for policy in self.policies if policy.per_image), None)
+
+        def of_tile(tiles: int) -> int:
+            target = self.budget.units(available * tiles)
+            return owner.tile_target(target) if owner is not None else round(target / tiles)
+
+        return [min(available, max(1, of_tile(tiles))) for tiles in images for _ in range(tiles)]
+
+    def check_recompute(self) -> None:
+        """Refuse to train a tower in which tokens are cut and whose layers run again in the backward pass."""
+        cut = [self.layers[number] for number in self.asked]
+        again = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in cut)
+        if again and torch.is_grad_enabled():
+            raise UnsupportedCallError(
+                "The vision tower has gradient checkpointing on, and this policy cuts tokens inside it: its layers "
+                "would run again in the backward pass, without the cuts. Turn it off for the tower alone, by its own "
+                "gradient_checkpointing_disable(), or put the tower in eval mode."
+            )
+
+    def ask_layer(self, number: int, view: TowerView, whole: bool) -> list[Keep]:
+        """What the policies answer behind layer ``number``. All see the layer as it was.
+
+        Of a composition, one policy at most drops units here. Of a ``whole`` tile nothing is to be dropped: only those
+        that watch are asked.
+        """
+        asked = [policy for policy in self.asked[number] if not (whole and policy.encodes)]
+        with _exact(view.hidden):
+            answers = [(policy, policy.encode(view)) for policy in asked]
+        return [_answer(policy, keep, *view.units.shape) for policy, keep in answers if keep is not None]
+
+    def end(self, call: EncodeCall) -> None:
+        """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
+        self.session.publish(call.receipt)
+        if (forward := current_forward()) is not None:
+            forward.add_encoded(call)
+
+    def ask_final(self, view: FeaturesView, after_projector: bool | None = None) -> Keep | None:
+        """What the first policy answers that chooses at this side of the projector, or at any."""
+        for policy in self.policies:
+            if after_projector not in (None, policy.after_projector):
+                continue
+            with _exact(view.features):
+                keep = policy.encode_final(view)
+            if keep is not None:
+                return _answer(
+                    policy, keep, *view.features.shape[:2], None if policy.exceeds else view.target
+                )
+        return None
+
+
+def _answer(policy: Policy, keep: Any, tiles: int, units: int, most: int | None = None) -> Keep:
+    """What a policy answers about ``tiles`` of ``units`` each, checked."""
+    if not isinstance(keep, Keep):
+        raise PolicyError(
+            f"{policy.name} answers with a {type(keep).__name__}: a Keep, or None to keep all, is needed."
+        )
+    return keep.checked(policy.name, tiles, units, most)
+
+
+def _exact(x: torch.Tensor) -> torch.autocast:
+    """Autocast would take the fp32 out of a policy's scores."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def content_key(pixels: torch.Tensor) -> torch.Tensor:
+    """A number per tile that depends on its pixels alone: int64 ``(tiles,)``.
+
+    The bits are summed as integers, so the result does not depend on the order of summation, nor on the batch.
+    """
+    bits = pixels.detach().float().contiguous().view(torch.int32)
+    return bits.flatten(1).sum(-1, dtype=torch.int64)

@@ -1,0 +1,275 @@
+"""Entry and exit of the language model: stock layers run on the live rows only, callers see the full length.
+
+The pre-hook of the decoder closes the holes in ``inputs_embeds`` and lets ``attention_mask`` and ``position_ids``
+follow; the hook behind it restores the full length and tells the cache. What happens between, at single layers, is in
+``layers.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from ..cache.layers import PRUNED, PrunedLayer, first_layer, kv_bytes, pruned_layers, record_turn, spare_slots
+from ..cache.masks import behind, is_prepared, join_masks, padding_mask, past_mask, slot_mask, slots_of
+from ..cache.storage import check_cache
+from ..call import stream
+from ..call.deepstack import Deepstack, shorten
+from ..call.forward_call import RESUME, ForwardCall, current_forward, leave_live_rows, next_forward
+from ..call.receipt import JoinedReceipt
+from ..call.rows import Rows
+from ..call.timing import Stopwatch
+from ..versions import cache_of
+from .drafts import join, split
+from .entry import Entry
+from .kinds import MaskMaker
+from .layers import DecoderLayers
+
+
+class Decoder:
+    """The two hooks on a decoder.
+
+    ``positions`` is the rule for the RoPE positions of tokens kept by the encode stage ("original" or "compact").
+    ``layers`` are the hooks of the policies that act inside the decoder, ``entry`` asks the one that chooses at its
+    entry; ``None`` if none does. ``masks`` makes the masks of a model whose image tokens look at each other, ``None``
+    if the decoder makes its own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        depth: int,
+        positions: str,
+        layers: DecoderLayers | None,
+        entry: Entry | None = None,
+        masks: MaskMaker | None = None,
+    ):
+        self.module, self.depth, self.positions = module, depth, positions
+        self.layers, self.entry, self.masks = layers, entry, masks
+
+    def install(self, handles: list[Any]) -> None:
+        """Register the hooks; their handles go to ``handles``."""
+        handles.append(self)
+        PRUNED.add(self.module)
+        handles.append(self.module.register_forward_pre_hook(self.enter, with_kwargs=True))
+        handles.append(self.module.register_forward_hook(self.leave))
+
+    def remove(self) -> None:
+        """The decoder is not pruned any more; its hooks have handles of their own."""
+        PRUNED.discard(self.module)
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
+        under_way = current_forward()
+        call = (
+            under_way or ForwardCall()
+        )  # a decoder called on its own, or a compiled step, brings no visual tokens
+        embeds, past = kwargs.get("inputs_embeds"), cache_of(kwargs)
+        if embeds is None or call.probing:
+            return None
+        # where a model is spread over devices, what describes the rows is where the decoder's input is
+        given = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
+        moved: dict[str, Any] = {
+            name: x.to(embeds.device) for name, x in given.items() if isinstance(x, torch.Tensor)
+        }
+        kwargs = {**kwargs, **moved}
+        call.image_masks = [mask.to(embeds.device) for mask in call.image_masks]
+        if call.drafts and call.has_visual_tokens():
+            kwargs, call = self._compute_prompt(call, kwargs)
+            embeds = kwargs["inputs_embeds"]
+        continued = pruned_layers(past)
+        if call.encoded:
+            call.stopwatch = Stopwatch(embeds.device)
+        holes = call.may_have_holes(embeds)
+        choosing = self.entry is not None and self.entry.offered(call)
+        inside = embeds.shape[1] > 1 and self.layers is not None and call.has_visual_tokens()
+        if not (holes or choosing or inside or continued):
+            return (args, kwargs) if call.prompt is not None else None
+        if not (holes or choosing or inside):
+            self._continue(call, kwargs, past)
+            if under_way is None and self.layers is not None:
+                kwargs[RESUME] = call
+            return args, kwargs
+        check_cache(past, module.config)
+        if self.layers is not None:
+            self.layers.eviction.check_cache(past)
+        blocks = self._blocks(call, kwargs)
+        kwargs["attention_mask"] = call.mask = mask = self._padding(call, kwargs, past)
+        rows = self._rows(call, kwargs, holes, choosing, inside)
+        call.rows = call.entered = rows
+        for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
+            spare_slots(past, layer, rows)
+        self._fit(kwargs, rows, first_layer(past), mask)
+        if blocks is not None and self.masks is not None:
+            joined = kwargs["attention_mask"]
+            kwargs["attention_mask"] = self.masks(
+                kwargs["inputs_embeds"], joined, past, _types(rows, blocks, past)
+            )
+        if inside and self.layers is not None:
+            self.layers.begin(call, kwargs)
+        return args, kwargs
+
+    def _blocks(self, call: ForwardCall, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The types ``(batch, length)`` of this call's tokens, if the masks in ``kwargs`` were made from them."""
+        if self.masks is None or call.types is None or not is_prepared(kwargs.get("attention_mask")):
+            return None
+        embeds = kwargs["inputs_embeds"]
+        return call.types[:, -embeds.shape[1] :].to(embeds.device)
+
+    def _padding(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> torch.Tensor | None:
+        """The padding mask of a call; some models make other masks of it in front of their decoder."""
+        mask = kwargs.get("attention_mask")
+        if is_prepared(mask) and call.owner is not None and not is_prepared(call.given):
+            mask = call.given
+        mask = padding_mask(mask, past, blocks=call.types is not None)
+        return None if mask is None else mask.to(kwargs["inputs_embeds"].device)
+
+    def _compute_prompt(
+        self, call: ForwardCall, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], ForwardCall]:
+        """Compute the prompt in front of drafts by itself; returns what is left to compute, and its call."""
+        prompt, drafts = split(kwargs, call.drafts)
+        call.image_masks = [mask[:, : -call.drafts] for mask in call.image_masks]
+        call.drafts = 0
+        step = ForwardCall(prompt=self.module(**prompt))
+        next_forward(step)
+        return drafts, step
+
+    def _continue(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache) -> None:
+        """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
+        embeds, layer, mask = kwargs["inputs_embeds"], first_layer(past), kwargs.get("attention_mask")
+        slots, length = slot_mask(mask, past), embeds.shape[1]
+        if slots is None or (self.layers is not None and self.layers.modulated):
+            call.mask = self._padding(call, kwargs, past)
+        if slots is None:
+            kwargs["attention_mask"] = call.mask
+        if layer is None:
+            return
+        if layer.shift is not None:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(length, device=embeds.device)[None] + layer.get_seq_length()
+            kwargs["position_ids"] = positions - layer.shift[:, None]
+        if slots is not None:
+            kwargs["attention_mask"] = slots_of(slots, layer, layer)
+        elif layer.seen is not None:
+            kwargs["attention_mask"] = behind(layer.seen, call.mask, lambda: layer.logical + length)
+
+    def _fit(
+        self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
+    ) -> None:
+        """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
+        past: Cache | None = cache_of(kwargs)
+        logical = int(past.get_seq_length()) if past is not None else 0
+        kwargs["position_ids"] = rows.positions
+        if layer is not None and layer.shift is not None:
+            kwargs["position_ids"] = rows.positions - layer.shift[:, None]
+        joined = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
+        if joined is None and not _caches(kwargs, self.module):
+            # without cache and mask, stock code takes a jump in the positions for the start of a packed sequence
+            joined = rows.order.new_ones(rows.order.shape)
+        kwargs["attention_mask"] = joined
+
+    def _rows(
+        self, call: ForwardCall, kwargs: dict[str, Any], holes: bool, choosing: bool, inside: bool
+    ) -> Rows:
+        """Shorten the call's inputs, in ``kwargs``; returns what is left."""
+        embeds: torch.Tensor = kwargs["inputs_embeds"]
+        past: Cache | None = cache_of(kwargs)
+        mask: torch.Tensor | None = kwargs.get("attention_mask")
+        batch, length, _ = embeds.shape
+        logical = int(past.get_seq_length()) if past is not None else 0
+        now = None if mask is None else mask[:, -length:].bool()
+        positions, padding = kwargs.get("position_ids"), None
+        if positions is None:
+            positions = torch.arange(logical, logical + length, device=embeds.device)[None]
+            padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
+        # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
+        alive = ~stream.find_holes(embeds) if holes else None
+        if choosing and self.entry is not None:
+            chosen = self.entry.choose(call, embeds, now)
+            alive = chosen if alive is None else alive & chosen
+        live = alive if alive is None or now is None or batch == 1 else alive & now
+        if alive is not None:
+            call.count(live, alive)
+        rows = Rows(
+            length=length,
+            order=torch.arange(length, device=embeds.device).expand(batch, -1),
+            positions=positions,
+            mask=now,
+            padding=padding,
+        )
+        if inside:
+            rows = call.mark_visual(rows)
+        features: list[torch.Tensor] | None = kwargs.get("deepstack_visual_embeds")
+        if alive is None or live is None:
+            if features and inside:
+                self._note_deepstack(call, kwargs, kwargs["visual_pos_masks"], list(features))
+            return rows
+
+        census, gone = call.count(), ~alive if self.positions == "compact" else None
+        rows, kwargs["inputs_embeds"], order = rows.close(embeds, live, census.width, not census.even, gone)
+        if features:
+            masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
+            self._note_deepstack(call, kwargs, *masks)
+        return rows
+
+    def _note_deepstack(
+        self, call: ForwardCall, kwargs: dict[str, Any], visual: torch.Tensor, features: list[torch.Tensor]
+    ) -> None:
+        kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"] = visual, features
+        call.deepstack = Deepstack(visual, features)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Restore the full length and note in the cache what is missing."""
+        call = current_forward()
+        if call is None or call.probing:
+            return None
+        length = output.last_hidden_state.shape[1]
+        counts = [length] * self.depth
+        cache: Cache | None = cache_of(output)
+        if (rows := call.rows) is not None and call.entered is not None:
+            length, call.rows = rows.length, None
+            by_layer = call.layer_rows or [call.entered] * self.depth
+            counts = [r.count for r in by_layer]
+            if not rows.whole:
+                output.last_hidden_state = rows.restore(live := output.last_hidden_state)
+                # the next token follows from the last row that is left, also where the prompt ends with a dropped one
+                output.last_hidden_state[:, -1] = live[:, -1]
+                leave_live_rows(rows)
+                if output.hidden_states is not None:
+                    states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
+                    output.hidden_states = tuple(h if h is None else r.restore(h) for h, r in states)
+            if cache is not None:
+                if self.layers is not None:
+                    by_layer = self.layers.evict(call, cache, by_layer, rows)
+                record_turn(cache, by_layer, call.mask, self.module)
+        elif self.layers is not None and cache is not None:
+            self.layers.eviction.after_step(call, cache)
+        weight = None if cache is None or not call.encoded else kv_bytes(cache)
+        for number, encoded in enumerate(call.encoded):
+            encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, weight)
+            encoded.receipt.trace = call.trace(number)
+            encoded.receipt._prefill_ms = call.stopwatch.stop() if call.stopwatch else None
+        if len(call.encoded) > 1 and call.owner is not None:
+            call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
+        return output if call.prompt is None else join(call.prompt, output)
+
+
+def _types(rows: Rows, types: torch.Tensor, past: Cache | None) -> torch.Tensor:
+    """Types of all rows that masks are made of: no token of this turn is of one block with what the cache holds."""
+    logical = int(past.get_seq_length()) if past is not None else 0
+    left = types.expand(len(rows.order), -1).gather(1, rows.order)
+    return torch.nn.functional.pad(
+        left if rows.valid is None else left.masked_fill(~rows.valid, 0), (logical, 0)
+    )
+
+
+def _caches(kwargs: dict[str, Any], module: Any) -> bool:
+    use = kwargs.get("use_cache")
+    return bool(module.config.use_cache if use is None else use)

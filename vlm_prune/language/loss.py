@@ -1,0 +1,40 @@
+"""The loss of a pruned model: a row whose successor was dropped learns to predict the one behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..call import stream
+from ..call.forward_call import take_live_rows
+
+
+class Loss:
+    """Stands in for a model's ``loss_function`` until `remove` is called, and hands on to it.
+
+    The loss function and no hook on the model, because PEFT calls ``model.forward`` past the hooks.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.stock = model, model.loss_function
+        self.before = vars(model).get("_loss_function")  # where the setter of `loss_function` puts it
+        model.loss_function = self
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The stock loss, with the next *live* row's label as each row's target."""
+        rows = take_live_rows()
+        if rows is not None:
+            shifted = kwargs.get("shift_labels")
+            if shifted is None:
+                shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+            valid = None if rows.valid is None else rows.valid.to(shifted.device)
+            kwargs["shift_labels"] = stream.retarget(shifted, rows.order.to(shifted.device), valid)
+        return self.stock(logits, labels, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the model its own loss function back."""
+        if self.before is None:
+            del self.model._loss_function
+        else:
+            self.model.loss_function = self.before
