@@ -121,7 +121,8 @@ def paired_bootstrap(first: Floats, second: Floats, draws: int = DRAWS, seed: in
     both = np.stack([first, second]).astype(float)
     ours, theirs = ratio(both)
     moved = int((first != second).any(-1).sum())
-    return difference(float(ours - theirs), *ratio_draws(both, draws, seed), moved)
+    drawn = ratio_draws(both, draws, seed)
+    return difference(float(ours - theirs), drawn[0], drawn[1], moved)
 
 
 def holm(p: Sequence[float]) -> list[float]:

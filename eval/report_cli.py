@@ -1,4 +1,4 @@
-"""Commands ``report`` and ``inspect``: pages to look at, of a run or of one image of one's own."""
+"""Commands ``report``, ``compare`` and ``inspect``: pages to look at, of a run or of one image of one's own."""
 
 from __future__ import annotations
 
@@ -33,6 +33,36 @@ def report(
     typer.echo(f"wrote {path}")
     if export is not None:
         typer.echo(f"wrote {len(files)} files in {export}")
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="A run folder, see docs/runs.md.")],
+    first: Annotated[str, typer.Argument(help="A policy, as the run calls it.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    model: Annotated[str | None, typer.Option(help="On this model only.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: compare.FIRST.SECOND.html in the folder.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Pictures of so many samples of each task and budget.")] = 12,
+) -> None:
+    """Say where two policies of a run differ: verdicts with p-values, and the samples, with pictures, as a page."""
+    with plain_errors():
+        if samples < 0:
+            raise ValueError(f"--samples {samples}: choose 0 or more")
+        from vlm_prune.eval.report.comparison import compare as meet
+        from vlm_prune.eval.report.comparison import sentence, write_comparison
+        from vlm_prune.eval.report.exhibits import slug
+        from vlm_prune.eval.runs.folder import RunFolder
+
+        run = RunFolder(folder)
+        meetings = meet(run, first, second, model)
+        for meeting in meetings:
+            for pair in meeting.pairs:
+                typer.echo(f"{meeting.model}, {meeting.task}: {sentence(meeting, pair)}")
+        name = f"compare.{slug(first)}.{slug(second)}.html"
+        path = write_comparison(run, meetings, out or folder / name, samples)
+    typer.echo(f"wrote {path}")
 
 
 @app.command()

@@ -109,7 +109,8 @@ def write_exhibits(exhibits: Sequence[Exhibit], folder: Path) -> list[Path]:
 
 def slug(*parts: str) -> str:
     """A file name without an ending, of letters that every system takes."""
-    return "-".join(re.sub(r"[^\w.+]+", "-", part).strip("-.")[:40] for part in parts if part) or "exhibit"
+    cut = [re.sub(r"[^\w.+]+", "-", part).strip("-.")[:40] for part in parts]
+    return "-".join(filter(None, cut)) or "exhibit"
 
 
 def points_of(chart: Chart) -> tuple[list[str], list[list[object]]]:

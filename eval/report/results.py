@@ -106,9 +106,14 @@ class Entry:
         return self.tokens == self.dense and set(self.stages) <= {"encode"}
 
     @property
+    def has_budget(self) -> bool:
+        """Whether it was told how much to keep."""
+        return self.budget != budget_text({})
+
+    @property
     def name(self) -> str:
         """The policy with its budget, if it has one."""
-        return self.policy if self.budget == budget_text({}) else f"{self.policy} {self.budget}"
+        return f"{self.policy} {self.budget}" if self.has_budget else self.policy
 
     @property
     def inside(self) -> bool:

@@ -164,7 +164,7 @@ def standings(folder: RunFolder, rows: Sequence[Record]) -> Standings:
         for one in played:
             behaviour.setdefault(model, {}).setdefault(one.key, []).append((task, one.shown))
         for members in families(played):
-            pairs += _family(model, task, members)
+            pairs += judge(model, task, members)
     idle: dict[Key, Side] = {}
     for shown in behaviour.values():
         found = twins({key: tuple(told) for key, told in shown.items()})
@@ -243,7 +243,8 @@ def families(played: Sequence[Played]) -> list[list[Played]]:
     return [family for family in found if len(family) > 1]
 
 
-def _family(model: str, task: str, members: Sequence[Played]) -> list[Pair]:
+def judge(model: str, task: str, members: Sequence[Played]) -> list[Pair]:
+    """All pairs among cells of one task with the same samples, as one family."""
     pairs: list[Pair] = []
     couples = list(combinations(range(len(members)), 2))
     draws = max(
