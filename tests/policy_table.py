@@ -51,6 +51,7 @@ TABLE = {
         text_blind=False,
     ),
     "pool": Row(),
+    "prumerge": Row(),
     "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),

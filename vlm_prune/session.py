@@ -117,6 +117,19 @@ class Pruning:
         """The policies' names, joined by "+"."""
         return self._composition.name
 
+    def __repr__(self) -> str:
+        stages = dict.fromkeys(stage for policy in self.policies for stage in policy.stages)
+        kept = "all tokens"
+        if self._composition.owner is not None and not self._composition.owner.keeps_all:
+            per = "image" if self.budget.joint else self._anatomy.tile
+            kept = (
+                f"ratio={self.budget.ratio:.3g}"
+                if self.budget.tokens is None
+                else f"tokens={self.budget.tokens}"
+            )
+            kept += f" per {per}"
+        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(stages)}>"
+
     @property
     def config(self) -> dict[str, Any]:
         """Policies, budget and settings as JSON can hold them: ``prune(other, config=...)`` prunes alike.

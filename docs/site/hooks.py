@@ -80,7 +80,7 @@ def families() -> str:
 
     parts = [
         "# Model families",
-        "Adapters by `config.model_type`. [How to write one](../contributing.md#add-a-model-family).",
+        "Adapters by `config.model_type`; [one of your own](../contributing.md#add-a-model-family).",
     ]
     shown = {ADAPTERS[name]: name for name in reversed(ADAPTERS)}
     names = {entry: [n for n in ADAPTERS if ADAPTERS[n] == entry] for entry in shown}

@@ -26,7 +26,7 @@ from vlm_prune.eval.paired import (
     twins,
     verdict,
 )
-from vlm_prune.eval.runs.folder import Record, RunFolder
+from vlm_prune.eval.runs.folder import Record, RunFolder, count_lines
 
 Key = tuple[str, str, str]
 """Model, policy, and budget as JSON: what a line of the results is of."""
@@ -152,10 +152,8 @@ def is_unpruned(row: Record) -> bool:
 
 
 def standings(folder: RunFolder, rows: Sequence[Record]) -> Standings:
-    """Judge the finished cells of a run; those whose samples are gone, or are others, take no part."""
-    there = [
-        row for row in rows if row["kind"] in JUDGED and (folder.cell(row["cell"]) / "samples.jsonl").exists()
-    ]
+    """Judge the finished cells of a run; those whose samples are not whole, or are others, take no part."""
+    there = [row for row in rows if row["kind"] in JUDGED and _whole(folder, row)]
     # the gate names the first that is equal: the unpruned model, if it is that
     scored = sorted(there, key=lambda row: not is_unpruned(row))
     pairs: list[Pair] = []
@@ -172,6 +170,11 @@ def standings(folder: RunFolder, rows: Sequence[Record]) -> Standings:
         found = twins({key: tuple(told) for key, told in shown.items()})
         idle |= {key: other[1:] for key, other in found.items()}
     return Standings(pairs, idle, {key_of(row)[1:] for row in scored if is_unpruned(row)})
+
+
+def _whole(folder: RunFolder, row: Record) -> bool:
+    path = folder.cell(row["cell"]) / "samples.jsonl"
+    return path.exists() and count_lines(path) == row["n"]
 
 
 @dataclass(frozen=True)

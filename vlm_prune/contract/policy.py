@@ -56,6 +56,8 @@ class Policy:
     """Whether it chooses among all tokens of an image, before the decoder's first layer. Follows from `stages`."""
     enters: ClassVar[bool] = False
     """Whether it does so at the decoder's entry. Follows from `stages`."""
+    keeps_all: ClassVar[bool] = False
+    """Whether it keeps every token, so that no number of them can be asked for."""
     exceeds: ClassVar[bool] = False
     """Whether it may keep more tokens than the budget says, by a rule of its own (a threshold)."""
     default_ratio: ClassVar[float] = 1.0

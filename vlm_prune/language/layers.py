@@ -333,15 +333,17 @@ class DecoderLayers:
         layer, cache, home = self.layers[number + 1], cache_of(kwargs), hidden.device
         if call.deepstack is not None:
             hidden = call.deepstack.foreseen(number, hidden)
-        hidden = hidden.to(next(layer.parameters()).device)
+        weights = next(layer.parameters()).device
+        there = home if weights.type == "meta" else weights  # accelerate fetches weights that are on disk
         held = next(iter(getattr(cache, "layers", ())[number + 1 : number + 2]), None)
         pruned, positions = _pruned_layer(cache, number + 1), call.rows.positions
         if pruned is not None and pruned.shift is not None:
             positions = positions - pruned.shift[:, None]
-        _, places = stream.split_positions(positions.to(hidden.device))
+        _, places = stream.split_positions(positions.to(home))
+        rotary = tuple(x.to(there) for x in self.decoder.rotary_emb(hidden, places))
         here, call.observed, call.looking = call.observed, {"layer": pruned}, True
         try:
-            look_ahead(layer, hidden, self.decoder.rotary_emb(hidden, places), held)
+            look_ahead(layer, hidden.to(there), rotary, held)
             seen: AttentionView = call.observed["attention"]
         finally:
             call.observed, call.looking = here, False
