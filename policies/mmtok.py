@@ -99,7 +99,8 @@ class MMTok(SelectPolicy):
       `candidates`.
 
     Where patches are merged into one token before the projector, tokens are alike by what enters it: by patches side by
-    side after a pixel shuffle, by their mean in Qwen's towers, as in the released code.
+    side after a pixel shuffle, by their mean in Qwen's towers, as in the released code. Where no more than
+    finished features is known of a model, tokens are alike by these.
 
     Attributes:
         alpha: weight of covering the image beside covering the text.
@@ -133,10 +134,9 @@ class MMTok(SelectPolicy):
 
     def select(self, view: EntryView) -> Keep:
         """The tokens picked, in their original order."""
-        if view.tower is None:
-            raise RuntimeError(f"{self.name} reads what entered the projector, which was not recorded")
+        tower = view.features if view.tower is None else view.tower
         order = multimodal_cover(
-            view.tower.detach(),
+            tower.detach(),
             view.target,
             view.text.detach(),
             view.features.detach(),

@@ -122,6 +122,7 @@ class ZOOPrune(Policy):
     name: ClassVar[str] = "zooprune"
     stages: ClassVar[tuple[str, ...]] = ("encode",)
     default_ratio: ClassVar[float] = 128 / 576
+    calls_projector: ClassVar[bool] = True
 
     directions: int = 64
     step: float = 0.01
@@ -141,7 +142,7 @@ class ZOOPrune(Policy):
     def encode_final(self, view: FeaturesView) -> Keep:
         """The tokens taken, in their original order."""
         if view.project is None:
-            raise RuntimeError(f"{self.name} measures the projector, which these features are past")
+            raise RuntimeError(f"{self.name} measures the projector, which is not known of these features")
         official, x = self.compat == "official", view.features
         if not official:
             x = x.to(torch.promote_types(x.dtype, torch.float32))

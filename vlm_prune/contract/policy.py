@@ -76,7 +76,9 @@ class Policy:
     drops_newlines: ClassVar[bool] = False
     """Whether newline tokens go with the first dropped token, and not only with the last one of their line."""
     reads_tower: ClassVar[bool] = False
-    """Whether `entry` looks at what entered the projector."""
+    """Whether `entry` looks at what entered the projector, where the engine sees that."""
+    calls_projector: ClassVar[bool] = False
+    """Whether `encode_final` calls the projector itself, before it."""
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
     reads_ahead: ClassVar[bool] = False

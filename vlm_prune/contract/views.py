@@ -106,7 +106,7 @@ class FeaturesView:
             tiles are arranged to images.
         carry: what the policy left in `TowerView.carry`.
         project: the projector as a plain function of ``(batch, units, channels)`` like ``features``, in their dtype;
-            ``None`` behind it.
+            ``None`` after it, and where the model's projector is not known.
     """
 
     features: torch.Tensor
@@ -130,9 +130,9 @@ class EntryView(FeaturesView):
         text: embeddings of the text rows of each tile's sequence ``(batch, text rows, channels)``, in order.
         text_valid: bool ``(batch, text rows)``, which of them exist.
         question: bool ``(batch, text rows)``, those after the sequence's last visual token; all of them where none is.
-        tower: what entered the projector for each token ``(batch, units, channels)``, if the policy reads it. Of
-            patches that a packed tower's merger takes together it is the mean; where stock code arranges tiles to
-            images, it is arranged as the features are.
+        tower: what entered the projector for each token ``(batch, units, channels)``, if the policy reads it; ``None``
+            where the engine knows finished features only. Of patches that a packed tower's merger takes together it is
+            the mean; where stock code arranges tiles to images, it is arranged as the features are.
     """
 
     text: torch.Tensor = field(kw_only=True)

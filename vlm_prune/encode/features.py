@@ -146,9 +146,9 @@ class FeatureReader:
 
 
 def needs_tower(policy: Policy) -> bool:
-    """Whether a policy can only work with a tower whose layers can be hooked."""
+    """Whether a policy can only work with a tower whose layers, and whose projector, can be hooked."""
     reads = bool(policy.tower_layers(23)) or type(policy).tower_grid is not Policy.tower_grid
-    return reads or policy.per_image or policy.single_patches
+    return reads or policy.per_image or policy.single_patches or policy.calls_projector
 
 
 def features_of(output: Any) -> Any:

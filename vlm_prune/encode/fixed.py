@@ -305,7 +305,7 @@ class Encoder(EncodeStage):
             call.offers.append(
                 Offer(
                     features=output.index_select(0, some)[:, call.extra :],
-                    rows=rows[tiles].to(output.device),
+                    rows=rows[tiles].to(output.device, non_blocking=True),
                     spans=[images[tile] for tile in tiles],
                     grid=call.grids[0],
                     target=target,
