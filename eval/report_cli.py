@@ -18,14 +18,21 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run folder, see docs/runs.md.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
     samples: Annotated[int, typer.Option(help="Samples of each task to browse, spread evenly.")] = 40,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Also write every chart (PDF, SVG, CSV) and table (CSV, LaTeX, PDF, SVG) here."),
+    ] = None,
 ) -> None:
     """Write the report of a finished or interrupted run: one HTML file that needs no network."""
     with plain_errors():
-        from vlm_prune.eval.report import write_report
+        from vlm_prune.eval.report import export_report, write_report
         from vlm_prune.eval.runs.folder import RunFolder
 
         path = write_report(RunFolder(folder), out, samples)
+        files = export_report(RunFolder(folder), export) if export is not None else []
     typer.echo(f"wrote {path}")
+    if export is not None:
+        typer.echo(f"wrote {len(files)} files in {export}")
 
 
 @app.command()

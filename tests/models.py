@@ -124,6 +124,11 @@ def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
     """A model of ``family`` in eval mode, with weights that make attention peaky and every token matter."""
     others = {**PACKED, **ARRANGED}
     model = others[family]() if family in others else FAMILIES[family].build(**changes)
+    return peaky(model, attention, seed)
+
+
+def peaky(model: nn.Module, attention: str = "sdpa", seed: int = 0) -> nn.Module:
+    """``model`` in eval mode, with weights that make attention peaky and every token matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)

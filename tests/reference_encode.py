@@ -12,6 +12,7 @@ from torch import nn
 
 from tests import reference
 from vlm_prune.policies.pooling import pooling_cells
+from vlm_prune.policies.zooprune import random_directions
 
 
 def distances(x: torch.Tensor) -> list[list[float]]:
@@ -194,6 +195,17 @@ def vispruner_units(scores: list[float], x: torch.Tensor, keep: int, share: floa
     return sorted(taken + rest)
 
 
+def zooprune_units(scores: list[float], x: torch.Tensor, keep: int) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, projected."""
+    gap, low, high = distances(x), min(scores), max(scores)
+    weight = [(s - low) / (high - low + 1e-8) for s in scores]
+    taken = [max(range(len(x)), key=lambda i: (weight[i], -i))]
+    while len(taken) < keep:
+        rest = [i for i in range(len(x)) if i not in taken]
+        taken.append(max(rest, key=lambda i: (min(gap[i][j] for j in taken) * weight[i], -i)))
+    return sorted(taken)
+
+
 # --- of a model ---
 
 
@@ -209,12 +221,6 @@ def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[in
     _, _, features = seen(model, tile)
     projected = model.model.multi_modal_projector(features)[0, reference._cls(model) :]
     return reference._pick(model, tile, divprune_units(projected, target))
-
-
-def mmtok(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
-    """Covers the image alone: no question is known."""
-    _, _, features = seen(model, tile)
-    return reference._pick(model, tile, mmtok_units(features[0, reference._cls(model) :], target))
 
 
 def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
@@ -262,6 +268,15 @@ def vispruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[i
     return reference._pick(model, tile, units)
 
 
+def zooprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings: every token, pushed to and fro in every direction."""
+    _, _, features = seen(model, tile)
+    x, projector = features[0, reference._cls(model) :], model.model.multi_modal_projector
+    pushes = 0.01 * random_directions(64, x.shape[-1], seed=0)
+    scores = [float((projector(one + pushes) - projector(one - pushes)).norm(dim=-1).mean()) for one in x]
+    return reference._pick(model, tile, zooprune_units(scores, projector(x), target))
+
+
 def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """Cell by cell."""
     _, _, features = seen(model, tile)
@@ -276,13 +291,13 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
 ENCODE = {
     "agilepruner": agilepruner,
     "divprune": divprune,
-    "mmtok": mmtok,
     "pool": pool,
     "prumerge": prumerge,
     "scope": scope,
     "holov": holov,
     "visionzip": visionzip,
     "vispruner": vispruner,
+    "zooprune": zooprune,
 }
 """Policy -> the kept units of one tile and their projected features."""
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tests.processors import qwen2_vl
 from vlm_prune.cli import app
 from vlm_prune.eval.images import image_size, load_image, upright_rgb
-from vlm_prune.eval.learn_data import examples
+from vlm_prune.eval.learn.data import examples
 from vlm_prune.eval.lmms.prompts import open_image
 from vlm_prune.eval.measure import model_inputs, prompt_text
 from vlm_prune.eval.models import model_path

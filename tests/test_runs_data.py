@@ -229,6 +229,11 @@ def test_a_data_set_on_disk_keeps_its_images(images, tmp_path):
             "ids stand in several rows",
         ),
         ("{task: vqa, data: {scenes: 4}}", "scenes have no questions"),
+        (
+            "{task: pope, data: {scenes: 1}}",
+            r"1 scenes show 3 kinds of objects.*Take more scenes, 4 at least",
+        ),
+        ("{task: pope, data: {scenes: 1}, splits: [popular]}", "Take more scenes, 4 at least"),
         ("{task: vqa, data: {coco: IMAGES, images: IMAGES}}", "hold no questions"),
         ("{task: chair, data: {coco: IMAGES, images: IMAGES}}", "holds no instances_"),
         ("{task: vqa, data: {disk: IMAGES/nowhere}}", "is no folder"),

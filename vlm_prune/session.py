@@ -16,16 +16,18 @@ from .call.forward_call import ForwardCall, begin_forward, end_forward, forget_c
 from .call.receipt import MEAN_QUERY, Receipt
 from .composition import Composition
 from .config import to_config
-from .contract.anatomy import Anatomy, PackedTower
+from .contract.anatomy import Anatomy, FeatureTower, PackedTower
 from .encode.assembler import Arranger
+from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
-from .language.checks import brings_features, check_chunk, check_forward
+from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_forward
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
 from .language.entry import Entry
-from .language.layers import DecoderLayers, check_decoder
+from .language.kinds import check_decoder, mask_maker
+from .language.layers import DecoderLayers
 from .language.loss import Loss
 from .registry import POLICIES, policy_class
 from .saving import Saver
@@ -56,8 +58,10 @@ class Pruning:
         self._handles: list[Any] = []
 
         tower = anatomy.tower
-        self._encoder: Encoder | PackedEncoder
-        if isinstance(tower, PackedTower):
+        self._encoder: Encoder | PackedEncoder | FeatureEncoder
+        if isinstance(tower, FeatureTower):
+            self._encoder = FeatureEncoder(tower, anatomy.base, composition, self)
+        elif isinstance(tower, PackedTower):
             self._encoder = PackedEncoder(tower, anatomy.projector, composition, self)
         else:
             self._encoder = Encoder(tower, anatomy.projector, composition, self)
@@ -66,7 +70,12 @@ class Pruning:
         self._layers = layers if layers else None
         entry = None if composition.entry is None else Entry(composition.entry)
         self._decoder = Decoder(
-            anatomy.decoder, len(anatomy.decoder_layers), composition.positions, self._layers, entry
+            anatomy.decoder,
+            len(anatomy.decoder_layers),
+            composition.positions,
+            self._layers,
+            entry,
+            mask_maker(model),
         )
         # whoever looks at the prompt in the decoder has to see all of it, and no drafts behind it
         self._reads_prompt = self._layers is not None or entry is not None
@@ -107,6 +116,19 @@ class Pruning:
     def name(self) -> str:
         """The policies' names, joined by "+"."""
         return self._composition.name
+
+    def __repr__(self) -> str:
+        stages = dict.fromkeys(stage for policy in self.policies for stage in policy.stages)
+        kept = "all tokens"
+        if self._composition.owner is not None and not self._composition.owner.keeps_all:
+            per = "image" if self.budget.joint else self._anatomy.tile
+            kept = (
+                f"ratio={self.budget.ratio:.3g}"
+                if self.budget.tokens is None
+                else f"tokens={self.budget.tokens}"
+            )
+            kept += f" per {per}"
+        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(stages)}>"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -212,6 +234,8 @@ class Pruning:
         if args:
             kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         check_forward(self._anatomy, kwargs)
+        call.given = kwargs.get("attention_mask")
+        call.types = next((kwargs[name] for name in TOKEN_TYPES if kwargs.get(name) is not None), None)
         if self._layers is not None:
             self._layers.check_recompute()
         given = kwargs.get("mm_encoder_outputs") or {}

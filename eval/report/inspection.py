@@ -22,6 +22,9 @@ from vlm_prune.eval.report.page import render
 from vlm_prune.eval.runs.folder import write_whole
 from vlm_prune.eval.runs.tiles import Tiles, boxes_of_grids
 
+LONGEST = 1600
+"""Side in pixels of the picture in a page, which is shown as wide as that."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -192,16 +195,25 @@ def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
 
 def write_page(found: Inspection, out: Path) -> Path:
     """The inspection as one self-contained HTML file."""
+    size = found.image.size
+    drawn = [plate for stage in found.stages for plate in plates(stage.boxes, size)]
+    views = [plate.view for plate in drawn]
+    stages = [
+        {"where": s.where, "count": s.count, "total": s.total, "plates": _plates(s, size)}
+        for s in found.stages
+    ]
     page = {
         "title": found.title,
         "found": found,
+        "dropped": any(stage.count < stage.total for stage in found.stages),
+        "cropped": any(plate["unseen"] for stage in stages for plate in stage["plates"]),
+        "padded": any(view != (0, 0, *size) for view in views),
+        "tiled": any(len(plate.tiles) > 1 for plate in drawn),
+        "hatch": f"{max(size) / 90:.6g}",
         "width": found.image.width,
         "height": found.image.height,
-        "source": data_uri(found.image),
-        "stages": [
-            {"where": s.where, "count": s.count, "total": s.total, "plates": _plates(s, found.image.size)}
-            for s in found.stages
-        ],
+        "source": data_uri(found.image, LONGEST),
+        "stages": stages,
         "receipt": str(found.receipt),
     }
     write_whole(out, render("inspect.html", page))
@@ -210,7 +222,8 @@ def write_page(found: Inspection, out: Path) -> Path:
 
 def _plates(stage: Stage, size: tuple[int, int]) -> list[dict[str, Any]]:
     """What the template draws of a stage: for each copy of the image its paths."""
-    drawn = []
+    drawn: list[dict[str, Any]] = []
+    whole = (0.0, 0.0, float(size[0]), float(size[1]))
     for plate in plates(stage.boxes, size):
         left, top, right, bottom = plate.view
         boxes = [stage.boxes[i] for i in plate.tiles]
@@ -223,6 +236,9 @@ def _plates(stage: Stage, size: tuple[int, int]) -> list[dict[str, Any]]:
                 "seams": "".join(map(outline, boxes)) if len(boxes) > 1 else "",
                 "veil": "".join(veils),
                 "thumbnail": plate.thumbnail,
+                # widths in proportion to shapes make plates that stand side by side equally high
+                "share": f"{(0.3 if plate.thumbnail else 1) * (right - left) / (bottom - top):.4g}",
+                "beyond": outline(plate.view) + outline(whole) if plate.view != whole else "",
             }
         )
     return drawn

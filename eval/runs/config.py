@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,6 +63,14 @@ class ModelEntry(Strict):
     revision: str | None = None
     trust_remote_code: bool = False
     processor: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("device_map", mode="before")
+    @classmethod
+    def _placed(cls, value: Any) -> Any:
+        flat = value.values() if isinstance(value, dict) else [value]
+        if value is None or all(isinstance(one, str | int) and not isinstance(one, bool) for one in flat):
+            return value
+        raise ValueError(f'"auto", a device, or a mapping of modules to devices is needed, got {value!r}')
 
     @property
     def name(self) -> str:
@@ -270,6 +279,19 @@ class TaskEntry(Strict):
         return self.label or self.kind
 
 
+def _asks(task: TaskEntry) -> None:
+    """Raises where a prompt asks the same of every sample."""
+    if "{question}" in task.prompt:
+        return
+    braces = re.findall(r"\{\w*\}", task.prompt)
+    found = f"{braces[0]} is not replaced" if braces else "every sample would be asked the same"
+    raise Misplaced(
+        f"{task.prompt[:60]!r} has no {{question}}, and {found}: write {{question}} where the sample's question goes, "
+        'such as "{question}\\nAnswer with one word."',
+        "prompt",
+    )
+
+
 class PopeTask(TaskEntry):
     """Does a model say an object is there when it is not?
 
@@ -286,6 +308,11 @@ class PopeTask(TaskEntry):
     @classmethod
     def _known(cls, parser: str) -> str:
         return choose("POPE parser", parser, PARSERS)
+
+    @model_validator(mode="after")
+    def _prompted(self) -> PopeTask:
+        _asks(self)
+        return self
 
 
 class ChairTask(TaskEntry):
@@ -307,6 +334,16 @@ class ChairTask(TaskEntry):
     def _known(cls, variant: str | None) -> str | None:
         return None if variant is None else choose("CHAIR variant", variant, VARIANTS)
 
+    @model_validator(mode="after")
+    def _prompted(self) -> ChairTask:
+        if "{question}" in self.prompt and isinstance(self.data, ScenesData | CocoData):
+            raise Misplaced(
+                f"{self.prompt[:60]!r} has {{question}}, and these data have no questions for captions: leave it out, "
+                "or give jsonl, disk or hub",
+                "prompt",
+            )
+        return self
+
 
 class VqaTask(TaskEntry):
     """Short answers against accepted ones.
@@ -318,6 +355,11 @@ class VqaTask(TaskEntry):
     task: Literal["vqa"]
     prompt: str = "{question}\nAnswer the question using a single word or phrase."
     metric: Literal["exact", "vqa"] = "exact"
+
+    @model_validator(mode="after")
+    def _prompted(self) -> VqaTask:
+        _asks(self)
+        return self
 
 
 class SpeedTask(TaskEntry):

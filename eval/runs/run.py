@@ -26,6 +26,7 @@ from vlm_prune.eval.runs.parts import add_part, read_parts, read_remains, remove
 from vlm_prune.eval.runs.processes import Processes
 from vlm_prune.eval.runs.scoring import Scorer
 from vlm_prune.eval.runs.speed import time_prompts
+from vlm_prune.eval.runs.standings import standings
 from vlm_prune.eval.runs.table import joined, markdown, tasks_of
 
 Advance = Callable[[int], None]
@@ -107,7 +108,7 @@ class Run:
                     self._note([cell], failure)
                 self._write()
             del loaded
-        self._write()
+        self._write(judge=True)
 
     def _together(self, job: Callable[[], Any]) -> Any:
         """Do a job in every process. Raises in all of them if it failed in one."""
@@ -185,17 +186,23 @@ class Run:
         return {name: read_json(path) for name, path in paths.items() if path.exists()}
 
     def lines(self) -> list[Record]:
-        """Rows and times side by side, see `table.joined`."""
-        return joined(self.finished_rows(), self.times(), self.config.seed)
+        """Rows and times side by side, and who beats whom, see `table.joined`."""
+        rows = self.finished_rows()
+        return joined(rows, self.times(), self.config.seed, standings(self.folder, rows))
 
-    def _write(self) -> None:
-        """Everything that is put together from the cells."""
+    def _write(self, judge: bool = False) -> None:
+        """Everything that is put together from the cells; to ``judge`` takes reading all samples."""
         if not self.processes.first:
             return
         path, rows, times = self.folder.path, self.finished_rows(), self.times()
         write_json(path / "results.json", rows)
         write_json(path / "times.json", times)
-        write_whole(path / "results.md", markdown(self.lines(), tasks_of(rows)))
+        judged = standings(self.folder, rows) if judge else None
+        if judged is not None:
+            write_json(path / "paired.json", judged.records())
+        write_whole(
+            path / "results.md", markdown(joined(rows, times, self.config.seed, judged), tasks_of(rows))
+        )
         skipped = {
             f"{cell.model.name}, {cell.task.name}": cell.skipped for cell in self.cells if cell.skipped
         }

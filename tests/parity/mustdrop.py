@@ -152,6 +152,7 @@ def keys(official: torch.Tensor) -> Iterator[None]:
 
 def check_stages(golden: Golden) -> None:
     """The tokens kept and the key set at each cut, in the coordinates of what stood there before it."""
+    assert len(SEEN) == len([name for name in golden.arrays if name.endswith("_kept_rel")])
     for number, (kept, key) in enumerate(SEEN):
         assert torch.equal(kept, golden[f"stage{number}_kept_rel"]), f"stage {number}"
         assert torch.equal(key, golden[f"stage{number}_key_rel"]), f"stage {number}"

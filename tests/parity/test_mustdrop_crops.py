@@ -17,7 +17,7 @@ from tests.parity import mustdrop
 from tests.parity._files import Golden
 from tests.parity._given import embeds_model
 from vlm_prune import prune
-from vlm_prune.encode_call import RIDE
+from vlm_prune.call.encode_call import RIDE
 from vlm_prune.policies.mustdrop import KEY, MustDrop
 
 WIDTH, SIDE, PATCH, CROPS, LAYERS, TOWER = 16, 126, 14, 3, 16, 4

@@ -47,11 +47,11 @@ class PrunedLayer(CacheLayerMixin):
             ``(batch, slots)``, what it says of them; ``None`` where `seen` is.
     """
 
-    is_sliding = False
-
     def __init__(self, inner: CacheLayerMixin):
         self.inner = inner
-        self.spared: int | None = 0 if storage.is_static(inner) and not inner.is_initialized else None
+        # a sliding layer's slots are its window, which does not depend on how many tokens there are
+        sparable = storage.is_static(inner) and not storage.is_sliding(inner) and not inner.is_initialized
+        self.spared: int | None = 0 if sparable else None
         self._forget()
 
     def _forget(self) -> None:
@@ -91,6 +91,11 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.values = values
 
     @property
+    def is_sliding(self) -> bool:
+        """As the stock layer."""
+        return storage.is_sliding(self.inner)
+
+    @property
     def is_compileable(self) -> bool:
         """As the stock layer."""
         return bool(self.inner.is_compileable)
@@ -102,7 +107,10 @@ class PrunedLayer(CacheLayerMixin):
 
     @property
     def physical(self) -> int:
-        """Rows that really exist. Static layers count on their device, which this waits for."""
+        """Rows that were really computed, those that have left a window included.
+
+        Static layers count on their device, which this waits for.
+        """
         return int(self.inner.get_seq_length())
 
     @property
@@ -120,6 +128,8 @@ class PrunedLayer(CacheLayerMixin):
         """What this layer holds, and what it would hold without pruning: rows, or the slots of a static layer."""
         if storage.is_static(self):
             return self.slots, self.slots + (self.spared or 0)
+        if self.is_sliding:
+            return min(self.physical, self.sliding_window - 1), min(self.logical, self.sliding_window - 1)
         return self.physical, self.logical
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -150,6 +160,8 @@ class PrunedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """As many tokens as may be passed; -1 if there is no limit."""
+        if self.is_sliding:
+            return int(getattr(self.inner, "sliding_window", self.slots if storage.is_static(self) else -1))
         return self.slots + self.missing if storage.is_static(self) else -1
 
     get_max_cache_shape = get_max_length  # its name in older versions of transformers
@@ -179,7 +191,7 @@ class PrunedLayer(CacheLayerMixin):
     def describe_slots(self) -> None:
         """Set `seen_slots` from what is `seen`."""
         self.seen_slots = None
-        if self.seen is not None and storage.is_static(self):
+        if self.seen is not None and storage.is_static(self) and not self.is_sliding:
             seen = self.seen[:, self.missing :]
             known = torch.arange(self.slots, device=seen.device) < seen.shape[1]
             self.seen_slots = known, torch.nn.functional.pad(seen, (0, self.slots - seen.shape[1]))
@@ -190,6 +202,10 @@ class PrunedLayer(CacheLayerMixin):
         # transformers before 5.20 names the size to keep, later ones the negative number to remove
         kept = tokens_to_remove if tokens_to_remove > 0 else size + tokens_to_remove
         if kept >= size:
+            if getattr(
+                self.inner, "record_past", False
+            ):  # it kept more than its window, for this call to take back
+                self.inner.crop(0)
             return
         if kept < self.prefilled:
             self._crop_turn(kept, size)
@@ -265,6 +281,28 @@ class PrunedLayer(CacheLayerMixin):
         self._batch(lambda x: x[indices.to(x.device)])
 
 
+class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):
+    """A `PrunedLayer` around a layer that has a linear-attention state beside its rows."""
+
+    def __init__(self, inner: CacheLayerMixin):
+        PrunedLayer.__init__(self, inner)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the stock layer."""
+        return self.inner.update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the stock layer."""
+        return self.inner.update_recurrent_state(*args, **kwargs)
+
+
+def first_layer(cache: Cache | None) -> PrunedLayer | None:
+    """The first layer of a cache that holds rows, if a pruned prompt went through it."""
+    layers = getattr(cache, "layers", ())  # the paged cache of continuous batching has none
+    first = next((layer for layer in layers if storage.has_rows(layer)), None)
+    return first if isinstance(first, PrunedLayer) else None
+
+
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
     """The layers of a cache that a pruned prompt went through; empty for a stock cache."""
     layers = getattr(cache, "layers", ())  # the paged cache of continuous batching has none
@@ -277,7 +315,8 @@ def wrap(cache: Cache, index: int) -> PrunedLayer:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
     if not isinstance(layer, PrunedLayer):
-        cache.layers[index] = layer = PrunedLayer(layer)
+        made = PrunedHybridLayer if isinstance(layer, storage.LINEAR) else PrunedLayer
+        cache.layers[index] = layer = made(layer)
     return layer
 
 
@@ -288,7 +327,8 @@ def spare_slots(cache: Cache | None, index: int, rows: Rows, trimmed: bool = Fal
     """
     if cache is None or (rows.whole and not trimmed) or index >= len(cache.layers):
         return
-    if storage.is_static(cache.layers[index]) and not cache.layers[index].is_initialized:
+    layer = cache.layers[index]
+    if storage.is_static(layer) and not storage.is_sliding(layer) and not layer.is_initialized:
         wrap(cache, index).shorten(rows.length - rows.count)
 
 
@@ -302,6 +342,8 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None,
     PRUNED.add(decoder)  # which may be a copy of one that was pruned
     alike: dict[tuple[int, int, int], int] = {}
     for index, rows in enumerate(layer_rows):
+        if index < len(cache.layers) and not storage.has_rows(cache.layers[index]):
+            continue  # a state has no rows: what went through it is all it knows
         layer = wrap(cache, index)
         before = layer.logical - rows.count
         like = alike.setdefault((id(rows), layer.like, before), index)

@@ -1,7 +1,10 @@
 """Stock cache layers of every kind that can hold a pruned sequence: what they hold, how to replace it, what it weighs.
 
-Growing layers (``DynamicLayer``) hold tensors as long as the sequence. Static ones hold slots for the longest sequence,
-filled from the left. Quantised ones hold codes, and the last rows as they are.
+Growing layers (``DynamicLayer``) hold tensors as long as the sequence. Static ones hold slots for the longest
+sequence, filled from the left. Quantised ones hold codes, and the last rows as they are. Sliding ones of either kind
+hold the rows of a window only, and indexed ones a second kind of keys. Linear-attention layers hold no rows but a state
+of one size (or of a convolution), which a shortened sequence simply runs through; layers that borrow the keys of
+another hold nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +12,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticLayer
 
 from ..errors import UnsupportedCallError
+
+
+def _stock(*names: str) -> tuple[type, ...]:
+    """Classes of ``transformers.cache_utils``, as far as its version has them."""
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+PLAIN = (DynamicLayer, StaticLayer)
+SLIDING = _stock("DynamicSlidingWindowLayer", "StaticSlidingWindowLayer")
+INDEXED = _stock("DynamicIndexedLayer", "StaticIndexedLayer")
+STATE = _stock("LinearAttentionLayer")
+NOTHING = _stock("DummyLayer")
+BOTH = _stock(
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionAndStaticFullAttentionLayer",
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer",
+)
+LINEAR = _stock("LinearAttentionCacheLayerMixin")
+KNOWN = (*PLAIN, *SLIDING, *INDEXED, *STATE, *NOTHING, *BOTH)
+"""Kinds of layers a decoder may have: full attention, windows of either form (sliding and chunked), attention with an
+indexer, linear attention, none of its own, and linear attention beside another."""
+
+
+def has_rows(layer: Any) -> bool:
+    """Whether a layer holds a key for each token, or for each of a window."""
+    return isinstance(layer, CacheLayerMixin)
+
+
+def is_sliding(layer: Any) -> bool:
+    """Whether a layer forgets what its window has left behind."""
+    return bool(getattr(layer, "is_sliding", False))
 
 
 def is_static(layer: Any) -> bool:
@@ -24,15 +60,25 @@ def is_quantised(layer: Any) -> bool:
     return isinstance(layer, DynamicLayer) and hasattr(layer, "_dequantize")
 
 
-def check_cache(cache: Cache | None) -> None:
-    """Raise if pruned rows cannot be stored in this kind of cache."""
-    for layer in cache.layers if cache is not None else ():
+def check_cache(cache: Cache | None, config: Any) -> None:
+    """Raise if pruned rows cannot be stored in this kind of cache, or a decoder of this config does not fit it.
+
+    A decoder with windows may keep all rows, as in a ``DynamicCache()`` made without its config; one without may not
+    lose any.
+    """
+    if cache is None:
+        return
+    fit = [type(layer) for layer in DynamicCache(config=config).layers] if cache.layers else []
+    for number, layer in enumerate(cache.layers):
         inner = getattr(layer, "inner", layer)
-        if type(inner) not in (DynamicLayer, StaticLayer) and not is_quantised(inner):
+        stock = fit[number] if number < len(fit) else DynamicLayer
+        known = type(inner) in KNOWN or is_quantised(inner)
+        if not known or (is_sliding(inner) and not getattr(stock, "is_sliding", False)):
             raise UnsupportedCallError(
-                f"A pruned model cannot use a cache of {type(inner).__name__} layers: it supports layers of full "
-                "attention, as in DynamicCache (the default of generate), StaticCache and QuantizedCache, offloaded "
-                "or not."
+                f"A pruned model cannot use a cache of {type(inner).__name__} layers here, where this decoder has "
+                f"{stock.__name__}: it supports layers of full attention, as in DynamicCache (the default of "
+                "generate), StaticCache and QuantizedCache, offloaded or not, and other kinds where the decoder has "
+                "them: make the cache from the model's config."
             )
 
 
@@ -79,9 +125,10 @@ def _tensors(x: Any) -> list[torch.Tensor]:
 
 
 def kv_bytes(layer: Any) -> int:
-    """Bytes of storage behind a layer's keys and values."""
+    """Bytes of storage behind a layer's keys and values, or its state."""
     inner = getattr(layer, "inner", layer)
-    parts = [inner.keys, inner.values]
+    names = ("keys", "values", "indexer_keys", "conv_states", "recurrent_states")
+    parts = [getattr(inner, name, None) for name in names]
     if is_quantised(inner):
         parts += [inner._quantized_keys, inner._quantized_values]
     stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(parts)}

@@ -57,6 +57,7 @@ class Offer:
         target: tokens wanted of each tile.
         content_key: int64 ``(tiles,)``, see `FeaturesView`.
         carry: values ``(tiles, tokens)`` that the encode stage left.
+        tower: see `EntryView`.
     """
 
     features: torch.Tensor
@@ -66,6 +67,7 @@ class Offer:
     target: int
     content_key: torch.Tensor
     carry: dict[str, torch.Tensor]
+    tower: torch.Tensor | None = None
 
 
 @dataclass
@@ -86,7 +88,9 @@ class EncodeCall:
         arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
         packings: what comes of it, image by image.
         offers: what the decoder's entry is to choose among, if a policy does so there.
+        entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
         drops_newlines: whether a newline goes as soon as a token of its image is dropped.
+        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
     """
 
     grids: list[tuple[int, int]]
@@ -104,7 +108,9 @@ class EncodeCall:
     arrangement: Arrangement | None = None
     packings: list[Packing] = field(default_factory=list)
     offers: list[Offer] = field(default_factory=list)
+    entering: torch.Tensor | None = None
     drops_newlines: bool = False
+    trusted: bool = True
 
     @property
     def tiles(self) -> int:

@@ -41,6 +41,9 @@ class ForwardCall:
         image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
             the decoder.
         mask: the caller's padding mask.
+        given: the mask that the model was called with, from which some make those of their decoder.
+        types: int ``(batch, tokens)``, what kind of token each is, where the model was told; some let those of an
+            image look at each other.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
         fitted: masks and positions made for layers that differ from it.
@@ -63,6 +66,8 @@ class ForwardCall:
     kinds: list[int] = field(default_factory=list)
     image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
+    given: Any = None
+    types: torch.Tensor | None = None
     rows: Rows | None = None
     entered: Rows | None = None
     layer_rows: list[Rows] = field(default_factory=list)
@@ -161,7 +166,8 @@ class ForwardCall:
                 if self.mask is not None and len(live) > 1:
                     live = self.mask[:, -live.shape[1] :].bool()
             planned = self._planned()
-            if planned is not None and len(live) == 1 and (planned or alive is None):
+            trusted = all(call.trusted for call in self.encoded)
+            if planned is not None and trusted and len(live) == 1 and (planned or alive is None):
                 self.census = self._plan(live.shape[1], planned)
             else:
                 self.census = Census.take(self.image_masks, live, alive)
@@ -169,6 +175,11 @@ class ForwardCall:
                 raise UnsupportedCallError(
                     f"The image features hold {self.census.holes} rows of NaN where {planned} tokens were dropped: the "
                     "vision tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
+                )
+            if planned and alive is not None and not self.census.holes:
+                raise UnsupportedCallError(
+                    f"{planned} visual tokens were dropped, but none is missing where the language model begins: this "
+                    "model does not hand its image features on as it should. Please unprune(model), and report it."
                 )
             if self.left is None:  # else a cut has counted since
                 self.left = list(self.census.visual)

@@ -134,6 +134,40 @@ class PackedTower:
         return [rows * columns for size in known for rows, columns in self.grids(size.tolist())]
 
 
+Sizes = Callable[[Mapping[str, Any], list[tuple[int, ...]]], list[tuple[int, int]]]
+"""From a feature method's arguments by name, and the shapes of what it returned, channels left out, to rows and
+columns of the tokens of each tile, in order."""
+
+
+@dataclass(frozen=True)
+class FeatureTower:
+    """A vision encoder of which the engine knows only what leaves it: features, ready for the language model.
+
+    There are no places inside it, so policies that look at its layers are refused.
+
+    Attributes:
+        methods: names of the methods of the base module that return features.
+        sizes: how these rows are tiles.
+    """
+
+    methods: tuple[str, ...]
+    sizes: Sizes
+
+    units = None  # known when features are there
+    has_cls = keeps_cls = False
+    width = weights = 0
+    feature_layer = -1
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """None that could be hooked."""
+        return []
+
+    def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
+        """Not known before the features are there."""
+        return None
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """How the tiles of one call become rows of the language model, where that takes more than one tile after another.
@@ -170,7 +204,7 @@ class Anatomy:
         family: name of the model family.
         base: the module that joins tower and decoder; its forward takes ``pixel_values`` and ``input_ids``.
         tower: the vision encoder. Where it is packed, its merger is the projector.
-        projector: takes the tower's features ``(tiles, units, channels)``.
+        projector: takes the tower's features ``(tiles, units, channels)``; ``None`` for a `FeatureTower`.
         decoder: the language model, called with ``inputs_embeds``.
         decoder_layers: its layers, in order.
         image_tokens: ids of the placeholders that visual features replace in ``input_ids``; where videos have another
@@ -182,8 +216,8 @@ class Anatomy:
 
     family: str
     base: nn.Module
-    tower: Tower | PackedTower
-    projector: nn.Module
+    tower: Tower | PackedTower | FeatureTower
+    projector: nn.Module | None
     decoder: Any
     decoder_layers: list[nn.Module]
     image_tokens: tuple[int, ...]

@@ -113,8 +113,11 @@ class Arranger:
         carry: dict[str, list[torch.Tensor]],
     ) -> None:
         """Let the decoder's entry choose among the tokens of one image."""
-        packing = call.packings[image]
+        packing, tower = call.packings[image], None
         first = sum(len(p.source) for p in call.packings[:image])
+        if call.entering is not None and call.arrangement is not None:
+            entering = call.entering
+            tower = call.arrangement.pack(entering, entering.new_zeros(entering.shape[-1]))[image]
         for number, group in enumerate(packing.choices):
             places = group.rows.to(rows.device)
             target = self._target(packing, group)
@@ -129,6 +132,7 @@ class Arranger:
                     target=target,
                     content_key=_member_keys(keys, len(places), number),
                     carry={name: x[image][places] for name, x in carry.items()},
+                    tower=None if tower is None else tower[places.to(tower.device)],
                 )
             )
 

@@ -26,6 +26,7 @@ from ..errors import UnsupportedCallError
 from ..kernels import gather_rows, to_device
 from ..sites import Site
 from .fixed_state import TowerState
+from .projection import Projection
 from .shrink import grid_places, shrink
 from .stage import EncodeStage, content_key
 
@@ -257,7 +258,13 @@ class Encoder(EncodeStage):
         state.follow(features.device)
         pixels, groups = call.pixels.to(features.device), call.groups(early)
         view = FeaturesView(
-            features, call.grids[0], max(groups), content_key(pixels), pixels, dict(state.carry)
+            features,
+            call.grids[0],
+            max(groups),
+            content_key(pixels),
+            pixels,
+            dict(state.carry),
+            None if after_projector else Projection(self.projector),
         )
         if len(early) == call.tiles and len(groups) == 1:
             keep = self.ask_final(view, after_projector)
@@ -301,6 +308,7 @@ class Encoder(EncodeStage):
                     target=target,
                     content_key=keys.to(output.device)[some],
                     carry={name: x.to(output.device)[some] for name, x in carry.items()},
+                    tower=None if call.entering is None else call.entering.index_select(0, some),
                 )
             )
 
@@ -315,7 +323,8 @@ class Encoder(EncodeStage):
             return None
         projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
-        if self.composition.entry is not None:
+        if (entry := self.composition.entry) is not None:
+            call.entering = args[0][:, call.extra :] if entry.reads_tower else None
             self._offer(call, output)
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None

@@ -12,6 +12,7 @@ from ..call.encode_call import EncodeCall, Offer, current_encode
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
 from .packed_state import PackedState, Tile, pick
+from .projection import Projection
 from .stage import EncodeStage, content_key
 
 
@@ -35,29 +36,31 @@ class Merger:
         if call is None:
             return None
         live = self._choose(call, output, 1, after_projector=True)
-        if self.stage.composition.entry is not None:
-            self._offer(call, output)
+        if (entry := self.stage.composition.entry) is not None:
+            patches = args[0].reshape(len(output), self.group, -1)
+            self._offer(call, output, patches.mean(1) if entry.reads_tower else None)
         return call.state.reopen(output if live is None else live)
 
-    def _offer(self, call: EncodeCall, output: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the merged features of each image."""
+    def _offer(self, call: EncodeCall, output: torch.Tensor, tower: torch.Tensor | None) -> None:
+        """Let the decoder's entry choose among the merged features of each image; ``tower`` is of what went in."""
         begin = 0
         for i, (tile, units, target) in enumerate(
             zip(call.state.tiles, call.units, call.targets, strict=True)
         ):
-            mine, first = output[begin : begin + units], begin
+            mine, first = slice(begin, begin + units), begin
             begin += units
             if target < units:
-                number = torch.arange(first, begin, device=output.device)
+                number, raster = torch.arange(first, begin, device=output.device), self._raster(tile)
                 call.offers.append(
                     Offer(
-                        features=pick(mine[None], self._raster(tile), 1),
+                        features=pick(output[None, mine], raster, 1),
                         rows=number[None],
                         spans=[i],
                         grid=call.grids[i],
                         target=target,
                         content_key=content_key(call.state.given(i)),
                         carry=dict(tile.carry),
+                        tower=None if tower is None else pick(tower[None, mine], raster, 1),
                     )
                 )
 
@@ -79,6 +82,7 @@ class Merger:
         """What is left of ``features``, ``group`` rows per unit, if a policy drops any at this side of the merger."""
         state: PackedState = call.state
         pieces, begin, dropped = [], 0, False
+        project = None if after_projector else Projection(self.stage.projector, group)
         for i, tile in enumerate(state.tiles):
             units = tile.count // self.group
             mine = features[begin : begin + units * group].reshape(units, -1)
@@ -92,6 +96,7 @@ class Merger:
                     content_key(state.given(i)),
                     state.picture(i),
                     tile.carry,
+                    project,
                 )
                 keep = self.stage.ask_final(view, after_projector)
                 if keep is not None:

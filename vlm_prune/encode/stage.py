@@ -10,7 +10,7 @@ from torch import nn
 from ..call.encode_call import EncodeCall
 from ..call.forward_call import current_forward
 from ..composition import Composition
-from ..contract.anatomy import PackedTower, Tower
+from ..contract.anatomy import FeatureTower, PackedTower, Tower
 from ..contract.policy import Keep, Policy
 from ..contract.views import FeaturesView, TowerView
 from ..errors import PolicyError, UnsupportedCallError
@@ -28,8 +28,8 @@ class EncodeStage:
 
     def __init__(
         self,
-        tower: Tower | PackedTower,
-        projector: nn.Module,
+        tower: Tower | PackedTower | FeatureTower,
+        projector: nn.Module | None,
         composition: Composition,
         session: Any,
     ):

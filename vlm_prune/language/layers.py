@@ -7,6 +7,7 @@ that agree.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +15,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache, DynamicLayer
 
-from ..cache.layers import PrunedLayer, spare_slots, wrap
+from ..cache.layers import PrunedLayer, first_layer, spare_slots, wrap
 from ..cache.masks import join_masks, past_mask, slots_of
 from ..cache.storage import is_static, stored_rows
 from ..call import stream
@@ -27,12 +27,13 @@ from ..call.rows import Rows
 from ..composition import Composition
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, PrefillView
-from ..errors import UnsupportedCallError, UnsupportedModelError
+from ..errors import UnsupportedCallError
 from ..sites import Site
-from ..versions import CACHE, HOOKS_RUN_AGAIN, cache_of
+from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
 from .eviction import Eviction
+from .kinds import STATES, layer_kinds, layer_mask
 from .look_ahead import look_ahead
 
 
@@ -45,7 +46,7 @@ class DecoderLayers:
     def __init__(self, decoder: Any, layers: list[Any], composition: Composition, deepstack: int = 0):
         self.decoder, self.layers, self.deepstack = decoder, layers, deepstack
         self.policies = policies = [(policy, composition.share(policy)) for policy in composition.policies]
-        self.depth = len(layers)
+        self.depth, self.kinds = len(layers), layer_kinds(decoder.config)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
         self.observed: dict[int, list[tuple[Policy, Budget]]] = {}
         self.modulated: dict[int, list[Policy]] = {}
@@ -63,7 +64,7 @@ class DecoderLayers:
             for number, asked in self.pruned.items()
             if any(policy.reads_ahead for policy, _ in asked)
         }
-        self.eviction = Eviction(self.depth, policies)
+        self.eviction = Eviction([kind not in STATES for kind in self.kinds], policies)
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
         watched = {*self.pruned, *self.observed}
         self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction)
@@ -148,7 +149,7 @@ class DecoderLayers:
             if cache is not None and number in self.modulated:
                 wrap(cache, number)
             spare_slots(cache, number, call.rows, trimmed=number in self.eviction.layers)
-        layer, first = _pruned_layer(cache, number), _pruned_layer(cache, 0)
+        layer, first = _pruned_layer(cache, number), first_layer(cache)
         call.observed["layer"] = layer
         looked_at = number in self.modulated or (self.sites and call.rows is not None)
         stored = getattr(cache, "layers", ())[number : number + 1]
@@ -157,16 +158,25 @@ class DecoderLayers:
         changed: dict[str, Any] = {}
         if under_way is None:
             kwargs = {name: x for name, x in kwargs.items() if name != RESUME}
-        key = _key(call.rows, layer)
         if number == 0:
             call.first = _key(call.entered, first)
-        elif key != call.first:
+        if not self._stock_fits(call, number, layer, cache):
+            key = (self.kinds[number], *_key(call.rows, layer))
             if key not in call.fitted:
                 call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
             changed |= call.fitted[key]
         if number in self.modulated and (under_way is None or runs_again(module)):
             changed[RESUME] = replace(call)
         return (args, {**kwargs, **changed}) if changed or under_way is None else None
+
+    def _stock_fits(
+        self, call: ForwardCall, number: int, layer: PrunedLayer | None, cache: Cache | None
+    ) -> bool:
+        """Whether what stock code made for all layers of one kind fits layer ``number``."""
+        if self.kinds[number] in STATES:
+            return call.rows is call.entered
+        like = next(i for i, kind in enumerate(self.kinds) if kind == self.kinds[number])
+        return all(_key(call.rows, x) == call.first for x in (layer, _pruned_layer(cache, like)))
 
     def _fit(
         self,
@@ -202,8 +212,15 @@ class DecoderLayers:
         return {
             "attention_mask": mask,
             "position_ids": text,
-            "position_embeddings": self.decoder.rotary_emb(hidden, places),
+            "position_embeddings": self._rotary(number, hidden, places),
         }
+
+    def _rotary(self, number: int, hidden: torch.Tensor, places: torch.Tensor | None) -> Any:
+        """Rotary embeddings of these positions; some decoders have other ones for each kind of layer."""
+        rotary = self.decoder.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return rotary(hidden, places, self.kinds[number])
+        return rotary(hidden, places)
 
     def _mask(
         self,
@@ -214,6 +231,9 @@ class DecoderLayers:
         positions: torch.Tensor | None,
         past: Cache | None,
     ) -> torch.Tensor | None:
+        kind, config = self.kinds[number], self.decoder.config
+        if kind in STATES and call.rows is not None:
+            return layer_mask(config, kind, hidden, call.rows.mask, None, None)
         count = hidden.shape[1]
         # a stock layer too may hold tokens, those of earlier turns without an image
         stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
@@ -225,14 +245,8 @@ class DecoderLayers:
         cache = None if past is None else Cache(layers=[stored])
         if cache is None and mask is None:
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        made: torch.Tensor | None = create_causal_mask(
-            config=self.decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=None if mask is None else mask.to(hidden.device),
-            **{CACHE: cache},
-            position_ids=positions,
-        )
-        return made
+        mask = None if mask is None else mask.to(hidden.device)
+        return layer_mask(config, kind, hidden, mask, cache, positions)
 
     def leave_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -409,16 +423,6 @@ class DecoderLayers:
         policies = {id(p): (p, b) for entries in self.eviction.layers.values() for p, b in entries}
         targets = {key: self._target(call, p, b, final.visual)[1] for key, (p, b) in policies.items()}
         return self.eviction.after_prefill(call, cache, layer_rows, final, targets)
-
-
-def check_decoder(decoder: Any) -> None:
-    """Raise if the decoder's layers remember anything else than all tokens."""
-    for layer in DynamicCache(config=decoder.config).layers:
-        if type(layer) is not DynamicLayer:
-            raise UnsupportedModelError(
-                f"The language model {type(decoder).__name__} has cache layers of kind {type(layer).__name__}, such as "
-                "sliding windows have: only decoders with full attention in every layer can be pruned."
-            )
 
 
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:

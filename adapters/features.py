@@ -1,0 +1,138 @@
+"""Any model that puts image features into the rows of placeholders: its parts are found by reading the model.
+
+Such a model has a method that encodes images (``get_image_features``), placeholders in ``input_ids`` whose number its
+config names, and a decoder that is called with ``inputs_embeds``. Nothing is known of its tower.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contract.anatomy import Anatomy, FeatureTower
+
+METHODS = {"image": "get_image_features", "video": "get_video_features"}
+"""What is encoded -> the method of a stock model that does."""
+
+IDS = ("{}_token_id", "{}_token_index", "{}_patch_id", "{}_token")
+"""Names under which configs keep the number of a placeholder."""
+
+
+def anatomy(model: Any) -> Anatomy:
+    """The parts of a model that scatters image features at placeholders.
+
+    Raises:
+        ValueError: it has none of the parts by which such a model is known.
+    """
+    base = find_base(model)
+    decoder = find_decoder(model, base)
+    kinds = [kind for kind, method in METHODS.items() if hasattr(base, method)]
+    tokens = {kind: placeholder(model.config, kind) for kind in kinds}
+    if tokens["image"] is None:
+        raise ValueError("its config names no placeholder for images, such as image_token_id.")
+    known = [kind for kind in kinds if tokens[kind] is not None]
+    return Anatomy(
+        family=model.config.model_type,
+        base=base,
+        tower=FeatureTower(methods=tuple(METHODS[kind] for kind in known), sizes=tile_sizes),
+        projector=None,
+        decoder=decoder,
+        decoder_layers=list(decoder.layers),
+        image_tokens=tuple(dict.fromkeys(int(tokens[kind]) for kind in known)),  # type: ignore[arg-type]
+        tile="tile",
+        mrope=hasattr(base, "get_rope_index"),
+    )
+
+
+def find_base(model: Any) -> Any:
+    """The module that encodes images and calls the decoder: the model inside the language-modelling head, or itself."""
+    for module in (model.base_model, model):
+        if callable(getattr(module, METHODS["image"], None)):
+            return module
+    raise ValueError(
+        f"it has no {METHODS['image']}, by which images are encoded before they enter the decoder."
+    )
+
+
+def find_decoder(model: Any, base: Any) -> Any:
+    """The stack of layers that is called with ``inputs_embeds``."""
+    decoder = model.get_decoder()
+    for _ in range(3):  # a language model with a head of its own has it one or two modules further in
+        if isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+            break
+        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
+        if inner is None or inner is decoder:
+            break
+        decoder = inner
+    layers = getattr(decoder, "layers", None)
+    if (
+        not isinstance(layers, nn.ModuleList)
+        or "inputs_embeds" not in inspect.signature(decoder.forward).parameters
+    ):
+        raise ValueError(
+            f"its decoder ({type(decoder).__name__}) is no stack of layers that takes inputs_embeds."
+        )
+    return decoder
+
+
+def placeholder(config: Any, kind: str) -> int | None:
+    """The number in ``input_ids`` that stands for a row of features of this ``kind``."""
+    for name in IDS:
+        found = getattr(config, name.format(kind), None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def tile_sizes(given: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Rows and columns of the tokens of each tile, in order.
+
+    By ``grid_thw`` where the call has one (a frame is a tile), else by the shapes of the features; where they are one
+    long list, by the number of images that came in.
+    """
+    total = sum(torch.Size(shape).numel() for shape in shapes)
+    name = "video_grid_thw" if given.get("pixel_values_videos") is not None else "image_grid_thw"
+    if (sizes := given.get(name)) is not None:
+        found = _by_grid(sizes.tolist(), total)
+        if found is not None:
+            return found
+    if len(shapes) == 1 and len(shapes[0]) == 1:
+        images = _images(given.get("pixel_values"))
+        if total % images == 0:
+            return [_grid(total // images)] * images
+    return [grid for shape in shapes for grid in _of_shape(shape)]
+
+
+def _images(pixels: Any) -> int:
+    """How many pictures came in; 1 where they came as a sequence of patches."""
+    if isinstance(pixels, torch.Tensor) and pixels.dim() >= 4:
+        return pixels.shape[:-3].numel()
+    return 1
+
+
+def _by_grid(sizes: list[list[int]], total: int) -> list[tuple[int, int]] | None:
+    """Of tiles of ``(frames, rows, columns)`` patches each, merged squarewise to ``total`` tokens."""
+    patches = sum(t * h * w for t, h, w in sizes)
+    merge = isqrt(patches // total) if total else 0
+    if merge == 0 or merge**2 * total != patches or any(h % merge or w % merge for _, h, w in sizes):
+        return None
+    return [(h // merge, w // merge) for t, h, w in sizes for _ in range(t)]
+
+
+def _of_shape(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    if len(shape) == 1:
+        return [_grid(shape[0])]
+    if len(shape) == 2:
+        return [_grid(shape[1])] * shape[0]
+    return [(shape[-2], shape[-1])] * torch.Size(shape[:-2]).numel()
+
+
+def _grid(count: int) -> tuple[int, int]:
+    """A square where ``count`` tokens can be one, else a line."""
+    side = isqrt(count)
+    return (side, side) if side * side == count else (1, count)

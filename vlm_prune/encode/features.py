@@ -1,0 +1,179 @@
+"""The encode stage of models into whose tower the engine does not look: tokens are chosen among finished features.
+
+A `FeatureReader` stands in for the model's feature method, as `arranger.Arranger` does: behind the stock method it asks
+the policies about each tile, and re-opens holes in what it returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.utils import ModelOutput
+
+from ..call import stream
+from ..call.encode_call import EncodeCall, Offer, let_ride
+from ..call.timing import Stopwatch
+from ..composition import Composition
+from ..contract.anatomy import FeatureTower
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView
+from ..errors import UnsupportedCallError, UnsupportedModelError
+from ..kernels import gather_rows
+from .stage import EncodeStage, content_key
+
+MEDIA = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+"""Names that stock models have for what a feature method encodes."""
+
+
+class FeatureEncoder(EncodeStage):
+    """The encode stage for one model and one policy, at the end of its feature methods.
+
+    Raises:
+        UnsupportedModelError: a policy looks into the tower.
+    """
+
+    def __init__(self, tower: FeatureTower, base: Any, composition: Composition, session: Any):
+        for policy in composition.policies:
+            if needs_tower(policy):
+                raise UnsupportedModelError(
+                    f"{policy.name} looks into the vision tower, and of a {session.family} vlm_prune knows only the "
+                    "features that leave it. Choose a policy that decides behind the tower (divprune, random, "
+                    "uniform) or inside the decoder (fastv, vhr, ...)."
+                )
+        super().__init__(tower, None, composition, session)
+        self.tower, self.base = tower, base
+
+    def install(self, handles: list[Any]) -> None:
+        """Stand in for the feature methods; what has to be undone goes to ``handles`` at once."""
+        for method in self.tower.methods:
+            handles.append(FeatureReader(self, method))
+
+    def choose(
+        self, given: Mapping[str, Any], features: list[torch.Tensor]
+    ) -> tuple[EncodeCall, list[torch.Tensor]]:
+        """Ask about the tiles of a call; returns its ``features`` ``(..., channels)`` with holes.
+
+        ``given`` are the feature method's arguments by name.
+        """
+        grids = self.tower.sizes(given, [tuple(x.shape[:-1]) for x in features])
+        sizes = [rows * columns for rows, columns in grids]
+        total = sum(x.shape[:-1].numel() for x in features)
+        if sum(sizes) != total:
+            raise UnsupportedCallError(
+                f"{self.session.family}: the model made {total} rows of image features, but its inputs tell of "
+                f"{sum(sizes)}. Leave this call to the stock model: unprune(model)."
+            )
+        targets = [self.budget.units(size) for size in sizes]
+        pixels = next(given[name] for name in MEDIA if given.get(name) is not None)
+        call = EncodeCall(
+            grids=grids,
+            targets=targets,
+            pixels=pixels,
+            stopwatch=Stopwatch(features[0].device),
+            receipt=self.session.new_receipt(grids, targets),
+            trusted=False,
+        )
+        if not call.whole:
+            rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in features])
+            keys = tile_keys(pixels, len(sizes), rows.device)
+            opened = self._choose(call, rows, keys)
+            if self.composition.entry is not None:
+                self._offer(call, rows, keys)
+            parts = opened.split([x.shape[:-1].numel() for x in features])
+            features = [part.view(x.shape) for part, x in zip(parts, features, strict=True)]
+        call.record_tower(list, list)
+        return call, features
+
+    def _offer(self, call: EncodeCall, rows: torch.Tensor, keys: torch.Tensor) -> None:
+        """Let the decoder's entry choose among the tokens of each tile."""
+        first = 0
+        for number, tile in enumerate(rows.split(call.units)):
+            places = torch.arange(first, first + len(tile), device=rows.device)[None]
+            first += len(tile)
+            if call.targets[number] < len(tile):
+                key = keys[number : number + 1]
+                call.offers.append(
+                    Offer(tile[None], places, [number], call.grids[number], call.targets[number], key, {})
+                )
+
+    def _choose(self, call: EncodeCall, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Ask about tile after tile of ``rows`` ``(all tokens, channels)``; returns them with holes."""
+        keeps, tiles = [], []
+        for number, tile in enumerate(rows.split(call.units)):
+            target = call.targets[number]
+            view = FeaturesView(tile[None], call.grids[number], target, keys[number : number + 1], None, {})
+            keep = self.ask_final(view) if target < len(tile) else None
+            if keep is None:
+                keep, opened = Keep(torch.arange(len(tile), device=tile.device)[None]), tile
+            else:
+                live = gather_rows(tile[None], keep.index) if keep.rows is None else keep.rows.to(tile.dtype)
+                opened = stream.open_holes(live, keep.index, len(tile), keep.valid)[0]
+            keeps.append(keep)
+            tiles.append(opened)
+        call.keeps = keeps
+        return torch.cat(tiles)
+
+
+class FeatureReader:
+    """Stands in for one feature method of a model's base module until `remove` is called."""
+
+    def __init__(self, encoder: FeatureEncoder, method: str):
+        self.encoder, self.base, self.method = encoder, encoder.base, method
+        # generate reads off the signature which arguments are the method's
+        self.__signature__ = inspect.signature(getattr(self.base, method))
+        object.__setattr__(self.base, method, self)
+
+    def remove(self) -> None:
+        """Give the module its own method back."""
+        object.__delattr__(self.base, self.method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the stock method returns, with holes where tokens are dropped."""
+        output = getattr(type(self.base), self.method)(self.base, *args, **kwargs)
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        features = features_of(output)
+        several = [features] if isinstance(features, torch.Tensor) else list(features)
+        call, opened = self.encoder.choose({**given.pop("kwargs", {}), **given}, several)
+        if call.keeps is not None:
+            output = _replaced(output, features, opened)
+        if isinstance(output, ModelOutput):
+            let_ride(output, call)
+        self.encoder.end(call)
+        return output
+
+
+def needs_tower(policy: Policy) -> bool:
+    """Whether a policy can only work with a tower whose layers can be hooked."""
+    reads = bool(policy.tower_layers(23)) or type(policy).tower_grid is not Policy.tower_grid
+    return reads or policy.per_image or policy.single_patches
+
+
+def features_of(output: Any) -> Any:
+    """The features, a tensor or several, in what a feature method returned."""
+    if isinstance(output, ModelOutput):
+        return output.pooler_output
+    # with return_dict=False, what the tower returned stands in front of them
+    return output[1] if isinstance(output, tuple) and len(output) > 1 else output
+
+
+def _replaced(output: Any, features: Any, opened: list[torch.Tensor]) -> Any:
+    """What a feature method returned, with ``opened`` in place of its ``features``."""
+    new: Any = opened[0] if isinstance(features, torch.Tensor) else type(features)(opened)
+    if isinstance(output, ModelOutput):
+        output.pooler_output = new
+        return output
+    return new if output is features else (output[0], new, *output[2:])
+
+
+def tile_keys(pixels: Any, tiles: int, device: torch.device) -> torch.Tensor:
+    """A number per tile that depends on its pixels alone, int64 ``(tiles,)``; 0 where these cannot be told apart."""
+    several = (
+        [pixels, pixels.flatten(0, 1)] if isinstance(pixels, torch.Tensor) and pixels.dim() == 5 else [pixels]
+    )
+    for given in several:
+        if isinstance(given, torch.Tensor) and len(given) == tiles:
+            return content_key(given).to(device)
+    return torch.zeros(tiles, dtype=torch.int64, device=device)

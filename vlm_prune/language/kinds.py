@@ -1,0 +1,101 @@
+"""What kinds of layers a decoder has, and the mask that stock code makes for each.
+
+Windows, sliding and chunked ones, count rows: stock masks compare the numbers of rows, never positions. On a shortened
+prompt a window so reaches further into the image than on the whole one, exactly as in the stock model given what is
+left. Layers with a state are given the padding mask alone, which keeps filled-up rows out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import masking_utils
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..cache.storage import KNOWN
+from ..errors import UnsupportedModelError
+from ..versions import CACHE
+from .checks import TOKEN_TYPES
+
+FULL = "full_attention"
+STATES = ("linear_attention", "conv")
+WINDOWS = ("sliding_attention", "chunked_attention")
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of each decoder layer, in the words of ``config.layer_types``."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    kind = FULL
+    if getattr(config, "sliding_window", None) is not None:
+        kind = "sliding_attention"
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kind = "chunked_attention"
+    return [kind] * int(config.num_hidden_layers)
+
+
+def forgets(config: Any) -> bool:
+    """Whether rows that only fill up a batch would do harm in the middle of a sequence.
+
+    Attention does not look at them, but they move a state on, and take places of a window.
+    """
+    return any(kind != FULL and kind != "indexed_attention" for kind in layer_kinds(config))
+
+
+def layer_mask(
+    config: Any,
+    kind: str,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Cache | None,
+    positions: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The mask that stock code makes for a layer of this kind, from a padding mask ``(batch, tokens)``.
+
+    ``hidden`` ``(batch, rows, channels)`` are what it is called with, ``cache`` holds that layer alone.
+    """
+    make = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+    made: torch.Tensor | None = make(
+        config=config, inputs_embeds=hidden, attention_mask=mask, **{CACHE: cache}, position_ids=positions
+    )
+    return made
+
+
+MaskMaker = Callable[..., Any]
+"""``(hidden, padding mask, cache, token types)`` -> the masks of a decoder, as its model makes them."""
+
+
+def mask_maker(model: Any) -> MaskMaker | None:
+    """How a model makes its decoder's masks, where token types matter; ``None`` if it leaves them to the decoder."""
+    if not hasattr(type(model), "create_masks_for_generate"):
+        return None
+
+    def make(
+        hidden: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, types: torch.Tensor
+    ) -> Any:
+        named = dict.fromkeys(TOKEN_TYPES, types)
+        return model.create_masks_for_generate(
+            config=model.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            **{CACHE: cache},
+            position_ids=None,
+            is_first_iteration=True,
+            **named,
+        )
+
+    return make
+
+
+def check_decoder(decoder: Any) -> None:
+    """Raise if a layer of the decoder remembers tokens in a way that is not known here."""
+    for layer in DynamicCache(config=decoder.config).layers:
+        if type(layer) not in KNOWN:
+            raise UnsupportedModelError(
+                f"The language model {type(decoder).__name__} has cache layers of kind {type(layer).__name__}, of "
+                "which it is not known what they keep of a shortened prompt: decoders of full, sliding, chunked, "
+                "indexed and linear attention can be pruned."
+            )
