@@ -55,6 +55,7 @@ TABLE = {
     "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),
+    "sparsevlm": Row(holds="average", text_blind=False),
     "uniform": Row(),
     "var": Row(
         {"tau": 1.7, "first_layer": 1, "min_visual_mass": 0.02, "max_sink_share": 0.95, "move": 0.9},

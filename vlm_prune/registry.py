@@ -35,6 +35,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
     "scope": "vlm_prune.policies.scope:SCOPE",
+    "sparsevlm": "vlm_prune.policies.sparsevlm:SparseVLM",
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
