@@ -330,6 +330,7 @@ def check_unshared(anatomy: Anatomy) -> None:
         if other is not None:
             raise StateError(
                 f"This model shares a {type(module).__name__} with another one, a {type(other._model).__name__} that "
-                f"is pruned by {other.name}: of models that share a module, one can be pruned at a time, the others stay "
-                "as they are. unprune the other model first, or give this one a module of its own (copy.deepcopy)."
+                f"is pruned by {other.name}: of models that share a module, one can be pruned at a time, and the "
+                "others stay as they are. unprune the other model first, or give this one a module of its own "
+                "(copy.deepcopy)."
             )
