@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python -m
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick bench bench-check results train-tiny kernels card clean
+.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick bench bench-check results tables train-tiny kernels card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -119,6 +119,9 @@ bench-check: $(READY) ## no ratio worse than in the benchmark that is committed 
 
 results: $(READY) ## every policy on the shipped models (about half an hour): docs/results.md, docs/policies.md
 	$(VENV)/bin/vlm-prune run examples/results-tiny.yaml --page docs/results.md
+	$(RUN) vlm_prune.eval.policy_pages
+
+tables: $(READY) ## the README's tables of policies and families, and docs/policies.md, from the code
 	$(RUN) vlm_prune.eval.policy_pages
 
 train-tiny: $(READY) ## train the shipped test models again (about two hours on one core)

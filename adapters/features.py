@@ -33,9 +33,9 @@ def anatomy(model: Any) -> Anatomy:
     decoder = find_decoder(model, base)
     kinds = [kind for kind, method in METHODS.items() if hasattr(base, method)]
     tokens = {kind: placeholder(model.config, kind) for kind in kinds}
-    if tokens["image"] is None:
-        raise ValueError("its config names no placeholder for images, such as image_token_id.")
     known = [kind for kind in kinds if tokens[kind] is not None]
+    if known != kinds and "image" not in known:
+        raise ValueError("its config names no placeholder for images, such as image_token_id.")
     return Anatomy(
         family=model.config.model_type,
         base=base,
@@ -52,9 +52,11 @@ def anatomy(model: Any) -> Anatomy:
 def find_base(model: Any) -> Any:
     """The module that encodes images and calls the decoder: the model inside the language-modelling head, or itself."""
     for module in (model.base_model, model):
-        if callable(getattr(module, METHODS["image"], None)):
+        if any(callable(getattr(module, method, None)) for method in METHODS.values()):
             return module
-    raise ValueError(f"it has no {METHODS['image']}, by which images are encoded before they enter the decoder.")
+    raise ValueError(
+        f"it has no {METHODS['image']}, by which images are encoded before they enter the decoder."
+    )
 
 
 def find_decoder(model: Any, base: Any) -> Any:
@@ -63,13 +65,15 @@ def find_decoder(model: Any, base: Any) -> Any:
     for _ in range(3):  # a language model with a head of its own has it one or two modules further in
         if isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             break
-        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
-        if inner is None or inner is decoder:
-            break
-        decoder = inner
+        decoder = decoder.get_decoder()
     layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
-        raise ValueError(f"its decoder ({type(decoder).__name__}) is no stack of layers that takes inputs_embeds.")
+    if (
+        not isinstance(layers, nn.ModuleList)
+        or "inputs_embeds" not in inspect.signature(decoder.forward).parameters
+    ):
+        raise ValueError(
+            f"its decoder ({type(decoder).__name__}) is no stack of layers that takes inputs_embeds."
+        )
     return decoder
 
 

@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.cli import policy_facts
+from vlm_prune.cli import policies_table, policy_facts
 from vlm_prune.contract.policy import Policy
 from vlm_prune.eval.policy_standing import standing
 from vlm_prune.eval.records import read_json
 from vlm_prune.eval.runs.table import markdown
 from vlm_prune.registry import ALIASES, POLICIES, policy_class
+from vlm_prune.support import markdown
 
+README = Path("README.md")
 PAGE = Path("docs/policies.md")
 RESULTS = Path("docs/results.json")
 """The measured lines."""
@@ -138,6 +140,17 @@ def filled(page: str, rows: Rows) -> str:
     return MARKED.sub(block, page)
 
 
+def tables(page: str) -> str:
+    """``page`` with the tables of policies and families written anew, as the command line prints them."""
+    shown = {"policies": policies_table, "families": markdown}
+
+    def block(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{shown[found[2]]()}\n<!-- end -->"
+
+    marks = r"(<!-- vlm-prune (policies|families) --markdown -->)\n.*?<!-- end -->"
+    return re.sub(marks, block, page, flags=re.DOTALL)
+
+
 def load_rows(path: Path | None = None) -> list[dict[str, Any]]:
     """Lines of ``path``, by default of `RESULTS`; none if there is none."""
     path = path or (RESULTS if RESULTS.exists() else None)
@@ -157,6 +170,9 @@ def main() -> None:
     rows = load_rows(arguments.results)
     page.write_text(filled(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
     sys.stdout.write(f"{page}: filled, {len(rows)} measured rows\n")
+    if README.exists():
+        README.write_text(tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+        sys.stdout.write(f"{README}: tables of policies and families\n")
     if arguments.pictures:
         from vlm_prune.eval.policy_pictures import draw_all
 

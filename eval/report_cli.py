@@ -53,7 +53,7 @@ def inspect(
         paths = out or [Path(f"{image.stem}.{policy}.html")]
         if bad := [path for path in paths if path.suffix not in (".html", ".png")]:
             raise ValueError(f"--out {bad[0]}: choose a name that ends in .html or .png")
-        settings = _settings(setting or [])
+        settings = settings_of(setting or [])
 
         from transformers.utils import logging
 
@@ -80,7 +80,7 @@ def inspect(
             typer.echo(f"wrote {(write_picture if path.suffix == '.png' else write_page)(found, path)}")
 
 
-def _settings(given: list[str]) -> dict[str, Any]:
+def settings_of(given: list[str]) -> dict[str, Any]:
     """``name=value`` pairs, values read as YAML; ``flowcut.compat=official`` names the policy of a composition."""
     found: dict[str, Any] = {}
     for text in given:

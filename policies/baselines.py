@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..contract.policy import Keep, Policy
+from ..contract.policy import Keep, Place, ScorerPolicy, SelectPolicy
 from ..contract.views import FeaturesView
 from ..kernels import to_device
 
@@ -44,17 +44,20 @@ def random_ranking(content_key: torch.Tensor, units: int, seed: int) -> torch.Te
 
 
 @dataclass(frozen=True)
-class Identity(Policy):
+class Identity(SelectPolicy):
     """Keeps every visual token. The stock model with a receipt."""
 
     name: ClassVar[str] = "none"
-    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    place: ClassVar[Place] = "features"
     default_ratio: ClassVar[float] = 1.0
-    late: ClassVar[bool] = True
+
+    def select(self, view: FeaturesView) -> None:
+        """All of them."""
+        return None
 
 
 @dataclass(frozen=True)
-class Random(Policy):
+class Random(ScorerPolicy):
     """Keeps tokens drawn by lot behind the tower (encode stage).
 
     Attributes:
@@ -62,28 +65,25 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
-    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    place: ClassVar[Place] = "features"
     default_ratio: ClassVar[float] = 128 / 576
-    late: ClassVar[bool] = True
 
     seed: int = 0
 
-    def encode_final(self, view: FeaturesView) -> Keep:
-        """The units with the highest lots."""
-        lots = random_ranking(view.content_key, view.features.shape[1], self.seed)
-        return Keep(lots.topk(view.target, dim=-1, sorted=False).indices.sort(dim=-1).values)
+    def score(self, view: FeaturesView) -> torch.Tensor:
+        """Each token's lot."""
+        return random_ranking(view.content_key, view.features.shape[1], self.seed)
 
 
 @dataclass(frozen=True)
-class Uniform(Policy):
+class Uniform(SelectPolicy):
     """Keeps tokens on an even two-dimensional grid behind the tower (encode stage)."""
 
     name: ClassVar[str] = "uniform"
-    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    place: ClassVar[Place] = "features"
     default_ratio: ClassVar[float] = 128 / 576
-    late: ClassVar[bool] = True
 
-    def encode_final(self, view: FeaturesView) -> Keep:
+    def select(self, view: FeaturesView) -> Keep:
         """The same grid for every tile."""
         index = to_device(uniform_index(view.grid, view.target), view.features.device)
         return Keep(index.expand(len(view.features), -1))

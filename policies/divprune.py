@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from ..contract.policy import Keep, Policy
+from ..contract.policy import Keep, Place, SelectPolicy
 from ..contract.views import FeaturesView
 from .scores import cosine_distance
 
@@ -40,7 +40,7 @@ def max_min_diverse(distance: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class DivPrune(Policy):
+class DivPrune(SelectPolicy):
     """DivPrune, behind the projector (encode stage), by cosine distance. The budget holds for each tile by itself.
 
     It differs from the released code in two points: distances are fp32 or better whatever the model's dtype; and a
@@ -49,12 +49,10 @@ class DivPrune(Policy):
     """
 
     name: ClassVar[str] = "divprune"
-    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    place: ClassVar[Place] = "projected"
     default_ratio: ClassVar[float] = 0.098
-    late: ClassVar[bool] = True
-    after_projector: ClassVar[bool] = True
 
-    def encode_final(self, view: FeaturesView) -> Keep:
+    def select(self, view: FeaturesView) -> Keep:
         """The most diverse projected features, in their original order."""
         taken = max_min_diverse(cosine_distance(view.features.detach()), view.target)
         return Keep(taken.sort(dim=-1).values)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..contract.policy import Policy, Positions
-from .scores import attention_mass, last_row, top_mask
+from ..contract.policy import Place, Positions, ScorerPolicy
+from .scores import attention_mass, last_row
 
 if TYPE_CHECKING:
     from ..contract.views import PrefillView
 
 
 @dataclass(frozen=True)
-class FastV(Policy):
+class FastV(ScorerPolicy):
     """FastV, inside the decoder (prefill stage), and the baseline of most of its successors.
 
     The released code drops a share R of the tokens; ``ratio=`` is 1 - R. It differs from this in that row 0 of a batch
@@ -33,9 +33,8 @@ class FastV(Policy):
     """
 
     name: ClassVar[str] = "fastv"
-    stages: ClassVar[tuple[str, ...]] = ("prefill",)
+    place: ClassVar[Place] = "layer"
     default_ratio: ClassVar[float] = 0.5
-    reads_attention: ClassVar[bool] = True
 
     positions: Positions = "original"
     k: int = 2
@@ -45,21 +44,12 @@ class FastV(Policy):
         if type(self.k) is not int or self.k < 1:
             raise ValueError(f"k={self.k!r}: choose a number of layers, 1 or more")
 
-    def prefill_layers(self, depth: int) -> tuple[int]:
+    def layer(self, depth: int) -> int:
         """The last of the first `k` layers."""
         if self.k > depth:
             raise ValueError(f"k={self.k}: this decoder has {depth} layers, choose 1 to {depth}")
-        return (self.k - 1,)
+        return self.k - 1
 
-    def left(self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]) -> int:
-        """The budget."""
-        return target
-
-    def prefill(self, view: PrefillView) -> torch.Tensor:
-        """Keep the tokens that the last row attends to most."""
-        if view.attention is None:
-            raise RuntimeError(
-                f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
-            )
-        paid, _ = attention_mass(view.attention, last_row(view.valid, view.visual), width=1)
-        return ~view.visual | top_mask(paid, view.target, view.visual)
+    def score(self, view: PrefillView) -> torch.Tensor:
+        """The attention that the prompt's last row pays."""
+        return attention_mass(view.recorded, last_row(view.valid, view.visual), width=1)[0]

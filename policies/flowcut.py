@@ -222,11 +222,7 @@ class FlowCutDecoder(Policy):
 
     def prefill(self, view: PrefillView) -> torch.Tensor:
         """Exactly the wanted number of visual rows, those most relevant to the last row of the prompt."""
-        if view.attention is None:
-            raise RuntimeError(
-                f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
-            )
-        score = relevance_score(view.attention, view.visual, last_row(view.valid, view.visual))
+        score = relevance_score(view.recorded, view.visual, last_row(view.valid, view.visual))
         return ~view.visual | top_mask(score, view.target, view.visual)
 
 

@@ -24,7 +24,7 @@ from .scores import attention_mass, global_attention, last_row, top_mask
 from .window_merge import merge_alike, merge_as_released, merge_flags, window_cells
 
 if TYPE_CHECKING:
-    from ..contract.views import FeaturesView, PrefillView, TowerView
+    from ..contract.views import CacheView, FeaturesView, PrefillView, TowerView
 
 KEY, SIZE = "mustdrop_key", "mustdrop_size"
 """Names under which the encode stage leaves, per token, 1 for the key set, and the patches that it stands for."""
@@ -70,6 +70,7 @@ class MustDrop(Policy):
     default_ratio: ClassVar[float] = 128 / 576
     reads_cls: ClassVar[bool] = True
     reads_attention: ClassVar[bool] = True
+    exceeds: ClassVar[bool] = True
 
     positions: Positions = "original"
     thresholds: tuple[float, float] | str | None = None
@@ -158,21 +159,21 @@ class MustDrop(Policy):
             raise ValueError(f"layers={self.layers}: this decoder has the layers 0 to {depth - 1}")
         return list(self.layers)
 
-    def trimmed_layers(self, depth: int) -> Collection[int]:
+    def evicted_layers(self, depth: int) -> Collection[int]:
         """All layers from the first cut on, as in the released code."""
         return range(self.prefill_layers(depth)[0], depth) if self.trim_cache else ()
 
+    def evict(self, view: CacheView) -> torch.Tensor:
+        """Tokens that a later layer dropped leave the cache of this one, too."""
+        return view.remaining
+
     def prefill(self, view: PrefillView) -> torch.Tensor:
         """Drop what the text attends to least, but nothing of the key set."""
-        if view.attention is None:
-            raise RuntimeError(
-                f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
-            )
         visual = view.visual
         keys = visual & (view.carry[KEY] > 0) if KEY in view.carry else torch.zeros_like(visual)
         voters = view.text
         voters = voters | (last_row(view.valid, visual) & ~voters.any(-1, keepdim=True))
-        total, peak = attention_mass(view.attention, voters)
+        total, peak = attention_mass(view.recorded, voters)
         if self.limits is None:
             steps = self.prefill_layers(view.depth)
             count = step_count(view.initial, view.target, steps.index(view.layer) + 1, len(steps))

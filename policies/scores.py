@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 
 from .. import kernels
+from ..contract.keep import top_mask
 from ..contract.views import AttentionView
+
+__all__ = [
+    "attention_mass",
+    "cosine_distance",
+    "global_attention",
+    "global_similarity",
+    "last_row",
+    "top_mask",
+]
 
 
 def _softmax_over_tokens(logits: torch.Tensor, view: AttentionView) -> torch.Tensor:
@@ -73,18 +83,6 @@ def attention_mass(
     index = (~voters).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
     votes = voters.gather(1, index)
     return kernels.attention_mass(view.query, view.key, index, votes, view.valid, view.scaling)
-
-
-def top_mask(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """The ``count`` ``(batch,)`` highest ``scores`` ``(batch, rows)`` of each row, bool like ``scores``.
-
-    Only candidates ``among`` (bool) are chosen; fewer than ``count`` candidates are all chosen. NaN ranks last, and of
-    equals the first one wins.
-    """
-    lowest = torch.finfo(scores.dtype).min
-    ranked = scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(~among, -torch.inf)
-    rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (rank < count[:, None]) & among
 
 
 def cosine_distance(features: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -33,11 +33,15 @@ class Row:
 
 TABLE = {
     "agilepruner": Row({"erank_avg": 6.0}),
+    "cdpruner": Row(text_blind=False),
+    "dart": Row({"k": 1, "image_pivots": 2, "text_pivots": 2}, "prompt", text_blind=False),
     "divprune": Row(),
     "downsample": Row(holds="most"),
     "dyvte": Row({"exit_layer": 1}, "exit"),
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
     "flowcut": Row(),
+    "mmtok": Row(),
+    "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
     "none": Row(holds="all"),
     "paint": Row(
@@ -47,7 +51,9 @@ TABLE = {
         text_blind=False,
     ),
     "pool": Row(),
+    "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
+    "scope": Row(),
     "uniform": Row(),
     "var": Row(
         {"tau": 1.7, "first_layer": 1, "min_visual_mass": 0.02, "max_sink_share": 0.95, "move": 0.9},
@@ -59,6 +65,7 @@ TABLE = {
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "visionzip": Row(),
+    "vispruner": Row(),
 }
 
 

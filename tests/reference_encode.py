@@ -1,4 +1,4 @@
-"""AgilePruner, DivPrune, VisionZip and pooling as loops over one tile that anyone can check.
+"""Policies that choose around the projector as loops over one tile that anyone can check.
 
 The loops take tensors; `ENCODE` holds the same for a stock model and a tile, in the form of `tests.reference`.
 """
@@ -41,6 +41,25 @@ def agilepruner_units(scores: list[float], x: torch.Tensor, keep: int, average: 
     return sorted(taken)
 
 
+def cdpruner_units(x: torch.Tensor, keep: int, quality: list[float] | None = None) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, by determinants of the whole kernel."""
+    r = torch.ones(len(x), dtype=torch.float64) if quality is None else torch.tensor(quality).double()
+    cosine = 1 - torch.tensor(distances(x.double())).double()
+    kernel = r[:, None] * cosine.fill_diagonal_(1) * r
+    taken: list[int] = []
+
+    def volume(units: list[int]) -> float:
+        return float(torch.linalg.det(kernel[units][:, units])) if units else 1.0
+
+    while len(taken) < keep:
+        rest, before = [j for j in range(len(x)) if j not in taken], volume(taken)
+        gain = {j: volume([*taken, j]) / before for j in rest}
+        if max(gain.values()) < 1e-5 * float(r.max()) ** 2:
+            return sorted(taken + sorted(rest, key=lambda j: (-float(r[j]), j))[: keep - len(taken)])
+        taken.append(max(rest, key=lambda j: (gain[j], -j)))
+    return sorted(taken)
+
+
 def divprune_units(x: torch.Tensor, keep: int) -> list[int]:
     """Kept tokens of ``x`` ``(tokens, channels)``."""
     gap, everyone = distances(x), range(len(x))
@@ -49,6 +68,77 @@ def divprune_units(x: torch.Tensor, keep: int) -> list[int]:
         rest = [i for i in everyone if i not in taken]
         taken.append(max(rest, key=lambda i: (min(gap[i][j] for j in taken), -i)))
     return sorted(taken)
+
+
+def mmtok_units(
+    x: torch.Tensor,
+    keep: int,
+    text: torch.Tensor | None = None,
+    projected: torch.Tensor | None = None,
+    temperature: float = 0.02,
+    alpha: float = 0.5,
+) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, a question of ``text`` ``(words, width)`` asked or not."""
+
+    def rows(
+        asking: torch.Tensor, asked: torch.Tensor, temperature: float, weight: float
+    ) -> list[list[float]]:
+        cosine = torch.nn.functional.cosine_similarity(asking[:, None], asked[None], dim=-1)
+        return ((cosine / temperature).softmax(-1) * weight / max(len(asking), 1)).tolist()
+
+    worth = rows(x, x, 0.2, alpha)
+    if text is not None and projected is not None:
+        worth = rows(text, projected, temperature, 1.0) + worth
+    cover, taken = [0.0] * len(worth), []
+    while len(taken) < keep:
+        gain = {
+            j: sum(max(0.0, row[j] - covered) for row, covered in zip(worth, cover, strict=True))
+            for j in range(len(x))
+            if j not in taken
+        }
+        taken.append(max(gain, key=lambda j: (gain[j], -j)))
+        cover = [max(row[taken[-1]], covered) for row, covered in zip(worth, cover, strict=True)]
+    return sorted(taken)
+
+
+def scope_units(
+    scores: list[float], x: torch.Tensor, keep: int, alpha: float = 1.0, combine: str = "multi"
+) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``."""
+    alike, everyone = (1 - torch.tensor(distances(x))).tolist(), range(len(x))
+    cover, taken = [0.0] * len(x), []
+
+    def gain(j: int) -> float:
+        raised = sum(max(0.0, alike[i][j] - cover[i]) for i in everyone)
+        return raised * scores[j] ** alpha if combine == "multi" else raised + scores[j] ** alpha
+
+    while len(taken) < keep:
+        best = max((j for j in everyone if j not in taken), key=lambda j: (gain(j), -j))
+        taken.append(best)
+        cover = [max(cover[i], alike[i][best]) for i in everyone]
+    return sorted(taken)
+
+
+def holov_units(scores: list[float], keep: int, runs: int = 16) -> list[int]:
+    """Kept tokens by CLS attention ``scores``."""
+    count = min(runs, len(scores))
+    sizes = [len(scores) // count + (number < len(scores) % count) for number in range(count)]
+    stretches, begin = [], 0
+    for size in sizes:
+        stretches.append(list(range(begin, begin + size)))
+        begin += size
+    weight = [sum(scores[i] for i in stretch) / len(stretch) for stretch in stretches]
+    by_weight = ranking(weight)
+    quota = [math.floor(keep * w / sum(weight) * (1 - 1e-6)) for w in weight]
+    for number in by_weight[: keep - sum(quota)]:
+        quota[number] += 1
+    quota = [min(q, size) for q, size in zip(quota, sizes, strict=True)]
+    for number in by_weight:
+        quota[number] += min(keep - sum(quota), sizes[number] - quota[number])
+    best = [
+        sorted(stretch, key=lambda i: -scores[i])[:q] for stretch, q in zip(stretches, quota, strict=True)
+    ]
+    return sorted(i for units in best for i in units)
 
 
 def visionzip_rows(
@@ -76,6 +166,17 @@ def visionzip_rows(
     return sorted(rows), torch.stack([rows[i] for i in sorted(rows)])
 
 
+def vispruner_units(scores: list[float], x: torch.Tensor, keep: int, share: float = 0.5) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``."""
+    gap, order, important = distances(x), ranking(scores), int(keep * share)
+    taken, rest = order[:important], order[important:] if keep > important else []
+    while len(rest) > keep - important:
+        first, second = rest[::2], rest[1::2]
+        first = sorted(first, key=lambda i: round(min(gap[i][j] for j in second), 12))
+        rest = first[min(8, len(rest) - keep + important) :] + second
+    return sorted(taken + rest)
+
+
 # --- of a model ---
 
 
@@ -93,12 +194,36 @@ def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[in
     return reference._pick(model, tile, divprune_units(projected, target))
 
 
+def mmtok(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """Covers the image alone: no question is known."""
+    _, _, features = seen(model, tile)
+    return reference._pick(model, tile, mmtok_units(features[0, reference._cls(model) :], target))
+
+
+def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    scores, _, features = seen(model, tile)
+    return reference._pick(model, tile, scope_units(scores, features[0, reference._cls(model) :], target))
+
+
+def holov(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    return reference._pick(model, tile, holov_units(seen(model, tile)[0], target))
+
+
 def visionzip(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     scores, keys, features = seen(model, tile)
     cls = reference._cls(model)
     units, rows = visionzip_rows(scores, keys, features[0, cls:], target)
     return units, model.model.multi_modal_projector(torch.cat([features[0, :cls], rows])[None])[0]
+
+
+def vispruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings."""
+    scores, _, features = seen(model, tile)
+    units = vispruner_units(scores, features[0, reference._cls(model) :], target)
+    return reference._pick(model, tile, units)
 
 
 def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
@@ -112,7 +237,16 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
     return middle, model.model.multi_modal_projector(rows[None])[0]
 
 
-ENCODE = {"agilepruner": agilepruner, "divprune": divprune, "visionzip": visionzip, "pool": pool}
+ENCODE = {
+    "agilepruner": agilepruner,
+    "divprune": divprune,
+    "mmtok": mmtok,
+    "pool": pool,
+    "scope": scope,
+    "holov": holov,
+    "visionzip": visionzip,
+    "vispruner": vispruner,
+}
 """Policy -> the kept units of one tile and their projected features."""
 
 

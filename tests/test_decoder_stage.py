@@ -33,8 +33,11 @@ class DropAt(Policy):
     def prefill_layers(self, depth):
         return self.layers
 
-    def trimmed_layers(self, depth):
+    def evicted_layers(self, depth):
         return self.trimmed
+
+    def evict(self, view):
+        return view.remaining
 
     def prefill(self, view):
         return view.hidden[..., 0] > self.threshold

@@ -11,17 +11,18 @@ from torch._subclasses import FakeTensorMode
 from tests.reference_encode import agilepruner_units, divprune_units, visionzip_rows
 from vlm_prune.contract.policy import Keep, Policy
 from vlm_prune.contract.views import AttentionView, FeaturesView, TowerView
+from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank, effective_rank
 from vlm_prune.policies.divprune import DivPrune, max_min_diverse
+from vlm_prune.policies.mmtok import MMTok
 from vlm_prune.policies.pooling import (
     Downsample,
     Pool,
-    grid_places,
     pool,
     pooling_cells,
-    shrink,
     smaller_grid,
 )
+from vlm_prune.policies.scope import SCOPE
 from vlm_prune.policies.scores import cosine_distance
 from vlm_prune.policies.visionzip import VisionZip, assign
 
@@ -220,6 +221,9 @@ ALL = {
     "agilepruner-static": AgilePruner(tau=0.4),
     "agilepruner-official": AgilePruner(compat="official"),
     "divprune": DivPrune(),
+    "scope": SCOPE(),
+    "scope-add": SCOPE(alpha=0.5, combine="add"),
+    "mmtok": MMTok(),
     "visionzip": VisionZip(),
     "visionzip-mean": VisionZip(contextual_share=0.5, combine="mean"),
     "pool": Pool(),

@@ -10,12 +10,12 @@ from tests.models import LAYOUTS, make, prompt
 from tests.reference_encode import ENCODE, agilepruner_units, seen
 from vlm_prune import pruned
 from vlm_prune.contract.policy import Policy
+from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank
-from vlm_prune.policies.divprune import DivPrune
-from vlm_prune.policies.pooling import Downsample, Pool, grid_places, shrink, smaller_grid
-from vlm_prune.policies.visionzip import VisionZip
+from vlm_prune.policies.pooling import Downsample, smaller_grid
+from vlm_prune.registry import policy_class
 
-MADE = {"agilepruner": AgilePruner, "divprune": DivPrune, "visionzip": VisionZip, "pool": Pool}
+MADE = {name: policy_class(name) for name in ENCODE}
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 policies = pytest.mark.parametrize("policy", ENCODE)
 families = pytest.mark.parametrize("family", ["llava", "llava-full", "internvl"])

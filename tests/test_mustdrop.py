@@ -271,8 +271,8 @@ def test_lists_from_configuration_files():
     policy = MustDrop(thresholds=[0.1, 0.2], window=[2, 2], layers=[1, 3])
     assert policy.limits == (0.1, 0.2)
     assert policy.prefill_layers(8) == [1, 3]
-    assert list(policy.trimmed_layers(8)) == [1, 2, 3, 4, 5, 6, 7]
-    assert list(MustDrop(trim_cache=False).trimmed_layers(8)) == []
+    assert list(policy.evicted_layers(8)) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(MustDrop(trim_cache=False).evicted_layers(8)) == []
     with pytest.raises(ValueError, match="has the layers 0 to 2"):
         policy.prefill_layers(3)
 

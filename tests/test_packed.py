@@ -15,10 +15,10 @@ from tests.policy_table import TABLE, options
 from tests.reference import POLICIES, budget, expect
 from vlm_prune import PolicyError, prune, pruned, unprune
 from vlm_prune.encode.packed_state import window_order
+from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.encode.stage import content_key
 from vlm_prune.policies.baselines import Random
 from vlm_prune.policies.fastv import FastV
-from vlm_prune.policies.pooling import grid_places, shrink
 from vlm_prune.versions import cache_of
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}

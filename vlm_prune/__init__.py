@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .api import from_pretrained, prune, pruned, unprune
-from .contract.policy import Keep, Policy
+from .contract.policy import Keep, Policy, ScorerPolicy, SelectPolicy
 from .errors import (
     BudgetError,
     PolicyError,
@@ -12,7 +12,7 @@ from .errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from .registry import ADAPTERS, POLICIES, register_policy
+from .registry import ADAPTERS, POLICIES, register_family, register_policy
 
 if TYPE_CHECKING:
     from .call.receipt import Receipt
@@ -28,12 +28,15 @@ __all__ = [
     "PolicyError",
     "PruningError",
     "Receipt",
+    "ScorerPolicy",
+    "SelectPolicy",
     "StateError",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "from_pretrained",
     "prune",
     "pruned",
+    "register_family",
     "register_policy",
     "unprune",
 ]

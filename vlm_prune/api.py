@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .call.budget import Budget
+from .composition import Composition
 from .config import load_config
-from .contract.anatomy import Anatomy
 from .contract.policy import Policy
-from .errors import BudgetError, PolicyError, PruningError, StateError, UnsupportedModelError
+from .errors import PolicyError, PruningError, StateError, UnsupportedModelError
 from .registry import find_anatomy, make_policies
 from .saving import find_config
 
@@ -69,24 +68,12 @@ def prune(
     check_hookable(model)
     stock = stock_model(model)
     anatomy = find_anatomy(stock)
-    owner = next((p for p in policies if p.prunes), None)
-    if owner is None and (tokens is not None or ratio is not None):
-        raise BudgetError(
-            f"{'+'.join(p.name for p in policies)} drops no tokens, so tokens= and ratio= have no meaning. Leave them "
-            'out, or compose it with a policy that prunes, such as "flowcut+...".'
-        )
-    from .session import (
-        Pruning,  # the engine, with parts of transformers that take seconds and are here by now
-    )
+    # the engine, with parts of transformers that take seconds and are here by now
+    from .session import Pruning
 
-    extra = int(anatomy.tower.keeps_cls)
-    default = owner.default_ratio if owner is not None else 1.0
     try:
-        fitted = [p.for_family(anatomy.family, anatomy.mrope) for p in policies]
-        joint = check_per(per, anatomy) or any(p.per_image for p in fitted)
-        available = None if joint and anatomy.features else anatomy.tower.units
-        budget = Budget.checked(tokens, ratio, default, available, anatomy.tile, extra, joint)
-        pruning = Pruning(stock, anatomy, policies, budget, None if model is stock else model)
+        composition = Composition.fit(policies, anatomy, tokens, ratio, per)
+        pruning = Pruning(stock, anatomy, composition, None if model is stock else model)
     except PruningError:
         raise
     except ValueError as error:  # a policy that does not fit this model, say by a layer that it has not
@@ -170,18 +157,6 @@ def stock_model(model: Any) -> Any:
             "an adapter that changes weights, such as LoRA."
         )
     return model.get_base_model()
-
-
-def check_per(per: str, anatomy: Anatomy) -> bool:
-    """Whether tiles share a budget. Raises if they cannot."""
-    if per not in ("tile", "image"):
-        raise BudgetError(f'per={per!r}: choose "tile" or "image".')
-    if per == "image" and anatomy.tile != "image" and not anatomy.features:
-        raise BudgetError(
-            f'per="image": {anatomy.family} hands its tower tiles without a word which of them form one image. Give '
-            'the budget per="tile".'
-        )
-    return per == "image"
 
 
 def check_hookable(model: nn.Module) -> None:

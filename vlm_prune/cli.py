@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from . import __version__
 from .errors import PruningError
 
 ELSEWHERE = {
     **dict.fromkeys(("pope", "pope-questions", "chair"), "scores_cli"),
     **dict.fromkeys(("train-exit", "tune"), "learn.cli"),
     **dict.fromkeys(("report", "inspect"), "report_cli"),
+    "ask": "ask_cli",
     "bench": "bench.cli",
     "lmms-tasks": "lmms.cli",
 }
@@ -43,14 +45,34 @@ class Commands(TyperGroup):
         return typer.main.get_group(module.app).get_command(ctx, cmd_name)
 
 
-app = typer.Typer(
-    cls=Commands,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Prune the visual tokens of stock Hugging Face vision-language models.",
-)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and stop, if it was asked for."""
+    if asked:
+        typer.echo(f"vlm-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="A module of your own that registers policies or families; may be repeated."),
+    ] = None,
+) -> None:
+    """Prune the visual tokens of stock Hugging Face vision-language models."""
+    sys.path.append("")  # plug-ins lie in the current folder, where `python -m` would look too
+    if plugin:
+        from .registry import load_plugins
+
+        with plain_errors():
+            load_plugins(plugin)
 
 
 @contextmanager
@@ -110,20 +132,50 @@ class PolicyFacts(NamedTuple):
 
 
 def policy_facts() -> list[PolicyFacts]:
-    """All registered policies, read off their classes and the first lines of their files."""
-    from .registry import POLICIES, policy_class
+    """All policies that the package brings, read off their classes and the first lines of their files."""
+    from .registry import BUILT_IN, policy_class
 
-    facts = []
-    for name in POLICIES:
-        cls = policy_class(name)
-        about = " ".join((sys.modules[cls.__module__].__doc__ or "").split())
-        paper = re.search(r"\(([^()]*arXiv \d{4}\.\d{5})\)", about)
-        summary = (cls.__doc__ or "").strip().split("\n")[0]
-        ratio = f"{100 * cls.default_ratio:.3g} %" if cls.default_ratio < 1 else "all"
-        source = paper[1] if paper else "baseline"
-        file = f"policies/{cls.__module__.rpartition('.')[2]}.py"
-        facts.append(PolicyFacts(name, ", ".join(cls.stages), ratio, summary, source, file))
-    return facts
+    return [_facts(name, policy_class(name)) for name in BUILT_IN]
+
+
+def policies_table() -> str:
+    """The README's table of policies, in Markdown."""
+    lines = [
+        "| policy | stages | keeps by default | what it does | paper |",
+        "| --- | --- | ---: | --- | --- |",
+    ]
+    for fact in policy_facts():
+        paper = re.sub(r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)", fact.paper)
+        # what stands in the column of stages is not said again
+        summary = re.sub(r" \([a-z, ]+ stage\)", "", fact.summary).replace("``", "`")
+        lines.append(
+            f"| [`{fact.name}`]({fact.file}) | {fact.stages} | {fact.default_ratio} | {summary} | {paper} |"
+        )
+    return "\n".join(lines)
+
+
+def outside_facts() -> tuple[list[PolicyFacts], list[str]]:
+    """The same of policies that plug-ins brought, and a sentence about each that cannot be read."""
+    from .registry import BUILT_IN, POLICIES, load_plugins, policy_class
+
+    facts, trouble = [], load_plugins()
+    for name in sorted(set(POLICIES) - set(BUILT_IN)):
+        try:
+            facts.append(_facts(name, policy_class(name)))
+        except Exception as error:  # a list of what there is must not fail over what somebody else wrote
+            trouble.append(f"{name}: {type(error).__name__}: {error}")
+    return facts, trouble
+
+
+def _facts(name: str, cls: Any) -> PolicyFacts:
+    about = " ".join((sys.modules[cls.__module__].__doc__ or "").split())
+    paper = re.search(r"\(([^()]*arXiv \d{4}\.\d{5})\)", about)
+    summary = (cls.__doc__ or "").strip().split("\n")[0]
+    ratio = f"{100 * cls.default_ratio:.3g} %" if cls.default_ratio < 1 else "all"
+    inside = cls.__module__.startswith("vlm_prune.policies.")
+    file = f"policies/{cls.__module__.rpartition('.')[2]}.py" if inside else cls.__module__
+    source = paper[1] if paper else "baseline" if inside else f"from {cls.__module__}"
+    return PolicyFacts(name, ", ".join(cls.stages), ratio, summary, source, file)
 
 
 @app.command()
@@ -131,22 +183,17 @@ def policies(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
     """List the policies: stages, default budget, paper."""
-    facts = policy_facts()
     if markdown:
-        typer.echo(
-            "| policy | stages | keeps by default | what it does | paper |\n| --- | --- | ---: | --- | --- |"
-        )
-        for fact in facts:
-            paper = re.sub(r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)", fact.paper)
-            # what stands in the column of stages is not said again
-            summary = re.sub(r" \([a-z, ]+ stage\)", "", fact.summary).replace("``", "`")
-            name = f"[`{fact.name}`]({fact.file})"
-            typer.echo(f"| {name} | {fact.stages} | {fact.default_ratio} | {summary} | {paper} |")
+        typer.echo(policies_table())
         return
+    facts = policy_facts()
+    outside, trouble = outside_facts()
     table = Table("policy", "stages", "keeps", "paper", box=SIMPLE_HEAD)
-    for fact in facts:
+    for fact in (*facts, *outside):
         table.add_row(fact.name, fact.stages, fact.default_ratio, fact.paper)
     console.print(table)
+    for sentence in trouble:
+        console.print(sentence, markup=False)
     console.print('prune(model, "name", tokens=64) or ratio=0.25; without either, the share under "keeps".')
 
 
@@ -156,16 +203,21 @@ def families(
 ) -> None:
     """List the model families by config.model_type, and which policies work on them."""
     from . import support
-    from .registry import POLICIES
+    from .registry import ADAPTERS, BUILT_IN, load_plugins
 
     if markdown:
         typer.echo(support.markdown())
         return
     table = Table("model_type", "models", "policies that work in part", box=SIMPLE_HEAD)
     for name, family in support.FAMILIES.items():
-        part = [policy for policy in sorted(POLICIES) if support.support(policy, name).level == support.PART]
+        part = [policy for policy in sorted(BUILT_IN) if support.support(policy, name).level == support.PART]
         table.add_row(name, family.title, ", ".join(part))
+    trouble = load_plugins()
+    for name in sorted(set(ADAPTERS) - set(support.FAMILIES)):
+        table.add_row(name, "from a plug-in", "")
     console.print(table)
+    for sentence in trouble:
+        console.print(sentence, markup=False)
     console.print("All other policies work. vlm-prune families --markdown prints the matrix and its notes.")
 
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .call.budget import Budget
-from .contract.policy import Policy
+from .composition import Composition
 from .errors import PolicyError
 from .registry import did_you_mean, registered_name
 
@@ -30,13 +29,14 @@ VERSION = 1
 KEYS = ("version", "policy", "tokens", "ratio", "per", "settings", "similarity", "about")
 
 
-def to_config(policies: Sequence[Policy], budget: Budget) -> dict[str, Any]:
+def to_config(composition: Composition) -> dict[str, Any]:
     """Policies and budget as a dict that JSON can hold, every field named.
 
     Raises:
         PolicyError: a policy is not registered, so that its name would mean nothing to a reader, or has a setting
             that is no plain value.
     """
+    policies, budget = composition.written, composition.budget
     names = [registered_name(policy) for policy in policies]
     fields = {
         name: {
@@ -45,7 +45,7 @@ def to_config(policies: Sequence[Policy], budget: Budget) -> dict[str, Any]:
         for name, policy in zip(names, policies, strict=True)
     }
     kept: dict[str, Any] = {}
-    if any(policy.prunes for policy in policies):
+    if composition.owner is not None:
         kept = {"ratio": budget.ratio} if budget.tokens is None else {"tokens": budget.tokens}
         kept |= {"per": "image"} if budget.joint else {}
     settings = fields if len(fields) > 1 else fields[names[0]]

@@ -5,32 +5,45 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.metadata
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .contract.anatomy import Anatomy
+from .contract.checks import check_policy
 from .contract.policy import Policy
 from .errors import PolicyError, UnsupportedModelError
 
 POLICIES: dict[str, str | type[Policy]] = {
     "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",
+    "cdpruner": "vlm_prune.policies.cdpruner:CDPruner",
+    "dart": "vlm_prune.policies.dart:DART",
     "divprune": "vlm_prune.policies.divprune:DivPrune",
     "downsample": "vlm_prune.policies.pooling:Downsample",
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
     "fastv": "vlm_prune.policies.fastv:FastV",
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
+    "mmtok": "vlm_prune.policies.mmtok:MMTok",
+    "holov": "vlm_prune.policies.holov:HoloV",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
     "none": "vlm_prune.policies.baselines:Identity",
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
+    "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
+    "scope": "vlm_prune.policies.scope:SCOPE",
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
+    "vispruner": "vlm_prune.policies.vispruner:VisPruner",
 }
 """Policy name -> class, or "module:class" to import on demand."""
+
+BUILT_IN = tuple(POLICIES)
+"""Names of the policies that the package brings."""
 
 ALIASES = {"fixing_imbalance": "paint"}
 """Other names that policies go by."""
@@ -59,6 +72,8 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
 
 GENERAL = "vlm_prune.adapters.features:anatomy"
 """What finds the parts of a model of any other type."""
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What a policy may be called."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -69,26 +84,124 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{hint}Available: {', '.join(known)}."
 
 
-def register_policy(name: str, policy: type[Policy]) -> None:
-    """Make a policy of your own known by name. Raises if the name is taken."""
-    if name in POLICIES or name in ALIASES:
-        raise PolicyError(f'policy="{name}" exists already: register yours under another name.')
+def register_policy(name: str, policy: type[Policy], overwrite: bool = False) -> None:
+    """Make a policy of your own known by name, to `prune`, to configs, to YAML runs and to the command line.
+
+    Raises:
+        PolicyError: the name is taken and ``overwrite`` is False, or the class is no policy that could work; see
+            `checks.check_policy`.
+    """
+    if not overwrite and (name in POLICIES or name in ALIASES):
+        raise PolicyError(
+            f'policy="{name}" exists already: register yours under another name, or give overwrite=True.'
+        )
+    if not NAME.fullmatch(name):
+        raise PolicyError(
+            f'policy={name!r}: a name of letters, digits, _ and - is needed, such as "my_policy".'
+        )
+    check_policy(policy)
     POLICIES[name] = policy
 
 
+def register_family(
+    model_type: str, anatomy: str | Callable[[Any], Anatomy], overwrite: bool = False
+) -> None:
+    """Make a model family of your own known, by the ``config.model_type`` of its models.
+
+    Args:
+        model_type: as in the model's config.
+        anatomy: takes a model and returns its parts, or ``"module:function"`` to import on demand.
+        overwrite: whether it may stand in for an adapter that is known already.
+
+    Raises:
+        UnsupportedModelError: the type is taken and ``overwrite`` is False, or ``anatomy`` is neither of these.
+    """
+    if not overwrite and model_type in ADAPTERS:
+        raise UnsupportedModelError(
+            f'model type "{model_type}" has an adapter already: give overwrite=True to replace it.'
+        )
+    if not (callable(anatomy) or (isinstance(anatomy, str) and anatomy.count(":") == 1)):
+        raise UnsupportedModelError(
+            f'the adapter of "{model_type}" is {anatomy!r}: a function that takes a model and returns its Anatomy, or '
+            '"module:function", is needed.'
+        )
+    ADAPTERS[model_type] = anatomy
+
+
+def load_plugins(modules: Iterable[str] = ()) -> list[str]:
+    """Import ``modules``, which register what they bring, and what installed packages offer by entry points.
+
+    The groups are ``vlm_prune.policies`` and ``vlm_prune.adapters``. An entry point never replaces what is known, and
+    one that cannot be read is left out: returns a sentence about each of these.
+
+    Raises:
+        PolicyError: one of the ``modules`` cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise PolicyError(
+                f"plug-in {module!r} cannot be imported ({error}): give the name of a module on the Python path."
+            ) from error
+    trouble = []
+    for group, known in (("vlm_prune.policies", POLICIES), ("vlm_prune.adapters", ADAPTERS)):
+        for point in importlib.metadata.entry_points(group=group):
+            if point.name in known:
+                if known[point.name] != point.value:  # type: ignore[index]
+                    trouble.append(
+                        f"{group}: {point.name} ({point.value}) is left out, since the name is taken."
+                    )
+                continue
+            try:
+                if group == "vlm_prune.policies":
+                    check_policy(_load(point.value))
+            except Exception as error:  # whatever another package does wrong must not keep ours from working
+                trouble.append(
+                    f"{group}: {point.name} ({point.value}) is left out: {type(error).__name__}: {error}"
+                )
+                continue
+            known[point.name] = point.value  # type: ignore[index]
+    return trouble
+
+
 def policy_class(name: str) -> type[Policy]:
-    """The class of a policy."""
+    """The class of a policy, by its name or as ``"module:Class"``."""
     name = ALIASES.get(name, name)
+    if ":" in name:
+        return _outside(name)
+    if name not in POLICIES:
+        load_plugins()
     if name not in POLICIES:
         raise PolicyError(f'policy="{name}" is not known. {did_you_mean(name, POLICIES)}')
     return _load(POLICIES[name])
 
 
+def named_policies(policy: str) -> list[type[Policy]]:
+    """The classes of a composition's policies, written ``"flowcut+vhr"``."""
+    return [policy_class(name.strip()) for name in policy.split("+")]
+
+
+def _outside(name: str) -> type[Policy]:
+    """The policy that ``"module:Class"`` names."""
+    try:
+        found = _load(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PolicyError(
+            f'policy="{name}" cannot be imported ({error}): give "module:Class" of a module on the Python path.'
+        ) from error
+    check_policy(found)
+    return found
+
+
 def registered_name(policy: Policy) -> str:
     """The name by which `policy_class` finds the class of a policy."""
+    outside = f"{type(policy).__module__}:{type(policy).__qualname__}"
     for name in (policy.name, *POLICIES):
         if name in POLICIES and policy_class(name) is type(policy):
             return name
+    if "__main__" not in outside and "<" not in outside and _importable(outside, type(policy)):
+        return outside
     raise PolicyError(
         f"{type(policy).__name__} is not registered, so no config can name it: call "
         f'register_policy("{policy.name}", {type(policy).__name__}) first, here and where the config is read.'
@@ -112,22 +225,24 @@ def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, A
         if settings:
             raise PolicyError(f"{', '.join(settings)} given beside policy objects: set it on the object.")
         return _checked(tuple(objects))
-    names = policy.split("+")
+    names = [name.strip() for name in policy.split("+")]
     if len(names) == 1:
-        return (_make(policy, settings),)
-    classes = [policy_class(name) for name in names]
+        return (_make(names[0], settings),)
+    for name in names:
+        policy_class(name)
     for name, fields in settings.items():
         if name not in names or not isinstance(fields, dict):
             raise PolicyError(
                 f'{name}={fields!r}: settings of the composition "{policy}" are given by policy, such as '
                 f"{names[0]}={{...}}."
             )
-    made = [_make(name, settings.get(name, {})) for name, _ in zip(names, classes, strict=True)]
-    return _checked(tuple(made))
+    return _checked(tuple(_make(name, settings.get(name, {})) for name in names))
 
 
 def _checked(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
-    encoders = [p.name for p in policies if "encode" in p.stages]
+    for policy in policies:
+        check_policy(type(policy))
+    encoders = [p.name for p in policies if p.encodes]
     if len(encoders) > 1:
         raise PolicyError(
             f"{' and '.join(encoders)} both drop tokens in the encode stage, where one decides for all. Compose one "
@@ -158,6 +273,8 @@ def find_anatomy(model: Any) -> Anatomy:
             f"{type(model).__name__} has no config.model_type: give a vision-language model of transformers, for "
             "instance AutoModelForImageTextToText.from_pretrained(...)."
         )
+    if model_type not in ADAPTERS:
+        load_plugins()
     try:
         anatomy: Anatomy = _load(ADAPTERS.get(model_type, GENERAL))(model)
     except ValueError as error:
@@ -169,6 +286,14 @@ def find_anatomy(model: Any) -> Anatomy:
             "AutoModelForImageTextToText.from_pretrained(...)."
         ) from error
     return anatomy
+
+
+def _importable(name: str, cls: type[Policy]) -> bool:
+    """Whether ``"module:Class"`` names this very class."""
+    try:
+        return _load(name) is cls
+    except (ImportError, AttributeError):
+        return False
 
 
 def _load(entry: Any) -> Any:

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .call.budget import Budget
 from .call.encode_call import ride_of, set_encode
 from .call.forward_call import ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way
 from .call.receipt import MEAN_QUERY, Receipt
+from .composition import Composition
 from .config import to_config
 from .contract.anatomy import Anatomy, FeatureTower, PackedTower
-from .contract.policy import Policy
 from .encode.assembler import Arranger
 from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
@@ -26,6 +25,7 @@ from .errors import StateError, UnsupportedCallError
 from .language.checks import brings_features, check_chunk, check_forward
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
+from .language.entry import Entry
 from .language.kinds import check_decoder
 from .language.layers import DecoderLayers
 from .language.loss import Loss
@@ -48,39 +48,32 @@ class Pruning:
         self,
         model: nn.Module,
         anatomy: Anatomy,
-        policies: tuple[Policy, ...],
-        budget: Budget,
+        composition: Composition,
         wrapper: nn.Module | None = None,
     ):
         check_decoder(anatomy.decoder)
-        self._model, self._wrapper, self._written = model, wrapper, policies
-        policies = tuple(
-            policy.for_decoder(anatomy.decoder.config).for_family(anatomy.family, anatomy.mrope)
-            for policy in policies
-        )
-        self.policies, self.budget, self.family = policies, budget, anatomy.family
-        self._anatomy = anatomy
+        self._model, self._wrapper, self._anatomy, self._composition = model, wrapper, anatomy, composition
+        self.policies, self.budget, self.family = composition.policies, composition.budget, anatomy.family
         self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
 
-        owner = next((p for p in policies if p.prunes), None)
-        budgets = [
-            (p, budget if p is owner else Budget(ratio=p.default_ratio, extra=budget.extra)) for p in policies
-        ]
-        encode = next(((p, b) for p, b in budgets if "encode" in p.stages), None)
-        self.positions = str(encode[0].positions) if encode else "original"
-        share, tower = encode[1] if encode else Budget(ratio=1.0), anatomy.tower
+        tower = anatomy.tower
         self._encoder: Encoder | PackedEncoder | FeatureEncoder
         if isinstance(tower, FeatureTower):
-            self._encoder = FeatureEncoder(tower, anatomy.base, policies, share, self)
+            self._encoder = FeatureEncoder(tower, anatomy.base, composition, self)
         elif isinstance(tower, PackedTower):
-            self._encoder = PackedEncoder(tower, anatomy.projector, policies, share, self)
+            self._encoder = PackedEncoder(tower, anatomy.projector, composition, self)
         else:
-            self._encoder = Encoder(tower, anatomy.projector, policies, share, self)
+            self._encoder = Encoder(tower, anatomy.projector, composition, self)
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
-        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets, deepstack)
+        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, composition, deepstack)
         self._layers = layers if layers else None
-        self._decoder = Decoder(anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers)
+        entry = None if composition.entry is None else Entry(composition.entry)
+        self._decoder = Decoder(
+            anatomy.decoder, len(anatomy.decoder_layers), composition.positions, self._layers, entry
+        )
+        # whoever looks at the prompt in the decoder has to see all of it, and no drafts behind it
+        self._reads_prompt = self._layers is not None or entry is not None
         try:
             self._install()
         except BaseException:
@@ -117,7 +110,7 @@ class Pruning:
     @property
     def name(self) -> str:
         """The policies' names, joined by "+"."""
-        return "+".join(policy.name for policy in self.policies)
+        return self._composition.name
 
     @property
     def config(self) -> dict[str, Any]:
@@ -126,7 +119,7 @@ class Pruning:
         Raises:
             PolicyError: a policy object is of a class that is not registered, or has a setting that is no plain value.
         """
-        return to_config(self._written, self.budget)
+        return to_config(self._composition)
 
     def _install(self) -> None:
         base = self._anatomy.base
@@ -137,7 +130,7 @@ class Pruning:
         self._takes_encoded = takes_encoded(self._model)
         if not CHUNKS_BRING_IMAGES:
             self._handles.append(self._model.register_forward_pre_hook(self._see_chunk, with_kwargs=True))
-        if self._layers is not None:
+        if self._reads_prompt:
             self._handles.append(self._model.register_forward_pre_hook(self._see_drafts, with_kwargs=True))
         self._handles += [
             base.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -177,7 +170,7 @@ class Pruning:
             tile=self._anatomy.tile,
             grids=grids,
             targets=targets,
-            positions=self.positions,
+            positions=self._composition.positions,
             tower_size=(self._anatomy.tower.width, self._anatomy.tower.weights),
             stand_in=self._stand_in(),
             text_config=self._anatomy.decoder.config,
@@ -219,7 +212,7 @@ class Pruning:
             return  # a step with what the cache holds: `torch.compile` cannot write context variables
         call = ForwardCall(owner=self)
         begin_forward(call)
-        call.drafts = take_drafts() if self._layers is not None else 0
+        call.drafts = take_drafts() if self._reads_prompt else 0
         if args:
             kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         check_forward(self._anatomy, kwargs)
@@ -235,7 +228,7 @@ class Pruning:
                 ride.kind = videos if name == "video" else 0
                 call.encoded.append(ride)
             elif output is not None:
-                if self._layers is not None:
+                if self._reads_prompt:
                     raise UnsupportedCallError(
                         f"The image features of this call are not all that the tower of this pruned model returned: "
                         f"chunked prefill takes a part, or they come from elsewhere. {self.name} decides inside the "
@@ -246,9 +239,9 @@ class Pruning:
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if embeds is not None:
             call.unknown_features = True
-        if self._layers is not None and ids is not None and ids.shape[1] > 1:
+        if self._reads_prompt and ids is not None and ids.shape[1] > 1:
             call.image_masks = [ids == token for token in self._anatomy.image_tokens]
-        elif self._layers is not None and embeds is not None and embeds.shape[1] > 1:
+        elif self._reads_prompt and embeds is not None and embeds.shape[1] > 1:
             call.image_masks = self._placeholders(module, embeds)
             if not call.image_masks:
                 raise UnsupportedCallError(

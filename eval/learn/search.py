@@ -27,7 +27,7 @@ class Search:
         try:
             skopt = importlib.import_module("skopt")
         except ImportError as error:
-            raise ImportError('tune needs scikit-optimize: pip install "vlm-prune[tune]"') from error
+            raise ImportError('tune needs scikit-optimize: in a clone, pip install ".[tune]"') from error
         self.space, self.initial = space, initial
         self.best: tuple[Point, float] | None = None
         self._optimizer = skopt.Optimizer(space, random_state=seed, n_initial_points=initial)

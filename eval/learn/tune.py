@@ -3,7 +3,7 @@
 A setting is good if the last hidden state of the prompt's last token points where it points without pruning: the mean
 cosine over some prompts is maximised by Bayesian optimisation. Follows the released ``llava_ov_opt_all.py``; there the
 unpruned passes are repeated for every setting, nothing is saved, and the budget is missed where ``r_2`` cannot use it
-up. Needs scikit-optimize: ``pip install "vlm-prune[tune]"``.
+up. Needs scikit-optimize: ``pip install ".[tune]"`` in a clone of the repository.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 from vlm_prune.eval.models import MODELS, exit_gates
 from vlm_prune.eval.runs.config import Budget, ModelEntry, PolicyEntry, RunConfig, ScenesData, Task
 from vlm_prune.eval.runs.samples import Sample, build_samples
-from vlm_prune.registry import make_policies, policy_class
+from vlm_prune.registry import make_policies, named_policies
 
 NOT_FIGURES = ("label", "batch_size", "models", "data")
 """Keys of an entry on which figures do not depend; what the data hold is looked at instead."""
@@ -104,7 +104,7 @@ def settings(config: RunConfig, model: ModelEntry) -> Iterator[tuple[PolicyEntry
 
 def stages_of(policy: str) -> list[str]:
     """Where the policies of a composition act."""
-    return list(dict.fromkeys(stage for name in policy.split("+") for stage in policy_class(name).stages))
+    return list(dict.fromkeys(stage for each in named_policies(policy) for stage in each.stages))
 
 
 def _resolved(settings: dict[str, Any], model: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from vlm_prune.errors import PolicyError
 from vlm_prune.eval.chair import VARIANTS
 from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
-from vlm_prune.registry import policy_class
+from vlm_prune.registry import load_plugins, named_policies
 
 Split = Literal["random", "popular", "adversarial"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -350,8 +350,10 @@ class RunConfig(Strict):
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
         dtype: of weights and computation.
         output: the run folder.
+        plugins: modules of your own to import first; they register policies or families.
     """
 
+    plugins: list[str] = []
     models: Annotated[list[ModelEntry], Field(min_length=1)]
     policies: Annotated[list[PolicyEntry], Field(min_length=1)]
     ratios: list[Ratio] = []
@@ -362,6 +364,15 @@ class RunConfig(Strict):
     batch_size: Count = 16
     dtype: Dtype = "float32"
     output: Path
+
+    @field_validator("plugins")
+    @classmethod
+    def _loaded(cls, modules: list[str]) -> list[str]:
+        try:
+            load_plugins(modules)
+        except PolicyError as error:
+            raise ValueError(str(error)) from error
+        return modules
 
     @field_validator("models", "policies", mode="before")
     @classmethod
@@ -384,7 +395,7 @@ class RunConfig(Strict):
         of = {"per": "image"} if (entry.per or self.per) == "image" else {}
         found: list[Budget] = [{"tokens": count, **of} for count in tokens or ()]
         found += [{"ratio": ratio, **of} for ratio in ratios or ()]
-        prunes = any(policy_class(name).stages != ("modulate",) for name in entry.policy.split("+"))
+        prunes = any(policy.prunes for policy in named_policies(entry.policy))
         return found if prunes and found else [{}]
 
     @model_validator(mode="after")

@@ -124,7 +124,7 @@ def _datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "data sets on disk and on the hub need the package datasets: pip install 'vlm-prune[eval]'"
+            "data sets on disk and on the hub need the package datasets: in a clone, pip install '.[eval]'"
         ) from error
     return datasets
 

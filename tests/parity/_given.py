@@ -66,6 +66,38 @@ def embeds_model(
         pad_token_id=None,
         eos_token_id=None,
     )
+    return given_model(text, golden.prefixed("w/"), embeds, [start] * len(embeds), count)
+
+
+def recorded_model(
+    golden: Golden, starts: list[int]
+) -> tuple[LlavaForConditionalGeneration, dict[str, torch.Tensor]]:
+    """The same for cases whose sizes, number of visual rows and dtype are in their record.
+
+    The image of sequence ``b`` begins at row ``starts[b]``.
+    """
+    meta = golden.meta
+    dtype = getattr(torch, meta["dtype"])
+    text = LlamaConfig(
+        vocab_size=VISUAL + 1,
+        hidden_size=meta["hidden"],
+        intermediate_size=meta["intermediate"],
+        num_hidden_layers=meta["layers"],
+        num_attention_heads=meta["heads"],
+        num_key_value_heads=meta["kv_heads"],
+        rms_norm_eps=meta["rms_norm_eps"],
+        rope_theta=meta["rope_theta"],
+        pad_token_id=None,
+        eos_token_id=None,
+    )
+    weights = golden.prefixed("w/") | {"lm_head.weight": golden["lm_head"]}
+    return given_model(text, weights, golden["inputs_embeds"].to(dtype), starts, meta["n_visual"])
+
+
+def given_model(
+    text: LlamaConfig, weights: dict[str, torch.Tensor], embeds: torch.Tensor, starts: list[int], count: int
+) -> tuple[LlavaForConditionalGeneration, dict[str, torch.Tensor]]:
+    """A LLaVA around a language model, in the dtype of ``embeds``, and the call that leads to these."""
     vision = CLIPVisionConfig(
         hidden_size=4,
         intermediate_size=4,
@@ -77,12 +109,14 @@ def embeds_model(
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=VISUAL, vision_feature_layer=-1
     )
-    model = LlavaForConditionalGeneration(config).eval()
-    load_llm(model, golden.prefixed("w/"))
+    model = LlavaForConditionalGeneration(config).eval().to(embeds.dtype)
+    load_llm(model, weights)
     model.config.vision_config.image_size = (1, count)
+    images = torch.tensor(starts)[:, None] + torch.arange(count)
+    images = images[..., None].expand(-1, -1, embeds.shape[2])
     model.model.vision_tower = Tower(model.config.vision_config)
-    model.model.multi_modal_projector = Projector(embeds[:, start : start + count])
+    model.model.multi_modal_projector = Projector(embeds.gather(1, images))
     placeholder = model.get_input_embeddings().weight[VISUAL].detach()
-    given = embeds.clone()
-    given[:, start : start + count] = placeholder
-    return model, {"inputs_embeds": given, "pixel_values": torch.zeros(len(embeds), 3, 1, count)}
+    given = embeds.scatter(1, images, placeholder.expand(images.shape))
+    pixels = torch.zeros(len(embeds), 3, 1, count, dtype=embeds.dtype)
+    return model, {"inputs_embeds": given, "pixel_values": pixels}

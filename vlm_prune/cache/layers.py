@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..call.rows import Rows
 from ..errors import UnsupportedCallError
-from ..kernels import gather_kv
+from ..kernels import gather_kv, live_order
 from . import storage
 from .masks import join_masks, past_mask
 
@@ -35,6 +35,7 @@ class PrunedLayer(CacheLayerMixin):
         seen: bool ``(batch, logical length at the last prefill)``, the attention mask that describes the stored rows
             once the first ``missing`` columns are skipped; ``None`` if every stored row may be attended.
         shift: int64 ``(batch,)``, how far positions moved down by renumbering; ``None`` if they kept their values.
+        decoded_from: logical length after the last pruned turn, from where decoding steps count.
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
@@ -59,7 +60,7 @@ class PrunedLayer(CacheLayerMixin):
         self.seen_slots: tuple[torch.Tensor, torch.Tensor] | None = None
         self.like = -1
         self.shift: torch.Tensor | None = None
-        self.prefilled = 0
+        self.prefilled = self.decoded_from = 0
         self.turn: Rows | None = None
         self.decoder: weakref.ref[nn.Module] | None = None
         self.marks: dict[str, torch.Tensor] = {}
@@ -225,6 +226,36 @@ class PrunedLayer(CacheLayerMixin):
         self.marks = {name: x[:, : kept - self.missing] for name, x in self.marks.items()}
         self.describe_slots()
 
+    @property
+    def steps(self) -> int:
+        """Tokens since the last pruned turn."""
+        return self.logical - self.decoded_from
+
+    def drop(self, live: torch.Tensor, count: int, ragged: bool, mask: torch.Tensor | None) -> None:
+        """Take out all stored rows but the ``live`` ones: bool ``(batch, rows)``, or ``(batch, kv_heads, rows)``.
+
+        ``count`` rows stay in the sequence with most, ``ragged`` says that others have fewer. ``mask`` is the caller's
+        padding mask. What is left stands for all tokens so far, so that no crop can cut into them any more.
+        """
+        physical, logical = self.physical, self.logical
+        seen = past_mask(self, mask, logical)
+        index = live_order(live.flatten(0, -2), count).unflatten(0, live.shape[:-1])
+        by_row = index if index.dim() == 2 else index[:, 0]
+        there = live if live.dim() == 2 else live[:, 0]
+        valid = there.gather(1, by_row) if ragged else None
+        if seen is not None:
+            known = seen[:, self.missing :].gather(1, by_row)
+            valid = known if valid is None else valid & known
+        self.marks = {
+            name: torch.nn.functional.pad(x, (0, physical - x.shape[1])).gather(1, by_row)
+            for name, x in self.marks.items()
+        }
+        keys, values = storage.read(self.inner, physical)
+        storage.write(self.inner, *pick_kv(keys, values, index), None)
+        self.missing = logical - count
+        self.seen = None if valid is None else torch.nn.functional.pad(valid, (self.missing, 0), value=False)
+        self.prefilled, self.turn = logical, None
+
     def _batch(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let what is known of each sequence follow its rows."""
         for name in ("seen", "shift"):
@@ -317,7 +348,7 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None,
         before = layer.logical - rows.count
         like = alike.setdefault((id(rows), layer.like, before), index)
         if like < index:
-            for name in ("seen", "missing", "shift", "prefilled", "turn"):
+            for name in ("seen", "missing", "shift", "prefilled", "decoded_from", "turn"):
                 setattr(layer, name, getattr(cache.layers[like], name))
         else:
             dropped = rows.length - rows.count
@@ -326,7 +357,8 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None,
             layer.missing += dropped
             if rows.shift is not None:
                 layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
-            layer.prefilled, layer.turn = before + rows.length, rows
+            layer.prefilled = layer.decoded_from = before + rows.length
+            layer.turn = rows
         layer.like, layer.decoder = like, weakref.ref(decoder)
         layer.describe_slots()
 
@@ -345,6 +377,40 @@ def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
     if smaller := layer.spared is not None and physical == rows.count:
         layer.shorten(rows.length - final.count)
     storage.write(layer.inner, keys, values, layer.slots if smaller else None)
+
+
+def pick_kv(
+    keys: torch.Tensor, values: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``index`` ``(batch, kept)``, or ``(batch, kv_heads, kept)``, of keys and values."""
+    if index.dim() == 2:
+        return gather_kv(keys, values, index.to(keys.device))
+    index = index[..., None].to(keys.device)
+    return keys.gather(2, index.expand(-1, -1, -1, keys.shape[3])), values.gather(
+        2, index.expand(-1, -1, -1, values.shape[3])
+    )
+
+
+def evict_rows(layer: PrunedLayer, rows: Rows, live: torch.Tensor, counts: list[int]) -> Rows:
+    """Take out of a layer those of this turn's ``rows`` that are not ``live``; returns what it holds of the turn.
+
+    ``live`` is bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with ``counts`` in every head of a sequence.
+    """
+    if live.dim() == 2:
+        left, _ = rows.pick(live, counts)
+        trim(layer, rows, left)
+        return left
+    left, by_row = rows.pick(live[:, 0], counts)
+    index = live_order(live.flatten(0, 1), max(counts)).unflatten(0, live.shape[:2])
+    past = layer.physical - rows.count
+    before = torch.arange(past, device=index.device).expand(*live.shape[:2], -1)
+    keys, values = pick_kv(*storage.read(layer.inner, layer.physical), torch.cat([before, index + past], 2))
+    by_row = torch.cat([before[:, 0], by_row + past], 1)
+    layer.marks = {name: x.gather(1, by_row.to(x.device)) for name, x in layer.marks.items()}
+    if smaller := layer.spared is not None and past == 0:
+        layer.shorten(rows.length - left.count)
+    storage.write(layer.inner, keys, values, layer.slots if smaller else None)
+    return left
 
 
 def kv_bytes(cache: Cache) -> tuple[int, int]:

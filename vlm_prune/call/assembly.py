@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..contract.anatomy import Arrangement
+from ..contract.keep import Keep
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ class Packing:
     def newline(self) -> torch.Tensor:
         """Bool ``(rows,)``."""
         return self.source < 0
+
+    def kept(self, alive: torch.Tensor) -> list[Keep]:
+        """The tokens of each grid of the receipt that reach the language model, of rows ``alive`` ``(rows,)``."""
+        sizes = [rows * columns for rows, columns in self.grids]
+        mask = torch.zeros(sum(sizes) + 1, dtype=torch.bool, device=alive.device)
+        mask[self.numbers.to(alive.device)] = alive
+        there = mask[1:].split(sizes)
+        return [Keep(torch.arange(len(x), device=x.device)[None], x[None]) for x in there]
 
     def ends_line(self, alive: torch.Tensor) -> torch.Tensor:
         """The newlines that end a line of tokens of which some are ``alive``: bool ``(rows,)`` like it."""

@@ -42,10 +42,17 @@ class Deepstack:
 
     def add(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output ``(batch, rows, channels)`` of decoder layer ``number`` with its features added."""
-        if number >= len(self.ours):
+        return self._added(self.ours, number, hidden)
+
+    def foreseen(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The same if no row were cut, whoever adds the features."""
+        return self._added(self.ours or self.stock, number, hidden)
+
+    def _added(self, features: list[torch.Tensor], number: int, hidden: torch.Tensor) -> torch.Tensor:
+        if number >= len(features):
             return hidden
         hidden = hidden.clone()
-        hidden[self.visual] = hidden[self.visual] + self.ours[number].to(hidden.device, hidden.dtype)
+        hidden[self.visual] = hidden[self.visual] + features[number].to(hidden.device, hidden.dtype)
         return hidden
 
     def cut(self, order: torch.Tensor, valid: torch.Tensor | None) -> None:

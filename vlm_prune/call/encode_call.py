@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..contract.keep import Keep
 from .receipt import Receipt, Segments
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
     from ..contract.anatomy import Arrangement
-    from ..contract.policy import Keep
     from .assembly import Packing
 
 _encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
@@ -44,6 +44,30 @@ class Span:
     plain: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class Offer:
+    """Visual tokens among which the decoder's entry is to choose, of one tile or of several alike.
+
+    Attributes:
+        features: ``(tiles, tokens, channels)``, projected.
+        rows: int64 ``(tiles, tokens)``, which of the call's rows for the language model each token is; -1 for those
+            that stock code takes off again, as padding.
+        spans: for each tile, the number of the span in `EncodeCall.spans` that it is in.
+        grid: rows and columns of tokens.
+        target: tokens wanted of each tile.
+        content_key: int64 ``(tiles,)``, see `FeaturesView`.
+        carry: values ``(tiles, tokens)`` that the encode stage left.
+    """
+
+    features: torch.Tensor
+    rows: torch.Tensor
+    spans: list[int]
+    grid: tuple[int, int]
+    target: int
+    content_key: torch.Tensor
+    carry: dict[str, torch.Tensor]
+
+
 @dataclass
 class EncodeCall:
     """Some tiles on their way through tower and projector. What each tile has is written down tile by tile.
@@ -62,6 +86,8 @@ class EncodeCall:
         arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
         packings: what comes of it, image by image.
         trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
+        offers: what the decoder's entry is to choose among, if a policy does so there.
+        drops_newlines: whether a newline goes as soon as a token of its image is dropped.
     """
 
     grids: list[tuple[int, int]]
@@ -79,6 +105,8 @@ class EncodeCall:
     arrangement: Arrangement | None = None
     packings: list[Packing] = field(default_factory=list)
     trusted: bool = True
+    offers: list[Offer] = field(default_factory=list)
+    drops_newlines: bool = False
 
     @property
     def tiles(self) -> int:
@@ -135,6 +163,23 @@ class EncodeCall:
             number += sum(rows * columns for rows, columns in packing.grids)
         return torch.cat(parts)
 
+    def unit_rows(self) -> tuple[torch.Tensor, list[int]]:
+        """The row for the language model that each unit becomes, and the number of the span that each tile is in.
+
+        int64 ``(tiles, units)`` on the host, of tiles of one size; -1 for units that stock code takes off again.
+        """
+        units = self.units[0]
+        if self.arrangement is None:
+            first = torch.arange(self.tiles)[:, None] * self.rows[0] + self.extra
+            return first + torch.arange(units), list(range(self.tiles))
+        rows, images, begin = torch.full((self.tiles * units,), -1), [], 0
+        for number, packing in enumerate(self.packings):
+            images += [number] * len(packing.tiles)
+            places = (packing.source >= 0).nonzero()[:, 0]
+            rows[packing.source[places] + packing.tiles.start * units] = places + begin
+            begin += len(packing.source)
+        return rows.view(self.tiles, units), images
+
     @property
     def whole(self) -> bool:
         """Whether all units of all tiles are wanted."""
@@ -150,6 +195,27 @@ class EncodeCall:
         if any(keep.valid is not None for keep in self.keeps):
             return None
         return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
+
+    def settle(self, alive: torch.Tensor) -> torch.Tensor:
+        """Note which rows for the language model a late choice keeps, bool ``(rows,)``; returns it with newlines."""
+        if self.arrangement is None:
+            keeps, masks = [], [mask[self.extra :] for mask in alive.split(self.rows)]
+            for mask, target, units in zip(masks, self.targets, self.units, strict=True):
+                keeps.append(
+                    Keep.from_mask(mask[None], units) if target < units else Keep.all(1, units, mask.device)
+                )
+            self.keeps = keeps
+        else:
+            parts, keeps = [], []
+            for packing, mask in zip(
+                self.packings, alive.split([len(p.source) for p in self.packings]), strict=True
+            ):
+                chosen = mask & ~packing.newline.to(mask.device)
+                keeps += packing.kept(chosen)
+                parts.append(chosen if self.drops_newlines else chosen | packing.ends_line(chosen))
+            alive, self.keeps = torch.cat(parts), keeps
+        self.receipt.keeps = self.keeps
+        return alive
 
     def record_tower(self, segments: Segments, dense: Segments) -> None:
         """Note in the receipt what the tower did; ``segments`` and ``dense`` are asked when someone reads them."""

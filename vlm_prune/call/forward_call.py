@@ -46,7 +46,10 @@ class ForwardCall:
         fitted: masks and positions made for layers that differ from it.
         observed: what the current layer's attention computed with.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
+        scores: by layer and ``id`` of a policy, what its `observe` said of the layer's rows.
+        step_attention: by layer, what attention computed with in a decoding step after which rows may be evicted.
         probing: True during that pass without the image.
+        looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
         drafts: tokens at the end that are an assistant's and not the prompt's.
         prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
         deepstack: features that stock code adds behind the decoder's first layers.
@@ -67,7 +70,10 @@ class ForwardCall:
     fitted: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
+    scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    step_attention: dict[int, Any] = field(default_factory=dict)
     probing: bool = False
+    looking: bool = False
     drafts: int = 0
     prompt: Any = None
     deepstack: Deepstack | None = None
@@ -214,18 +220,37 @@ class ForwardCall:
         ]
         return found == known and sum(found) - census.holes == sum(census.visual)
 
+    def owners(self) -> list[list[int]]:
+        """For each encode call, the number of the sequence that each of its spans is in: the first of its copies."""
+        owners: list[list[int]] = [[] for _ in self.encoded]
+        for kind, (copies, counts) in enumerate(zip(self.copies, self.count().placeholders, strict=True)):
+            sequence, room = 0, counts[0]
+            for encoded, mine in zip(self.encoded, owners, strict=True):
+                for span in encoded.spans if encoded.kind == kind else ():
+                    while room < span.rows:
+                        sequence += copies
+                        room = counts[sequence]
+                    room -= span.rows
+                    mine.append(sequence)
+        return owners
+
     def spans_by_sequence(self) -> list[list[Span]]:
         """What the encode stage handed to each sequence."""
         owned: list[list[Span]] = [[] for _ in self.count().live]
-        for kind, (copies, counts) in enumerate(zip(self.copies, self.count().placeholders, strict=True)):
-            spans = iter(self._spans(kind))
-            for first in range(0, len(owned), copies):
-                mine: list[Span] = []
-                while sum(span.rows for span in mine) < counts[first]:
-                    mine.append(next(spans))
-                for sequence in owned[first : first + copies]:
-                    sequence += mine
+        copies = self.copies
+        for encoded, owners in zip(self.encoded, self.owners(), strict=True):
+            for span, owner in zip(encoded.spans, owners, strict=True):
+                for sequence in owned[owner : owner + copies[encoded.kind]]:
+                    sequence.append(span)
         return owned
+
+    def recount(self, lost: list[int] | None) -> None:
+        """The decoder's entry dropped tokens: ``lost`` of each sequence, ``None`` if only the device knows."""
+        if lost is None:
+            self.census = self.left = None
+        elif self.census is not None:
+            self.census = self.census.without(lost)
+            self.left = list(self.census.visual)
 
 
 def current_forward() -> ForwardCall | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,11 @@ class Census:
         holes = torch.zeros_like(live) if alive is None else ~alive
         counts = torch.stack([x.sum(-1) for x in (live, visual, holes, *masks)]).tolist()
         return cls(counts[0], counts[1], sum(counts[2]), counts[3:])
+
+    def without(self, lost: list[int]) -> Census:
+        """The same after ``lost`` visual tokens of each sequence were dropped."""
+        live, visual = ([n - gone for n, gone in zip(x, lost, strict=True)] for x in (self.live, self.visual))
+        return replace(self, live=live, visual=visual, holes=self.holes + sum(lost))
 
     @property
     def text(self) -> list[int]:

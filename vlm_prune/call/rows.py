@@ -23,6 +23,7 @@ class Rows:
         positions: int64 ``(batch or 1, rows)``, RoPE positions, not yet moved by what earlier turns renumbered; with
             multimodal RoPE ``(axes, batch or 1, rows)``.
         shift: int64 ``(batch,)``, by how much this turn's last position was moved down; ``None`` if it was not.
+        padding: int64 ``(batch,)``, tokens of padding in front that ``positions`` count; ``None`` if they count none.
         visual: bool ``(batch, rows)``, visual tokens; ``None`` if no policy acts inside the decoder.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere.
     """
@@ -33,6 +34,7 @@ class Rows:
     valid: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
     visual: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -76,6 +78,30 @@ class Rows:
         """``(batch, rows, channels)`` at full length, zeros where tokens were dropped."""
         here = self.to(x.device)
         return stream.restore(x, here.order, here.length, here.valid)
+
+    def pick(self, live: torch.Tensor, counts: list[int]) -> tuple[Rows, torch.Tensor]:
+        """The ``live`` ones of these, bool ``(batch, rows)``, ``counts`` of each sequence; and their numbers.
+
+        Sequences that have fewer are filled up on the left with others of these.
+        """
+        order = stream.live_order(live, max(counts))
+        valid = live.gather(1, order) if min(counts) < max(counts) else None
+        mask = None if self.mask is None else self.mask.gather(1, order)
+        if valid is not None:
+            mask = valid if mask is None else mask & valid
+        shape = (*self.positions.shape[:-2], *order.shape)
+        rows = replace(
+            self,
+            order=self.order.gather(1, order),
+            positions=self.positions.expand(*self.positions.shape[:-2], *live.shape).gather(
+                -1, order.expand(shape)
+            ),
+            valid=valid,
+            mask=mask,
+            visual=None if self.visual is None else _picked(self.visual, order, valid),
+            carry={name: _picked(carried, order, valid) for name, carried in self.carry.items()},
+        )
+        return rows, order
 
     def close(
         self, x: torch.Tensor, live: torch.Tensor, count: int, ragged: bool, gone: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""What a policy is (`Policy`) and what it answers (`Keep`)."""
+"""What a policy is: `Policy`, and its shorter forms for one choice at one place, `SelectPolicy` and `ScorerPolicy`."""
 
 from __future__ import annotations
 
@@ -8,88 +8,33 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from ..errors import PolicyError
+from .keep import Keep, top_mask
+
 if TYPE_CHECKING:
-    from .views import FeaturesView, ModulateView, PrefillView, TowerView
+    from .views import CacheView, EntryView, FeaturesView, ModulateView, PrefillView, TowerView
+
+__all__ = ["PLACES", "STAGES", "Keep", "Place", "Policy", "Positions", "ScorerPolicy", "SelectPolicy"]
 
 Positions = Literal["original", "compact"]
 
+STAGES = ("encode", "entry", "prefill", "decode", "modulate")
+"""Stages that `Policy.stages` may name, in the order of a call."""
 
-@dataclass(frozen=True)
-class Keep:
-    """Which units (candidates for keeping) survive, for a batch of tiles.
+Place = Literal["tower", "features", "projected", "entry", "layer", "cache", "decode"]
+"""Where a `SelectPolicy` chooses: after a layer of the vision tower, after the tower, after the projector, at the
+decoder's entry with the text known, after a decoder layer, in the cache after prefill, in the cache while decoding."""
 
-    ``index`` is ``(batch, kept)`` int64, ascending where valid. Rows that keep fewer than ``kept`` units are filled
-    up with units they drop, marked False in ``valid``; ``valid=None`` says that every row keeps ``kept`` units.
-    ``rows`` ``(batch, kept, channels)`` are new features for the kept units, where a policy merges others into them.
-    """
-
-    index: torch.Tensor
-    valid: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-
-    @classmethod
-    def top(cls, scores: torch.Tensor, counts: int | list[int]) -> Keep:
-        """The ``counts`` highest of ``scores`` ``(batch, units)`` in each row, in their original order.
-
-        ``counts`` is one number for all rows, or one per row. NaN ranks last, whatever the backend thinks of it.
-        """
-        lowest = torch.finfo(scores.dtype).min  # above -inf, by which a policy rules a unit out
-        scores = scores.nan_to_num(nan=lowest, neginf=-torch.inf)
-        if isinstance(counts, int) or len(set(counts)) == 1:
-            k = counts if isinstance(counts, int) else counts[0]
-            return cls(scores.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values)
-        rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
-        return cls.from_mask(rank < torch.tensor(counts, device=scores.device)[:, None], max(counts))
-
-    @classmethod
-    def from_mask(cls, mask: torch.Tensor, width: int) -> Keep:
-        """From a bool ``(batch, units)`` whose fullest row has ``width`` True entries."""
-        index = (~mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
-        return cls(index, mask.gather(1, index))
-
-    def sparing(self, spared: list[bool], units: int) -> Keep | None:
-        """The same, but of the rows ``spared`` all of their ``units`` stay; ``None`` if that is all rows."""
-        if not any(spared):
-            return self
-        if all(spared):
-            return None
-        mask = self._mask(units)
-        return Keep.from_mask(mask | torch.tensor(spared, device=mask.device)[:, None], units)
-
-    @classmethod
-    def joined(cls, parts: list[tuple[torch.Tensor, Keep]], features: torch.Tensor, units: int) -> Keep:
-        """Answers for some tiles each of ``features`` ``(batch, tokens, channels)``, as one for all of them.
-
-        Tiles that no part is about keep all of their ``units``, and so does the longest row that comes of it.
-        """
-        mask = torch.ones(len(features), units, dtype=torch.bool, device=features.device)
-        for chosen, keep in parts:
-            mask[chosen] = keep._mask(units)
-        answered = sum(len(chosen) for chosen, _ in parts)
-        keep = cls.from_mask(
-            mask, max(k.index.shape[1] for _, k in parts) if answered == len(mask) else units
-        )
-        merged = [(chosen, part.rows) for chosen, part in parts if part.rows is not None]
-        if not merged:
-            return keep
-        rows = features.gather(1, keep.index[..., None].expand(-1, -1, features.shape[2]))
-        for chosen, new in merged:
-            rows[chosen, : new.shape[1]] = new.to(rows.dtype)
-        return replace(keep, rows=rows)
-
-    def _mask(self, units: int) -> torch.Tensor:
-        """Bool ``(batch, units)``, True where they survive."""
-        mask = torch.zeros(len(self.index), units, dtype=torch.bool, device=self.index.device)
-        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
-        return mask.scatter(1, self.index, valid)
-
-    def tolist(self) -> list[list[int]]:
-        """The kept units of each row. Waits for the device."""
-        index = self.index.tolist()
-        if self.valid is None:
-            return index
-        valid = self.valid.tolist()
-        return [[i for i, ok in zip(*row, strict=True) if ok] for row in zip(index, valid, strict=True)]
+PLACES: dict[Place, str] = {
+    "tower": "encode",
+    "features": "encode",
+    "projected": "encode",
+    "entry": "entry",
+    "layer": "prefill",
+    "cache": "decode",
+    "decode": "decode",
+}
+"""Place -> the stage that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +49,15 @@ class Policy:
 
     name: ClassVar[str]
     stages: ClassVar[tuple[str, ...]]
-    """Where it acts: "encode", "prefill", "decode" drop tokens there, "modulate" edits attention and drops none."""
+    """Where it acts, of `STAGES`: "modulate" edits attention and drops no token, all others drop tokens there."""
+    prunes: ClassVar[bool] = True
+    """Whether it drops tokens, and so takes a budget. Follows from `stages`."""
+    encodes: ClassVar[bool] = True
+    """Whether it chooses among all tokens of an image, before the decoder's first layer. Follows from `stages`."""
+    enters: ClassVar[bool] = False
+    """Whether it does so at the decoder's entry. Follows from `stages`."""
+    exceeds: ClassVar[bool] = False
+    """Whether it may keep more tokens than the budget says, by a rule of its own (a threshold)."""
     default_ratio: ClassVar[float] = 1.0
     """Share of visual tokens kept when the caller names no budget: the middle one of the paper."""
     after_projector: ClassVar[bool] = False
@@ -122,6 +75,8 @@ class Policy:
     """Whether newline tokens go with the first dropped token, and not only with the last one of their line."""
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether `prefill` looks at what the layer behind each of its layers would attend with."""
     reads_hidden: ClassVar[bool] = False
     """Whether `modulate` looks at the input of its layers."""
     needs_text_only: ClassVar[bool] = False
@@ -131,14 +86,16 @@ class Policy:
 
     positions: Positions | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stages = getattr(cls, "stages", ())
+        cls.prunes = tuple(stages) != ("modulate",)
+        cls.enters = "entry" in stages
+        cls.encodes = cls.enters or "encode" in stages
+
     def __post_init__(self) -> None:
         if self.positions not in ("original", "compact", None):
             raise ValueError(f'positions={self.positions!r}: choose "original" or "compact"')
-
-    @property
-    def prunes(self) -> bool:
-        """Whether it drops tokens, and so takes a budget."""
-        return self.stages != ("modulate",)
 
     def tile_target(self, target: int) -> int:
         """Units to keep of each tile of an image of which ``target`` shall be left in the end, if `per_image`."""
@@ -166,6 +123,10 @@ class Policy:
         """Behind the tower, or behind the projector: which units go on. ``None`` keeps all of them."""
         return None
 
+    def entry(self, view: EntryView) -> Keep | None:
+        """At the decoder's entry, before its first layer: which units go on. ``None`` keeps all of them."""
+        raise NotImplementedError(f"{self.name} acts at the decoder's entry but does not choose there")
+
     def for_decoder(self, config: Any) -> Policy:
         """This policy with what it can read off the decoder's config filled in, when pruning starts."""
         return self
@@ -188,8 +149,12 @@ class Policy:
         """0-based decoder layers, of ``depth``, after which `prefill` is asked."""
         return ()
 
-    def prefill(self, view: PrefillView) -> torch.Tensor | None:
-        """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay."""
+    def prefill(self, view: PrefillView) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay.
+
+        With a second tensor, shaped like ``view.hidden``, rows go on with what that holds: where tokens are merged.
+        ``None`` keeps all rows.
+        """
         raise NotImplementedError(f"{self.name} names decoder layers but does not prune at them")
 
     def left(
@@ -207,9 +172,32 @@ class Policy:
         """
         return None
 
-    def trimmed_layers(self, depth: int) -> Collection[int]:
-        """Decoder layers that lose, after prefill, the KV of tokens which later layers dropped."""
+    def observed_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, whose attention `observe` looks at."""
         return ()
+
+    def observe(self, view: PrefillView) -> torch.Tensor | None:
+        """After a decoder layer of a prefill: a score for each of its rows, which `evict` finds as ``view.scores``.
+
+        ``(batch, rows)``, or ``(batch, kv_heads, rows)`` where it chooses by head.
+        """
+        raise NotImplementedError(f"{self.name} names layers to observe but does not observe them")
+
+    def evicted_layers(self, depth: int) -> Collection[int]:
+        """0-based decoder layers, of ``depth``, from whose KV cache `evict` drops rows."""
+        return ()
+
+    def evict(self, view: CacheView) -> torch.Tensor | None:
+        """After a prefill, or a decoding step that `evicts_at` names: which rows of a layer's KV cache stay.
+
+        A keep mask, bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with equally many in every head of a
+        sequence. ``None`` keeps all.
+        """
+        raise NotImplementedError(f"{self.name} names layers to evict from but does not evict")
+
+    def evicts_at(self, step: int) -> bool:
+        """Whether `evict` is asked after decoding step ``step``, counted from 1; the prefill is always asked about."""
+        return False
 
     def modulate_layers(self, depth: int) -> Collection[int]:
         """0-based decoder layers, of ``depth``, at whose attention `modulate` is asked."""
@@ -218,3 +206,112 @@ class Policy:
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
         """Behind an attention call: new head outputs, shaped like ``view.output``, or ``None``."""
         raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")
+
+
+@dataclass(frozen=True)
+class SelectPolicy(Policy):
+    """A policy that makes one choice at one `place`, by `select`; stages and flags follow from the place."""
+
+    place: ClassVar[Place]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if place := getattr(cls, "place", None):
+            if place not in PLACES:
+                raise TypeError(f"{cls.__name__}: place={place!r} is none of {', '.join(PLACES)}")
+            cls.stages = (PLACES[place],)
+            cls.late = place in ("features", "projected", "entry")
+            cls.after_projector = place == "projected"
+            cls.reads_attention = place == "layer"
+        super().__init_subclass__(**kwargs)
+
+    def select(self, view: Any) -> Keep | None:
+        """The units that stay; ``view`` is the one of the place, ``view.target`` how many are wanted."""
+        raise NotImplementedError(f"{self.name} does not select")
+
+    def layer(self, depth: int) -> int:
+        """The 0-based layer after which it chooses, where the place is one, of a tower or decoder of ``depth`` layers.
+
+        For the tower, ``depth`` counts the layers up to the one whose output the language model consumes.
+        """
+        raise NotImplementedError(f"{self.name} chooses after a layer but does not say which")
+
+    def tower_layers(self, feature_layer: int) -> tuple[int, ...]:
+        """The layer of `layer`, if the place is in the tower."""
+        return (self.layer(feature_layer + 1),) if self.place == "tower" else ()
+
+    def encode(self, view: TowerView) -> Keep | None:
+        """See `select`."""
+        return self.select(view)
+
+    def encode_final(self, view: FeaturesView) -> Keep | None:
+        """See `select`."""
+        return self.select(view) if self.place in ("features", "projected") else None
+
+    def entry(self, view: EntryView) -> Keep | None:
+        """See `select`."""
+        return self.select(view)
+
+    def prefill_layers(self, depth: int) -> tuple[int, ...]:
+        """The layer of `layer`, if the place is in the decoder."""
+        return (self.layer(depth),) if self.place == "layer" else ()
+
+    def prefill(self, view: PrefillView) -> torch.Tensor | None:
+        """See `select`, about rows of the decoder."""
+        keep = self.select(view)
+        return None if keep is None else ~view.visual | keep.mask(view.visual.shape[1])
+
+
+@dataclass(frozen=True)
+class ScorerPolicy(SelectPolicy):
+    """A policy that keeps the tokens of highest `score` at one `place`.
+
+    ::
+
+        @dataclass(frozen=True)
+        class Loudest(ScorerPolicy):  # tokens whose features have the largest norm
+            name: ClassVar[str] = "loudest"
+            place: ClassVar[Place] = "features"
+
+            def score(self, view: FeaturesView) -> torch.Tensor:
+                return view.features.norm(dim=-1)
+    """
+
+    def score(self, view: Any) -> torch.Tensor:
+        """How much each token is worth: ``(batch, tokens)``, the tokens of ``view``; NaN ranks last."""
+        raise NotImplementedError(f"{self.name} does not score")
+
+    def select(self, view: TowerView | FeaturesView | EntryView) -> Keep:
+        """The ``view.target`` highest of each tile."""
+        tokens = view.units if hasattr(view, "units") else view.features[..., 0]
+        return Keep.top(self._checked(view, tuple(tokens.shape)), view.target)
+
+    def left(self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]) -> int:
+        """The budget."""
+        return target
+
+    def prefill(self, view: PrefillView) -> torch.Tensor:
+        """The ``view.target`` visual rows of highest score in each sequence, and all text."""
+        scores = self._checked(view, tuple(view.visual.shape))
+        return ~view.visual | top_mask(scores, view.target, view.visual)
+
+    def evicted_layers(self, depth: int) -> Collection[int]:
+        """All layers, if the place is the cache."""
+        return range(depth) if PLACES[self.place] == "decode" else ()
+
+    def evict(self, view: CacheView) -> torch.Tensor:
+        """The ``view.target`` visual rows of highest score in each sequence, and all text."""
+        scores = self._checked(view, tuple(view.visual.shape))
+        return ~view.visual | top_mask(scores, view.target, view.visual)
+
+    def evicts_at(self, step: int) -> bool:
+        """Every step, if the place is the cache while decoding."""
+        return self.place == "decode"
+
+    def _checked(self, view: Any, shape: tuple[int, ...]) -> torch.Tensor:
+        scores = self.score(view)
+        if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != shape:
+            given = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise PolicyError(
+                f"{self.name}.score returned {given}: a tensor {shape} is needed, one score per token."
+            )
+        return scores

@@ -11,7 +11,7 @@ import torch
 LogitEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes scaled logits ``(batch, heads, rows, keys)``, not masked yet, and the rows' numbers ``(batch, rows)``."""
 
-View = TypeVar("View", "AttentionView", "TowerView", "FeaturesView")
+View = TypeVar("View", bound="AttentionView | TowerView | FeaturesView")
 
 
 def _of(view: View, tiles: torch.Tensor) -> View:
@@ -120,6 +120,21 @@ class FeaturesView:
 
 
 @dataclass
+class EntryView(FeaturesView):
+    """Projected features of some tiles at the decoder's entry, where the text that they stand in is known.
+
+    Attributes:
+        text: embeddings of the text rows of each tile's sequence ``(batch, text rows, channels)``, in order.
+        text_valid: bool ``(batch, text rows)``, which of them exist.
+        question: bool ``(batch, text rows)``, those after the sequence's last visual token; all of them where none is.
+    """
+
+    text: torch.Tensor = field(kw_only=True)
+    text_valid: torch.Tensor = field(kw_only=True)
+    question: torch.Tensor = field(kw_only=True)
+
+
+@dataclass
 class PrefillView:
     """The state of a prefill after one decoder layer.
 
@@ -135,6 +150,12 @@ class PrefillView:
             the last ``rows`` keys are this prefill's. Not repeated for grouped queries.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere; the policy may
             put new ones in.
+        norm: the decoder's final norm, with its learned weight: ``(..., channels)`` to the same.
+        unpadded: keys ``(batch, heads, rows, head_dim)`` as they would be without padding in front. Stock code counts
+            it in the positions unless the caller gives these, which turns keys without changing attention.
+        input: what the layer was given, shaped like ``hidden``.
+        next_attention: tells what the next layer would attend with if all rows went on, as ``attention`` does of this
+            one, if the policy reads ahead. Costs that layer's projections.
     """
 
     layer: int
@@ -146,6 +167,18 @@ class PrefillView:
     target: torch.Tensor
     attention: AttentionView | None
     carry: dict[str, torch.Tensor]
+    norm: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    unpadded: Callable[[torch.Tensor], torch.Tensor] = lambda key: key
+
+    input: torch.Tensor | None = None
+    next_attention: Callable[[], AttentionView] | None = None
+
+    @property
+    def recorded(self) -> AttentionView:
+        """`attention`, for policies that cannot do without. Raises RuntimeError if it was not recorded."""
+        if self.attention is None:
+            raise RuntimeError(f"the attention of decoder layer {self.layer} was not recorded")
+        return self.attention
 
     @property
     def text(self) -> torch.Tensor:
@@ -153,6 +186,37 @@ class PrefillView:
         last = self.visual.long().cumsum(-1)
         text = (last == last[:, -1:]) & ~self.visual & (last > 0)
         return text if self.valid is None else text & self.valid
+
+
+@dataclass
+class CacheView:
+    """Rows of one decoder layer's KV cache: those that a prefill brought, or after a decoding step all of them.
+
+    Attributes:
+        layer: 0-based number of the layer.
+        depth: number of decoder layers.
+        visual: bool ``(batch, rows)``, which stored rows are visual tokens.
+        valid: bool ``(batch, rows)``, rows that may be attended; ``None`` if all may.
+        remaining: bool ``(batch, rows)``, rows whose tokens also reached the last layer.
+        target: int64 ``(batch,)``, visual tokens that the budget wants in the end.
+        scores: what `Policy.observe` returned for this layer, for its rows; ``None`` if it did not look.
+        keys, values: ``(batch, kv_heads, rows, head_dim)``, positions applied.
+        step: decoding steps since the prefill; 0 right after it.
+        attention: what the layer's attention computed with in this decoding step; ``None`` in a prefill, where
+            `Policy.observe` looks at it layer by layer.
+    """
+
+    layer: int
+    depth: int
+    visual: torch.Tensor
+    valid: torch.Tensor | None
+    remaining: torch.Tensor
+    target: torch.Tensor
+    scores: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    step: int = 0
+    attention: AttentionView | None = None
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 
 from ..call import stream
 from ..call.assembly import Group, Packing
-from ..call.encode_call import EncodeCall, current_encode, set_arrangement, set_encode
+from ..call.encode_call import EncodeCall, Offer, current_encode, set_arrangement, set_encode
 from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
@@ -76,7 +76,9 @@ class Arranger:
                 rows, alive = self._choose(
                     packing, rows, notes, keys[packing.tiles.start : packing.tiles.stop]
                 )
-            keeps += self._kept(packing, alive)
+            if self.encoder.composition.entry is not None and packing.late and not call.whole:
+                self._offer(call, i, rows, keys[packing.tiles.start : packing.tiles.stop], carry)
+            keeps += packing.kept(alive)
             targets += self._targets(call, packing)
             if not call.whole:
                 if not any(policy.drops_newlines for policy in self.encoder.policies):
@@ -102,6 +104,34 @@ class Arranger:
             packed[name] = [rows > 0.5 for rows in arranged] if flags else arranged
         return packed
 
+    def _offer(
+        self,
+        call: EncodeCall,
+        image: int,
+        rows: torch.Tensor,
+        keys: torch.Tensor,
+        carry: dict[str, list[torch.Tensor]],
+    ) -> None:
+        """Let the decoder's entry choose among the tokens of one image."""
+        packing = call.packings[image]
+        first = sum(len(p.source) for p in call.packings[:image])
+        for number, group in enumerate(packing.choices):
+            places = group.rows.to(rows.device)
+            target = self._target(packing, group)
+            if target >= places.shape[1]:
+                continue
+            call.offers.append(
+                Offer(
+                    features=rows[places],
+                    rows=places + first,
+                    spans=[image] * len(places),
+                    grid=group.grid,
+                    target=target,
+                    content_key=_member_keys(keys, len(places), number),
+                    carry={name: x[image][places] for name, x in carry.items()},
+                )
+            )
+
     def _choose(
         self, packing: Packing, rows: torch.Tensor, carry: dict[str, torch.Tensor], keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,11 +139,7 @@ class Arranger:
         alive = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         for number, group in enumerate(packing.choices):
             places = group.rows.to(rows.device)
-            if len(places) == len(keys):
-                key = keys
-            else:  # a member of several tiles: their contents in order, apart from the group in front
-                weight = torch.arange(len(keys), device=keys.device) * 2 + 1
-                key = (keys * weight).sum(0, keepdim=True) + number
+            key = _member_keys(keys, len(places), number)
             view = FeaturesView(
                 features=rows[places],
                 grid=group.grid,
@@ -147,14 +173,6 @@ class Arranger:
         share = self._target(packing, group) / group.rows.shape[1]
         return [max(1, round(rows * columns * share)) for rows, columns in packing.grids]
 
-    def _kept(self, packing: Packing, alive: torch.Tensor) -> list[Keep]:
-        """The tokens of each grid of the receipt that reach the language model."""
-        sizes = [rows * columns for rows, columns in packing.grids]
-        mask = torch.zeros(sum(sizes) + 1, dtype=torch.bool, device=alive.device)
-        mask[packing.numbers.to(alive.device)] = alive
-        there = mask[1:].split(sizes)
-        return [Keep(torch.arange(len(x), device=x.device)[None], x[None]) for x in there]
-
 
 def _rows(features: torch.Tensor, count: int) -> torch.Tensor:
     """Features of an image or a video as ``(count, channels)``.
@@ -164,3 +182,12 @@ def _rows(features: torch.Tensor, count: int) -> torch.Tensor:
     rows = features.flatten(0, -2)
     missing = count - len(rows)
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _member_keys(keys: torch.Tensor, members: int, group: int) -> torch.Tensor:
+    """Content keys ``(members,)`` of a group's members, from the ``keys`` of an image's tiles."""
+    if members == len(keys):
+        return keys
+    # a member of several tiles: their contents in order, apart from the group before it
+    weight = torch.arange(len(keys), device=keys.device) * 2 + 1
+    return (keys * weight).sum(0, keepdim=True) + group

@@ -7,7 +7,6 @@ live rows only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,11 +16,11 @@ from torch import nn
 
 from ..call import stream
 from ..call.assembly import read_packing
-from ..call.budget import Budget
-from ..call.encode_call import EncodeCall, current_arrangement, current_encode, let_ride, set_encode
+from ..call.encode_call import EncodeCall, Offer, current_arrangement, current_encode, let_ride, set_encode
 from ..call.timing import Stopwatch
+from ..composition import Composition
 from ..contract.anatomy import Tower
-from ..contract.policy import Keep, Policy
+from ..contract.policy import Keep
 from ..contract.views import AttentionView, FeaturesView, TowerView
 from ..errors import UnsupportedCallError
 from ..kernels import gather_rows, to_device
@@ -34,10 +33,8 @@ from .stage import EncodeStage, content_key
 class Encoder(EncodeStage):
     """All hooks of the encode stage for one model and one policy."""
 
-    def __init__(
-        self, tower: Tower, projector: nn.Module, policies: Sequence[Policy], budget: Budget, session: Any
-    ):
-        super().__init__(tower, projector, policies, budget, session)
+    def __init__(self, tower: Tower, projector: nn.Module, composition: Composition, session: Any):
+        super().__init__(tower, projector, composition, session)
         self.tower = tower
 
     def install(self, handles: list[Any]) -> None:
@@ -120,7 +117,7 @@ class Encoder(EncodeStage):
 
     def _check_late(self, call: EncodeCall) -> None:
         """Raise if tokens have to be chosen behind the arranging by a policy that cannot."""
-        unable = [p.name for p in self.policies if "encode" in p.stages and not p.late]
+        unable = [p.name for p in self.policies if p.encodes and not p.late]
         if any(call.late) and not call.whole and unable:
             able = ", ".join(self.session.names_late())
             raise UnsupportedCallError(
@@ -285,6 +282,28 @@ class Encoder(EncodeStage):
             valid = torch.nn.functional.pad(valid, (1, 0), value=True)
         return torch.nn.functional.pad(index + 1, (1, 0), value=0), valid
 
+    def _offer(self, call: EncodeCall, output: torch.Tensor) -> None:
+        """Let the decoder's entry choose among the projected features, tiles of one target at a time."""
+        keys, units = content_key(call.pixels), call.units[0]
+        carry = {} if call.state is None else call.state.carry
+        early = [tile for tile, late in enumerate(call.late) if not late]
+        rows, images = call.unit_rows()
+        for target, tiles in call.groups(early).items():
+            if target >= units:
+                continue
+            some = to_device(tiles, output.device)
+            call.offers.append(
+                Offer(
+                    features=output.index_select(0, some)[:, call.extra :],
+                    rows=rows[tiles].to(output.device),
+                    spans=[images[tile] for tile in tiles],
+                    grid=call.grids[0],
+                    target=target,
+                    content_key=keys.to(output.device)[some],
+                    carry={name: x.to(output.device)[some] for name, x in carry.items()},
+                )
+            )
+
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
         """Re-open the holes behind the projector; the encode call ends here."""
         call = current_encode()
@@ -296,6 +315,8 @@ class Encoder(EncodeStage):
             return None
         projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
+        if self.composition.entry is not None:
+            self._offer(call, output)
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, current_encode
+from ..call.encode_call import EncodeCall, Offer, current_encode
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
 from .packed_state import PackedState, Tile, pick
@@ -35,7 +35,36 @@ class Merger:
         if call is None:
             return None
         live = self._choose(call, output, 1, after_projector=True)
+        if self.stage.composition.entry is not None:
+            self._offer(call, output)
         return call.state.reopen(output if live is None else live)
+
+    def _offer(self, call: EncodeCall, output: torch.Tensor) -> None:
+        """Let the decoder's entry choose among the merged features of each image."""
+        begin = 0
+        for i, (tile, units, target) in enumerate(
+            zip(call.state.tiles, call.units, call.targets, strict=True)
+        ):
+            mine, first = output[begin : begin + units], begin
+            begin += units
+            if target < units:
+                number = torch.arange(first, begin, device=output.device)
+                call.offers.append(
+                    Offer(
+                        features=pick(mine[None], self._raster(tile), 1),
+                        rows=number[None],
+                        spans=[i],
+                        grid=call.grids[i],
+                        target=target,
+                        content_key=content_key(call.state.given(i)),
+                        carry=dict(tile.carry),
+                    )
+                )
+
+    def _raster(self, tile: Tile) -> torch.Tensor | None:
+        """The tile's units in raster order; ``None`` if they stand so."""
+        rows = tile.raster_rows
+        return None if rows is None else rows[:: self.group] // self.group
 
     def leave_deepstack(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
@@ -55,8 +84,7 @@ class Merger:
             mine = features[begin : begin + units * group].reshape(units, -1)
             begin += units * group
             if units == call.units[i] and call.targets[i] < units:
-                rows = tile.raster_rows
-                order = None if rows is None else rows[:: self.group] // self.group
+                order = self._raster(tile)
                 view = FeaturesView(
                     pick(mine[None], order, 1),
                     call.grids[i],

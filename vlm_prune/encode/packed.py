@@ -7,7 +7,6 @@ policies, one tile after the other, each by itself. What happens around the merg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -16,11 +15,11 @@ import torch
 from torch import nn
 
 from ..call import stream
-from ..call.budget import Budget
 from ..call.encode_call import EncodeCall, current_encode, let_ride, set_encode
 from ..call.timing import Stopwatch
+from ..composition import Composition
 from ..contract.anatomy import PackedTower
-from ..contract.policy import Keep, Policy
+from ..contract.policy import Keep
 from ..contract.views import AttentionView, TowerView
 from ..sites import Site
 from .merger import Merger
@@ -36,13 +35,12 @@ class PackedEncoder(EncodeStage):
         self,
         tower: PackedTower,
         projector: nn.Module,
-        policies: Sequence[Policy],
-        budget: Budget,
+        composition: Composition,
         session: Any,
     ):
-        super().__init__(tower, projector, policies, budget, session)
+        super().__init__(tower, projector, composition, session)
         self.tower = tower
-        self.single_patches = any(policy.single_patches for policy in policies)
+        self.single_patches = any(policy.single_patches for policy in self.policies)
         if self.single_patches and not tower.single_patches:
             raise ValueError(
                 "the released code cuts single patches before they are merged, and there is none for this family's "

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..call.budget import Budget
 from ..call.encode_call import EncodeCall
 from ..call.forward_call import current_forward
+from ..composition import Composition
 from ..contract.anatomy import FeatureTower, PackedTower, Tower
 from ..contract.policy import Keep, Policy
 from ..contract.views import FeaturesView, TowerView
-from ..errors import UnsupportedCallError
+from ..errors import PolicyError, UnsupportedCallError
 from ..sites import Site
 
 
@@ -31,19 +30,19 @@ class EncodeStage:
         self,
         tower: Tower | PackedTower | FeatureTower,
         projector: nn.Module | None,
-        policies: Sequence[Policy],
-        budget: Budget,
+        composition: Composition,
         session: Any,
     ):
-        self.projector, self.policies, self.budget, self.session = projector, policies, budget, session
+        self.projector, self.composition, self.session = projector, composition, session
+        self.policies, self.budget = composition.policies, composition.share(composition.encoder)
         self.layers = tower.layers
         self.asked: dict[int, list[Policy]] = {}
-        for policy in policies:
+        for policy in self.policies:
             for layer in policy.tower_layers(tower.feature_layer):
                 if layer < len(tower.layers):
                     self.asked.setdefault(layer, []).append(policy)
         self.observes = any(
-            "encode" not in p.stages and p.tower_layers(tower.feature_layer) for p in policies
+            (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
         )
         self.sites: list[Site] = []
 
@@ -84,10 +83,10 @@ class EncodeStage:
         Of a composition, one policy at most drops units here. Of a ``whole`` tile nothing is to be dropped: only those
         that watch are asked.
         """
-        asked = [policy for policy in self.asked[number] if not (whole and "encode" in policy.stages)]
+        asked = [policy for policy in self.asked[number] if not (whole and policy.encodes)]
         with _exact(view.hidden):
-            answers = [policy.encode(view) for policy in asked]
-        return [keep for keep in answers if keep is not None]
+            answers = [(policy, policy.encode(view)) for policy in asked]
+        return [_answer(policy, keep, *view.units.shape) for policy, keep in answers if keep is not None]
 
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
@@ -103,8 +102,19 @@ class EncodeStage:
             with _exact(view.features):
                 keep = policy.encode_final(view)
             if keep is not None:
-                return keep
+                return _answer(
+                    policy, keep, *view.features.shape[:2], None if policy.exceeds else view.target
+                )
         return None
+
+
+def _answer(policy: Policy, keep: Any, tiles: int, units: int, most: int | None = None) -> Keep:
+    """What a policy answers about ``tiles`` of ``units`` each, checked."""
+    if not isinstance(keep, Keep):
+        raise PolicyError(
+            f"{policy.name} answers with a {type(keep).__name__}: a Keep, or None to keep all, is needed."
+        )
+    return keep.checked(policy.name, tiles, units, most)
 
 
 def _exact(x: torch.Tensor) -> torch.autocast:

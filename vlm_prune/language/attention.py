@@ -12,27 +12,47 @@ from ..cache.masks import join_masks, past_mask
 from ..call.forward_call import ForwardCall, current_forward
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, ModulateView
+from .eviction import Eviction
+from .look_ahead import SeenError
 
 
 class DecoderAttention:
     """Shows the attention of layers ``pruned`` to their policies, and lets those of layers ``modulated`` edit it.
 
-    ``depth`` is the number of decoder layers.
+    ``depth`` is the number of decoder layers. What decoding steps compute with is shown to ``eviction``.
     """
 
-    def __init__(self, depth: int, pruned: Container[int], modulated: Mapping[int, Sequence[Policy]]):
-        self.depth, self.pruned, self.modulated = depth, pruned, modulated
+    def __init__(
+        self,
+        depth: int,
+        pruned: Container[int],
+        modulated: Mapping[int, Sequence[Policy]],
+        eviction: Eviction,
+    ):
+        self.depth, self.pruned, self.modulated, self.eviction = depth, pruned, modulated, eviction
 
     def see(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> None:
-        """Keep what a layer's attention computes with until its policies are asked."""
+        """Keep what a layer's attention computes with until its policies are asked.
+
+        Raises:
+            SeenError: nothing else was wanted of the call.
+        """
         call = current_forward()
-        if call is None or call.probing or call.rows is None or layer not in self.pruned:
+        if call is None or call.probing:
+            return
+        if call.rows is not None and not call.looking and layer not in self.pruned:
             return
         key, value = _filled(call, key, value)
         valid = self._valid(call, call.observed.get("layer"), query, key)
-        call.observed["attention"] = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
+        seen = AttentionView(query, key, value, scaling, has_cls=False, valid=valid)
+        if call.rows is None:
+            self.eviction.see(call, layer, seen)
+        else:
+            call.observed["attention"] = seen
+        if call.looking:
+            raise SeenError
 
     # what policies do depends on values, and its state changes with every token
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -24,18 +24,36 @@ from ..call.rows import Rows
 from ..call.timing import Stopwatch
 from ..versions import cache_of
 from .drafts import join, split
+from .entry import Entry
 from .layers import DecoderLayers
+
+SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
+"""Arguments of a decoder that the engine shortens by rules of their own."""
 
 
 class Decoder:
     """The two hooks on a decoder.
 
     ``positions`` is the rule for the RoPE positions of tokens kept by the encode stage ("original" or "compact").
-    ``layers`` are the hooks of the policies that act inside the decoder, ``None`` if none does.
+    ``layers`` are the hooks of the policies that act inside the decoder, ``entry`` asks the one that chooses at its
+    entry; ``None`` if none does.
     """
 
-    def __init__(self, module: nn.Module, depth: int, positions: str, layers: DecoderLayers | None):
-        self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
+    def __init__(
+        self,
+        module: nn.Module,
+        depth: int,
+        positions: str,
+        layers: DecoderLayers | None,
+        entry: Entry | None = None,
+    ):
+        self.module, self.depth, self.positions, self.layers, self.entry = (
+            module,
+            depth,
+            positions,
+            layers,
+            entry,
+        )
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
@@ -73,17 +91,20 @@ class Decoder:
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
         holes = call.may_have_holes(embeds)
+        choosing = self.entry is not None and self.entry.offered(call)
         inside = embeds.shape[1] > 1 and self.layers is not None and call.has_visual_tokens()
-        if not (holes or inside or continued):
+        if not (holes or choosing or inside or continued):
             return (args, kwargs) if call.prompt is not None else None
-        if not (holes or inside):
+        if not (holes or choosing or inside):
             self._continue(call, kwargs, past)
             if under_way is None and self.layers is not None:
                 kwargs[RESUME] = call
             return args, kwargs
         check_cache(past, module.config)
+        if self.layers is not None:
+            self.layers.eviction.check_cache(past)
         kwargs["attention_mask"] = call.mask = mask = padding_mask(kwargs.get("attention_mask"), past)
-        rows = self._rows(call, kwargs, holes, inside)
+        rows = self._rows(call, kwargs, holes, choosing, inside)
         call.rows = call.entered = rows
         for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
             spare_slots(past, layer, rows)
@@ -136,7 +157,9 @@ class Decoder:
             joined = rows.order.new_ones(rows.order.shape)
         kwargs["attention_mask"] = joined
 
-    def _rows(self, call: ForwardCall, kwargs: dict[str, Any], holes: bool, inside: bool) -> Rows:
+    def _rows(
+        self, call: ForwardCall, kwargs: dict[str, Any], holes: bool, choosing: bool, inside: bool
+    ) -> Rows:
         """Shorten the call's inputs, in ``kwargs``; returns what is left."""
         embeds: torch.Tensor = kwargs["inputs_embeds"]
         past: Cache | None = cache_of(kwargs)
@@ -144,19 +167,24 @@ class Decoder:
         batch, length, _ = embeds.shape
         logical = int(past.get_seq_length()) if past is not None else 0
         now = None if mask is None else mask[:, -length:].bool()
-        positions = kwargs.get("position_ids")
+        positions, padding = kwargs.get("position_ids"), None
         if positions is None:
             positions = torch.arange(logical, logical + length, device=embeds.device)[None]
+            padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
         alive = ~stream.find_holes(embeds) if holes else None
+        if choosing and self.entry is not None:
+            chosen = self.entry.choose(call, embeds, now)
+            alive = chosen if alive is None else alive & chosen
         live = alive if alive is None or now is None or batch == 1 else alive & now
-        if holes:
+        if alive is not None:
             call.count(live, alive)
         rows = Rows(
             length=length,
             order=torch.arange(length, device=embeds.device).expand(batch, -1),
             positions=positions,
             mask=now,
+            padding=padding,
         )
         if inside:
             rows = call.mark_visual(rows)
@@ -171,6 +199,10 @@ class Decoder:
         if features:
             masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
             self._note_deepstack(call, kwargs, *masks)
+        # what else a family hands its decoder for each row: embeddings per layer, kinds of tokens
+        for name, x in kwargs.items():
+            if name not in SHORTENED and isinstance(x, torch.Tensor) and x.shape[:2] == (batch, length):
+                kwargs[name] = stream.compact(x, order)
         return rows
 
     def _note_deepstack(
@@ -201,8 +233,10 @@ class Decoder:
                     output.hidden_states = tuple(h if h is None else r.restore(h) for h, r in states)
             if cache is not None:
                 if self.layers is not None:
-                    by_layer = self.layers.trim_cache(cache, by_layer, rows)
+                    by_layer = self.layers.evict(call, cache, by_layer, rows)
                 record_turn(cache, by_layer, call.mask, self.module)
+        elif self.layers is not None and cache is not None:
+            self.layers.eviction.after_step(call, cache)
         weight = None if cache is None or not call.encoded else kv_bytes(cache)
         for number, encoded in enumerate(call.encoded):
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, weight)

@@ -13,7 +13,7 @@ import torch
 from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..cache.storage import KNOWN, is_sliding
+from ..cache.storage import KNOWN
 from ..errors import UnsupportedModelError
 from ..versions import CACHE
 

@@ -17,51 +17,61 @@ import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..cache.layers import PrunedLayer, first_layer, spare_slots, trim, wrap
+from ..cache.layers import PrunedLayer, first_layer, spare_slots, wrap
 from ..cache.masks import join_masks, past_mask, slots_of
-from ..cache.storage import has_rows, is_static, stored_rows
+from ..cache.storage import is_static, stored_rows
 from ..call import stream
 from ..call.budget import Budget
 from ..call.forward_call import RESUME, ForwardCall, current_forward
 from ..call.rows import Rows
+from ..composition import Composition
 from ..contract.policy import Policy
-from ..contract.views import PrefillView
+from ..contract.views import AttentionView, PrefillView
 from ..errors import UnsupportedCallError
 from ..sites import Site
 from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
+from .eviction import Eviction
 from .kinds import STATES, layer_kinds, layer_mask
+from .look_ahead import look_ahead
 
 
 class DecoderLayers:
-    """The hooks on single decoder layers for policies that prune in prefill or modulate attention.
+    """The hooks on single decoder layers for policies that act in prefill, on the cache, or on attention.
 
-    ``policies`` are (policy, budget) pairs in the written order of the composition. Behind the first ``deepstack``
-    layers stock code adds features to visual rows.
+    After the first ``deepstack`` layers stock code adds features to visual rows.
     """
 
-    def __init__(
-        self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], deepstack: int = 0
-    ):
-        self.decoder, self.layers, self.policies, self.deepstack = decoder, layers, policies, deepstack
+    def __init__(self, decoder: Any, layers: list[Any], composition: Composition, deepstack: int = 0):
+        self.decoder, self.layers, self.deepstack = decoder, layers, deepstack
+        self.policies = policies = [(policy, composition.share(policy)) for policy in composition.policies]
         self.depth, self.kinds = len(layers), layer_kinds(decoder.config)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
+        self.observed: dict[int, list[tuple[Policy, Budget]]] = {}
         self.modulated: dict[int, list[Policy]] = {}
         for policy, budget in policies:
             for layer in policy.prefill_layers(self.depth):
                 self.pruned.setdefault(layer, []).append((policy, budget))
+            for layer in policy.observed_layers(self.depth):
+                self.observed.setdefault(layer, []).append((policy, budget))
             for layer in policy.modulate_layers(self.depth):
                 self.modulated.setdefault(layer, []).append(policy)
         for editors in self.modulated.values():
             editors.sort(key=lambda policy: ("logits", "probabilities", "outputs").index(policy.modulates))
-        self.trimmed = {layer for policy, _ in policies for layer in policy.trimmed_layers(self.depth)}
+        self.ahead = {
+            number + 1
+            for number, asked in self.pruned.items()
+            if any(policy.reads_ahead for policy, _ in asked)
+        }
+        self.eviction = Eviction(self.depth, policies)
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
-        self.attention = DecoderAttention(self.depth, self.pruned, self.modulated)
+        watched = {*self.pruned, *self.observed}
+        self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction)
         self.sites: list[Site] = []
 
     def __bool__(self) -> bool:
-        return bool(self.pruned or self.modulated)
+        return bool(self.pruned or self.modulated or self.eviction)
 
     def install(self, handles: list[Any]) -> None:
         """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
@@ -70,13 +80,24 @@ class DecoderLayers:
                 layer.register_forward_pre_hook(partial(self.enter_layer, number), with_kwargs=True)
             )
             reads = any(policy.reads_attention for policy, _ in self.pruned.get(number, []))
+            reads = (
+                reads
+                or number in self.ahead
+                or number in self.observed
+                or (self.eviction.steps and number in self.eviction.layers)
+            )
             if reads or number in self.modulated:
                 edit = self.attention.edit if number in self.modulated else None
                 self.sites.append(Site(layer.self_attn, number, self.attention.see, edit))
             # behind a cut, what stock code adds to the first layers' visual rows is added here
-            if number in self.pruned or (self.pruned and number < self.deepstack):
+            cut = number in self.pruned or (self.pruned and number < self.deepstack)
+            if cut or number in self.observed:
                 # in front of the hooks by which transformers collects hidden states
-                handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+                handles.append(
+                    layer.register_forward_hook(
+                        partial(self.leave_layer, number), prepend=True, with_kwargs=True
+                    )
+                )
 
     def begin(self, call: ForwardCall, kwargs: dict[str, Any]) -> None:
         """A prefill begins; ``kwargs`` are the decoder's. Runs the pass without the image if a policy needs it."""
@@ -127,7 +148,7 @@ class DecoderLayers:
             call.layer_rows.append(call.rows)
             if cache is not None and number in self.modulated:
                 wrap(cache, number)
-            spare_slots(cache, number, call.rows, trimmed=number in self.trimmed)
+            spare_slots(cache, number, call.rows, trimmed=number in self.eviction.layers)
         layer, first = _pruned_layer(cache, number), first_layer(cache)
         call.observed["layer"] = layer
         looked_at = number in self.modulated or (self.sites and call.rows is not None)
@@ -227,7 +248,9 @@ class DecoderLayers:
         mask = None if mask is None else mask.to(hidden.device)
         return layer_mask(config, kind, hidden, mask, cache, positions)
 
-    def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave_layer(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
         call = current_forward()
         if call is None or call.probing or call.rows is None:
@@ -240,15 +263,25 @@ class DecoderLayers:
             return None
         gone = torch.zeros_like(visual)
         closed_up: torch.Tensor | None = None
+        merged = hidden
         for policy, budget in self.pruned.get(number, []):  # all see the layer as it was
             view = self._view(call, rows, visual, policy, budget, number, hidden)
+            if policy.reads_ahead:
+                view.next_attention = partial(self._next_attention, call, number, hidden, kwargs)
             keep = policy.prefill(view)
+            if isinstance(keep, tuple):
+                keep, merged = keep
             rows.carry.update(view.carry)
             call.rows.carry.update({name: x.to(home) for name, x in view.carry.items()})
             if keep is not None:
                 gone = gone | (visual & ~keep)
                 if policy.positions == "compact":
                     closed_up = visual & ~keep if closed_up is None else closed_up | (visual & ~keep)
+        hidden = merged
+        for policy, budget in self.observed.get(number, []):
+            scores = policy.observe(self._view(call, rows, visual, policy, budget, number, hidden))
+            if scores is not None:
+                call.scores[number, id(policy)] = scores.to(home)
         if call.deepstack is not None:
             hidden = call.deepstack.add(number, hidden)
         if number in self.pruned:
@@ -266,12 +299,7 @@ class DecoderLayers:
         number: int,
         hidden: torch.Tensor,
     ) -> PrefillView:
-        entered = call.entered.visual if call.entered is not None else None
-        initial = visual.sum(-1) if entered is None else entered.sum(-1)
-        mask = call.image_mask
-        dense = initial if mask is None else mask.sum(-1)
-        # the share that a policy of several stages keeps is one of all tokens, not of what its own encode stage left
-        base = dense if "encode" in policy.stages else initial
+        initial, target = self._target(call, policy, budget, visual)
         return PrefillView(
             layer=number,
             depth=self.depth,
@@ -279,10 +307,57 @@ class DecoderLayers:
             visual=visual,
             valid=rows.mask,
             initial=initial.to(hidden.device),
-            target=budget.of_visual(base, call).to(hidden.device),
+            target=target.to(hidden.device),
             attention=call.observed.get("attention"),
             carry=dict(rows.carry),
+            norm=lambda x: self.decoder.norm(x).to(x.device),
+            unpadded=partial(self._unpadded, rows),
+            input=call.observed["hidden"].to(hidden.device),
         )
+
+    def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
+        """Turn keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
+        if rows.padding is None:
+            return key
+        cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, rows.padding[:, None]))
+        turned, rest = key.split([cos.shape[-1], key.shape[-1] - cos.shape[-1]], -1)
+        first, second = turned.chunk(2, -1)
+        return torch.cat([turned * cos + torch.cat([second, -first], -1) * sin, rest], -1)
+
+    def _next_attention(
+        self, call: ForwardCall, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> AttentionView:
+        """What layer ``number + 1`` would attend with if all rows ``hidden`` that leave layer ``number`` went on."""
+        if call.rows is None:
+            raise RuntimeError(f"layer {number} is not in a prefill, so nothing is cut behind it")
+        layer, cache, home = self.layers[number + 1], cache_of(kwargs), hidden.device
+        if call.deepstack is not None:
+            hidden = call.deepstack.foreseen(number, hidden)
+        hidden = hidden.to(next(layer.parameters()).device)
+        held = next(iter(getattr(cache, "layers", ())[number + 1 : number + 2]), None)
+        pruned, positions = _pruned_layer(cache, number + 1), call.rows.positions
+        if pruned is not None and pruned.shift is not None:
+            positions = positions - pruned.shift[:, None]
+        _, places = stream.split_positions(positions.to(hidden.device))
+        here, call.observed, call.looking = call.observed, {"layer": pruned}, True
+        try:
+            look_ahead(layer, hidden, self.decoder.rotary_emb(hidden, places), held)
+            seen: AttentionView = call.observed["attention"]
+        finally:
+            call.observed, call.looking = here, False
+        tensors = {name: x.to(home) for name, x in vars(seen).items() if isinstance(x, torch.Tensor)}
+        return replace(seen, **tensors)
+
+    def _target(
+        self, call: ForwardCall, policy: Policy, budget: Budget, visual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visual tokens that entered layer 0, and how many the budget wants in the end: two int64 ``(batch,)``."""
+        entered = call.entered.visual if call.entered is not None else None
+        initial = visual.sum(-1) if entered is None else entered.sum(-1)
+        mask = call.image_mask
+        dense = initial if mask is None else mask.sum(-1)
+        # the share that a policy of several stages keeps is one of all tokens, not of what its own encode stage left
+        return initial, budget.of_visual(dense if policy.encodes else initial, call)
 
     def _drop(
         self,
@@ -330,9 +405,7 @@ class DecoderLayers:
         entered, counts = call.count().visual, []
         for here, now, spans in zip(entered, call.left or entered, call.spans_by_sequence(), strict=True):
             dense = sum(span.rows for span in spans)
-            target = budget.of_prompt(
-                dense if "encode" in policy.stages else here, [span.tiles for span in spans]
-            )
+            target = budget.of_prompt(dense if policy.encodes else here, [span.tiles for span in spans])
             plain = [span.plain for span in spans if span.plain is not None]
             tiles = plain if len(plain) == len(spans) else []
             left = policy.left(number, self.depth, here, target, tiles) if here else 0
@@ -341,14 +414,13 @@ class DecoderLayers:
             counts.append(min(left, now))
         return counts
 
-    def trim_cache(self, cache: Cache, layer_rows: list[Rows], final: Rows) -> list[Rows]:
-        """After prefill, take dropped tokens out of earlier layers too; returns the rows that each layer now holds."""
-        held = list(layer_rows)
-        for number in self.trimmed:
-            if held[number] is not final:  # even of as many rows, where another sequence is the longest
-                trim(wrap(cache, number), held[number], final)
-                held[number] = final
-        return held
+    def evict(self, call: ForwardCall, cache: Cache, layer_rows: list[Rows], final: Rows) -> list[Rows]:
+        """After a prefill, let policies drop rows of the cache; returns the rows that each layer holds now."""
+        if not self.eviction or final.visual is None:
+            return list(layer_rows)
+        policies = {id(p): (p, b) for entries in self.eviction.layers.values() for p, b in entries}
+        targets = {key: self._target(call, p, b, final.visual)[1] for key, (p, b) in policies.items()}
+        return self.eviction.after_prefill(call, cache, layer_rows, final, targets)
 
 
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:

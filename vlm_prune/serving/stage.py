@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..call.budget import Budget
+from ..composition import Composition
 from ..contract.policy import Policy
 from .towers import PackedParts, Parts
 
@@ -45,7 +46,8 @@ class ServedStage:
     budget: Budget
 
     def __init__(self, parts: Parts | PackedParts, gather: Gather, policy: Policy):
-        super().__init__(parts.tower, parts.projector, [policy], Budget(ratio=1.0), NoReceipt())  # type: ignore[call-arg]
+        alone = Composition((policy,), (policy,), Budget(ratio=1.0))
+        super().__init__(parts.tower, parts.projector, alone, NoReceipt())  # type: ignore[call-arg]
         self.heads, self.gather = parts.heads, gather
 
     @contextmanager

@@ -1,0 +1,105 @@
+"""Policies at work together on one model: who decides what, and with what budget. Made once, when pruning starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .call.budget import Budget
+from .contract.anatomy import Anatomy
+from .contract.policy import Policy
+from .errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Policies in their written order, and how many visual tokens they keep.
+
+    Attributes:
+        written: as the user gave them.
+        policies: the same, fitted to the model.
+        budget: visual tokens to keep. It belongs to `owner`; any other policy takes its own default, as a share of what
+            reaches it.
+    """
+
+    written: tuple[Policy, ...]
+    policies: tuple[Policy, ...]
+    budget: Budget
+
+    @classmethod
+    def fit(
+        cls,
+        written: tuple[Policy, ...],
+        anatomy: Anatomy,
+        tokens: int | None = None,
+        ratio: float | None = None,
+        per: str = "tile",
+    ) -> Composition:
+        """Fit policies to a model, and check the budget; see `api.prune`.
+
+        Raises:
+            BudgetError: the budget is not one, or nobody is there to take it.
+            ValueError: a policy does not fit this model, say by a layer that it does not have.
+        """
+        if (tokens is not None or ratio is not None) and not any(policy.prunes for policy in written):
+            raise BudgetError(
+                f"{'+'.join(p.name for p in written)} drops no tokens, so tokens= and ratio= have no meaning. Leave "
+                'them out, or compose it with a policy that prunes, such as "flowcut+...".'
+            )
+        config = anatomy.decoder.config
+        fitted = tuple(
+            policy.for_decoder(config).for_family(anatomy.family, anatomy.mrope) for policy in written
+        )
+        default = next((policy.default_ratio for policy in written if policy.prunes), 1.0)
+        joint = _shares(per, anatomy) or any(policy.per_image for policy in fitted)
+        available = None if joint and anatomy.features else anatomy.tower.units
+        extra = int(anatomy.tower.keeps_cls)
+        budget = Budget.checked(tokens, ratio, default, available, anatomy.tile, extra, joint)
+        return cls(written, fitted, budget)
+
+    @property
+    def name(self) -> str:
+        """The policies' names, joined by "+"."""
+        return "+".join(policy.name for policy in self.policies)
+
+    @cached_property
+    def owner(self) -> Policy | None:
+        """The policy that the budget belongs to: the first one that drops tokens."""
+        return next((policy for policy in self.policies if policy.prunes), None)
+
+    @cached_property
+    def encoder(self) -> Policy | None:
+        """The policy that chooses among all tokens of an image: in the tower, around the projector, or at the entry."""
+        return next((policy for policy in self.policies if policy.encodes), None)
+
+    @property
+    def entry(self) -> Policy | None:
+        """That policy, if it chooses at the decoder's entry."""
+        return self.encoder if self.encoder is not None and self.encoder.enters else None
+
+    @property
+    def positions(self) -> str:
+        """The rule for the RoPE positions of what that policy keeps: "original" or "compact"."""
+        return "original" if self.encoder is None else str(self.encoder.positions)
+
+    def share(self, policy: Policy | None) -> Budget:
+        """The budget of one of the policies; all tokens for ``None``."""
+        if policy is None:
+            return Budget(ratio=1.0)
+        return (
+            self.budget
+            if policy is self.owner
+            else Budget(ratio=policy.default_ratio, extra=self.budget.extra)
+        )
+
+
+def _shares(per: str, anatomy: Anatomy) -> bool:
+    """Whether the tiles of an image share a budget. Raises if they cannot."""
+    if per not in ("tile", "image"):
+        raise BudgetError(f'per={per!r}: choose "tile" or "image".')
+    if per == "image" and anatomy.tile != "image" and not anatomy.features:
+        raise BudgetError(
+            f'per="image": {anatomy.family} hands its tower tiles without a word which of them form one image. Give '
+            'the budget per="tile".'
+        )
+    return per == "image"
