@@ -22,11 +22,11 @@ from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
-from .language.checks import brings_features, check_chunk, check_forward
+from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_forward
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
 from .language.entry import Entry
-from .language.kinds import check_decoder
+from .language.kinds import check_decoder, mask_maker
 from .language.layers import DecoderLayers
 from .language.loss import Loss
 from .registry import POLICIES, policy_class
@@ -70,7 +70,12 @@ class Pruning:
         self._layers = layers if layers else None
         entry = None if composition.entry is None else Entry(composition.entry)
         self._decoder = Decoder(
-            anatomy.decoder, len(anatomy.decoder_layers), composition.positions, self._layers, entry
+            anatomy.decoder,
+            len(anatomy.decoder_layers),
+            composition.positions,
+            self._layers,
+            entry,
+            mask_maker(model),
         )
         # whoever looks at the prompt in the decoder has to see all of it, and no drafts behind it
         self._reads_prompt = self._layers is not None or entry is not None
@@ -216,6 +221,8 @@ class Pruning:
         if args:
             kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         check_forward(self._anatomy, kwargs)
+        call.given = kwargs.get("attention_mask")
+        call.types = next((kwargs[name] for name in TOKEN_TYPES if kwargs.get(name) is not None), None)
         if self._layers is not None:
             self._layers.check_recompute()
         given = kwargs.get("mm_encoder_outputs") or {}

@@ -191,7 +191,7 @@ class PrunedLayer(CacheLayerMixin):
     def describe_slots(self) -> None:
         """Set `seen_slots` from what is `seen`."""
         self.seen_slots = None
-        if self.seen is not None and storage.is_static(self):
+        if self.seen is not None and storage.is_static(self) and not self.is_sliding:
             seen = self.seen[:, self.missing :]
             known = torch.arange(self.slots, device=seen.device) < seen.shape[1]
             self.seen_slots = known, torch.nn.functional.pad(seen, (0, self.slots - seen.shape[1]))

@@ -2,7 +2,9 @@
 
 *Padding masks* ``(batch, tokens)`` say which tokens exist; processors make them, and stock decoders turn them into the
 other form. *Slot masks* ``(batch, 1, queries, slots)`` say what each query may look at. ``generate`` makes these itself
-for static caches, from the padding mask and the first cache layer, before a pruned model sees the call.
+for static caches, from the padding mask and the first cache layer, before a pruned model sees the call; where a decoder
+has several kinds of layers, it makes a dict of one for each. Some models make such a dict themselves, in front of their
+decoder.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedCallError
-from .storage import is_static, stored_rows
+from .storage import has_rows, is_sliding, is_static, stored_rows
 
 
 class Held(Protocol):
@@ -29,26 +31,31 @@ class Held(Protocol):
         """Rows that a static layer has room for."""
 
 
+def is_prepared(mask: Any) -> bool:
+    """Whether a mask says for each query what it may look at, in any of the forms that stock code hands to a decoder."""
+    return isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
+
+
 def slot_mask(mask: Any, cache: Cache | None) -> torch.Tensor | None:
-    """``mask`` if it is a slot mask as ``generate`` makes it for this cache, else ``None``."""
-    if not (cache is not None and cache.layers and is_static(cache.layers[0])):
+    """``mask`` if it is the slot mask that ``generate`` makes for a static cache of full attention, else ``None``."""
+    if cache is None or not cache.layers or not all(is_static(x) and not is_sliding(x) for x in cache.layers):
         return None
     if isinstance(mask, dict) and set(mask) == {"full_attention"}:
         mask = mask["full_attention"]
     return mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
 
 
-def padding_mask(mask: Any, cache: Cache | None) -> torch.Tensor | None:
-    """The padding mask ``(batch, tokens)`` of a call, also where a slot mask was made from it; ``None`` if all exist.
+def padding_mask(mask: Any, cache: Cache | None, blocks: bool = False) -> torch.Tensor | None:
+    """The padding mask ``(batch, tokens)`` of a call, also where slot masks were made from it; ``None`` if all exist.
+
+    ``blocks`` says that these may also let tokens of one block look at each other.
 
     Raises:
         UnsupportedCallError: dropped tokens cannot be taken out of this mask.
     """
-    slots = slot_mask(mask, cache)
-    if slots is not None and cache is not None:
-        return _from_slots(slots, cache)
-    if isinstance(mask, dict) and cache is not None and cache.layers and is_static(cache.layers[0]):
-        mask = mask.get("full_attention") if set(mask) == {"full_attention"} else mask
+    rows = [layer for layer in cache.layers if has_rows(layer)] if cache is not None else []
+    if is_prepared(mask) and rows and is_static(rows[0]):
+        return _from_slots(mask, rows, blocks)
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         form = f"a {mask.dim()}-D tensor" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise UnsupportedCallError(
@@ -58,21 +65,35 @@ def padding_mask(mask: Any, cache: Cache | None) -> torch.Tensor | None:
     return mask
 
 
-def _from_slots(slots: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """The padding mask that a slot mask was made from, by its last query, which comes behind all tokens."""
+def _from_slots(mask: Any, layers: list[Any], blocks: bool) -> torch.Tensor | None:
+    """The padding mask that slot masks were made from for these static cache ``layers``."""
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    slots = [x for x in masks if isinstance(x, torch.Tensor) and x.dim() == 4]
+    # what attends to everything shows padding best; a window, as far as any of its queries reaches
+    full = [layer for layer in layers if not is_sliding(layer)]
+    for layer in (*full[:1], *layers[:1]):
+        for x in slots:
+            width, offset = layer.get_mask_sizes(x.shape[2])
+            if x.shape[3] == int(width):
+                return _padding(x, layer, int(offset), blocks or layer.is_sliding)
+    return next((x for x in masks if isinstance(x, torch.Tensor) and x.dim() == 2), None)
+
+
+def _padding(slots: torch.Tensor, layer: Any, offset: int, blocks: bool) -> torch.Tensor:
     allowed = _allowed(slots)[:, 0]
-    past, missing = stored_rows(cache.layers[0]), getattr(cache.layers[0], "missing", 0)
-    exists = allowed[:, -1, : past + slots.shape[2]]
-    query = torch.arange(past, past + slots.shape[2], device=slots.device)
+    missing, queries = int(getattr(layer, "missing", 0)), slots.shape[2]
+    past = stored_rows(layer) - (offset - missing)
+    exists = allowed.any(1)[:, : past + queries]
+    query = torch.arange(past, past + queries, device=slots.device)
     causal = torch.arange(slots.shape[3], device=slots.device) <= query[:, None]
     made = causal & torch.nn.functional.pad(exists, (0, slots.shape[3] - exists.shape[1]))[:, None]
-    if not torch.equal(made, allowed):
+    if not blocks and not torch.equal(made, allowed):
         raise UnsupportedCallError(
             "attention_mask is a 4-D tensor that hides more than the future and padding: a pruned model needs the 2-D "
             "padding mask (batch, length) that processors return, because dropped tokens have to be taken out of it."
         )
     # what the cache holds describes itself, and tokens missing from it are skipped: their columns are never looked at
-    return torch.nn.functional.pad(exists, (missing, 0), value=True)
+    return torch.nn.functional.pad(exists, (offset, 0), value=True)
 
 
 def _allowed(slots: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,9 @@ class ForwardCall:
         image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
             the decoder.
         mask: the caller's padding mask.
+        given: the mask that the model was called with, from which some make those of their decoder.
+        types: int ``(batch, tokens)``, what kind of token each is, where the model was told; some let those of an
+            image look at each other.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
         fitted: masks and positions made for layers that differ from it.
@@ -63,6 +66,8 @@ class ForwardCall:
     kinds: list[int] = field(default_factory=list)
     image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
+    given: Any = None
+    types: torch.Tensor | None = None
     rows: Rows | None = None
     entered: Rows | None = None
     layer_rows: list[Rows] = field(default_factory=list)

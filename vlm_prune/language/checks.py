@@ -15,6 +15,9 @@ from ..contract.anatomy import Anatomy
 from ..errors import UnsupportedCallError
 from ..versions import cache_of, takes_encoded
 
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""Arguments by which models are told what kind of token each one is."""
+
 READ_AT_PRUNE = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")
 
 
@@ -42,7 +45,8 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
         )
     if brings_features({**kwargs, "inputs_embeds": None}):
         check_cache(cache_of(kwargs), anatomy.decoder.config)
-        padding_mask(kwargs.get("attention_mask"), cache_of(kwargs))
+        blocks = any(kwargs.get(name) is not None for name in TOKEN_TYPES)
+        padding_mask(kwargs.get("attention_mask"), cache_of(kwargs), blocks)
         _check_placeholders(anatomy, kwargs, given)
 
 

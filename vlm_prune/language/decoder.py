@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..cache.layers import PRUNED, PrunedLayer, first_layer, kv_bytes, pruned_layers, record_turn, spare_slots
-from ..cache.masks import behind, join_masks, padding_mask, past_mask, slot_mask, slots_of
+from ..cache.masks import behind, is_prepared, join_masks, padding_mask, past_mask, slot_mask, slots_of
 from ..cache.storage import check_cache
 from ..call import stream
 from ..call.deepstack import Deepstack, shorten
@@ -25,6 +25,7 @@ from ..call.timing import Stopwatch
 from ..versions import cache_of
 from .drafts import join, split
 from .entry import Entry
+from .kinds import MaskMaker
 from .layers import DecoderLayers
 
 SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
@@ -36,7 +37,8 @@ class Decoder:
 
     ``positions`` is the rule for the RoPE positions of tokens kept by the encode stage ("original" or "compact").
     ``layers`` are the hooks of the policies that act inside the decoder, ``entry`` asks the one that chooses at its
-    entry; ``None`` if none does.
+    entry; ``None`` if none does. ``masks`` makes the masks of a model whose image tokens look at each other, ``None``
+    if the decoder makes its own.
     """
 
     def __init__(
@@ -46,14 +48,10 @@ class Decoder:
         positions: str,
         layers: DecoderLayers | None,
         entry: Entry | None = None,
+        masks: MaskMaker | None = None,
     ):
-        self.module, self.depth, self.positions, self.layers, self.entry = (
-            module,
-            depth,
-            positions,
-            layers,
-            entry,
-        )
+        self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
+        self.entry, self.masks = entry, masks
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
@@ -103,15 +101,36 @@ class Decoder:
         check_cache(past, module.config)
         if self.layers is not None:
             self.layers.eviction.check_cache(past)
-        kwargs["attention_mask"] = call.mask = mask = padding_mask(kwargs.get("attention_mask"), past)
+        blocks = self._blocks(call, kwargs)
+        kwargs["attention_mask"] = call.mask = mask = self._padding(call, kwargs, past)
         rows = self._rows(call, kwargs, holes, choosing, inside)
         call.rows = call.entered = rows
         for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
             spare_slots(past, layer, rows)
         self._fit(kwargs, rows, first_layer(past), mask)
+        if blocks is not None and self.masks is not None:
+            joined = kwargs["attention_mask"]
+            kwargs["attention_mask"] = self.masks(
+                kwargs["inputs_embeds"], joined, past, _types(rows, blocks, past)
+            )
         if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
+
+    def _blocks(self, call: ForwardCall, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The types ``(batch, length)`` of this call's tokens, if the masks in ``kwargs`` were made from them."""
+        if self.masks is None or call.types is None or not is_prepared(kwargs.get("attention_mask")):
+            return None
+        embeds = kwargs["inputs_embeds"]
+        return call.types[:, -embeds.shape[1] :].to(embeds.device)
+
+    def _padding(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> torch.Tensor | None:
+        """The padding mask of a call; some models make other masks of it in front of their decoder."""
+        mask = kwargs.get("attention_mask")
+        if is_prepared(mask) and call.owner is not None and not is_prepared(call.given):
+            mask = call.given
+        mask = padding_mask(mask, past, blocks=call.types is not None)
+        return None if mask is None else mask.to(kwargs["inputs_embeds"].device)
 
     def _compute_prompt(
         self, call: ForwardCall, kwargs: dict[str, Any]
@@ -129,7 +148,9 @@ class Decoder:
         embeds, layer, mask = kwargs["inputs_embeds"], first_layer(past), kwargs.get("attention_mask")
         slots, length = slot_mask(mask, past), embeds.shape[1]
         if slots is None or (self.layers is not None and self.layers.modulated):
-            call.mask = padding_mask(mask, past)
+            call.mask = self._padding(call, kwargs, past)
+        if slots is None:
+            kwargs["attention_mask"] = call.mask
         if layer is None:
             return
         if layer.shift is not None:
@@ -245,6 +266,15 @@ class Decoder:
         if len(call.encoded) > 1 and call.owner is not None:
             call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
         return output if call.prompt is None else join(call.prompt, output)
+
+
+def _types(rows: Rows, types: torch.Tensor, past: Cache | None) -> torch.Tensor:
+    """Types of all rows that masks are made of: no token of this turn is of one block with what the cache holds."""
+    logical = int(past.get_seq_length()) if past is not None else 0
+    left = types.expand(len(rows.order), -1).gather(1, rows.order)
+    return torch.nn.functional.pad(
+        left if rows.valid is None else left.masked_fill(~rows.valid, 0), (logical, 0)
+    )
 
 
 def _caches(kwargs: dict[str, Any], module: Any) -> bool:

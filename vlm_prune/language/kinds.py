@@ -7,6 +7,7 @@ left. Layers with a state are given the padding mask alone, which keeps filled-u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..cache.storage import KNOWN
 from ..errors import UnsupportedModelError
 from ..versions import CACHE
+from .checks import TOKEN_TYPES
 
 FULL = "full_attention"
 STATES = ("linear_attention", "conv")
@@ -60,6 +62,32 @@ def layer_mask(
         config=config, inputs_embeds=hidden, attention_mask=mask, **{CACHE: cache}, position_ids=positions
     )
     return made
+
+
+MaskMaker = Callable[..., Any]
+"""``(hidden, padding mask, cache, token types)`` -> the masks of a decoder, as its model makes them."""
+
+
+def mask_maker(model: Any) -> MaskMaker | None:
+    """How a model makes the masks of its decoder, where token types matter; ``None`` if it leaves them to the decoder."""
+    if not hasattr(type(model), "create_masks_for_generate"):
+        return None
+
+    def make(
+        hidden: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, types: torch.Tensor
+    ) -> Any:
+        named = dict.fromkeys(TOKEN_TYPES, types)
+        return model.create_masks_for_generate(
+            config=model.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            **{CACHE: cache},
+            position_ids=None,
+            is_first_iteration=True,
+            **named,
+        )
+
+    return make
 
 
 def check_decoder(decoder: Any) -> None:
