@@ -29,6 +29,11 @@ def anatomy(model: Any) -> Anatomy:
     Raises:
         ValueError: it has none of the parts by which such a model is known.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            "it is an encoder-decoder, whose decoder reads visual tokens by cross-attention; vlm_prune drops visual tokens "
+            "that are rows of the decoder's own sequence."
+        )
     base = find_base(model)
     decoder = find_decoder(model, base)
     kinds = [kind for kind, method in METHODS.items() if hasattr(base, method)]
