@@ -22,6 +22,7 @@ from ..call.forward_call import RESUME, ForwardCall, current_forward, leave_live
 from ..call.receipt import JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
+from ..errors import UnsupportedCallError
 from ..versions import cache_of
 from .drafts import join, split
 from .entry import Entry
@@ -85,6 +86,11 @@ class Decoder:
         if call.drafts and call.has_visual_tokens():
             kwargs, call = self._compute_prompt(call, kwargs)
             embeds = kwargs["inputs_embeds"]
+        if call.kinds and not call.encoded:
+            raise UnsupportedCallError(
+                "This call brings images that the model does not encode by its feature method, so none of their tokens "
+                "can be dropped. unprune(model) to go on with the stock model, and please report it."
+            )
         continued = pruned_layers(past)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
