@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python -m
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick bench bench-check results tables train-tiny kernels card clean
+.PHONY: help venv lint test test-all test-browser test-versions test-lmms wheel typecheck demo demo-quick bench bench-check results tables train-tiny kernels card census clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -91,6 +91,9 @@ test-vllm: $(VLLM_READY) ## serving on vLLM against the Hugging Face path, on CP
 
 # The four folders at the top become one package only when installed, so the type checker reads the installed wheel.
 # It is installed into an environment of its own that borrows the dependencies of the first one.
+census: $(READY) ## every image-text-to-text class of transformers, built small and pruned: docs/families.md
+	OMP_NUM_THREADS=1 $(RUN) vlm_prune.eval.census.cli $(TYPES)
+
 wheel: $(READY) ## build the wheel and install it into .venv-wheel
 	rm -rf build $(WHEEL_VENV)
 	$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .

@@ -23,19 +23,45 @@ IDS = ("{}_token_id", "{}_token_index", "{}_patch_id", "{}_token")
 """Names under which configs keep the number of a placeholder."""
 
 
+CROSS = (
+    "whose decoder reads visual tokens by cross-attention; vlm_prune drops visual tokens that are rows of the "
+    "decoder's own sequence"
+)
+
+REFUSED = {
+    "blip": f"it is a captioner {CROSS}.",
+    "diffusion_gemma": "it writes blocks of text by diffusion, and reads the prompt again for each.",
+    "evolla": "it reads proteins, not images.",
+    "git": "its visual tokens stand in front of the prompt without placeholders, and its cache counts them by itself.",
+    "granite4_vision": "it adds image features to the hidden states of several decoder layers.",
+    "idefics": f"it is a model {CROSS}.",
+    "kosmos-2": "image_embeds_position_mask says where its visual tokens are, and not a placeholder in input_ids.",
+    "kosmos-2.5": "image_embeds_position_mask says where its visual tokens are, and not a placeholder in input_ids.",
+    "mistral4": "it takes no images.",
+    "mllama": f"it is a model {CROSS}.",
+    "pi0": "it answers with the movements of a robot, not with text.",
+    "pix2struct": f"it is an encoder-decoder, {CROSS}.",
+}
+"""Model types whose visual tokens enter in another way -> the sentence that says so."""
+
+
 def anatomy(model: Any) -> Anatomy:
     """The parts of a model that scatters image features at placeholders.
 
     Raises:
         ValueError: it has none of the parts by which such a model is known.
     """
+    if sentence := REFUSED.get(model.config.model_type):
+        raise ValueError(sentence)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"it is an encoder-decoder, {CROSS}.")
     base = find_base(model)
     decoder = find_decoder(model, base)
     kinds = [kind for kind, method in METHODS.items() if hasattr(base, method)]
     tokens = {kind: placeholder(model.config, kind) for kind in kinds}
-    if tokens["image"] is None:
-        raise ValueError("its config names no placeholder for images, such as image_token_id.")
     known = [kind for kind in kinds if tokens[kind] is not None]
+    if known != kinds and "image" not in known:
+        raise ValueError("its config names no placeholder for images, such as image_token_id.")
     return Anatomy(
         family=model.config.model_type,
         base=base,
@@ -52,7 +78,7 @@ def anatomy(model: Any) -> Anatomy:
 def find_base(model: Any) -> Any:
     """The module that encodes images and calls the decoder: the model inside the language-modelling head, or itself."""
     for module in (model.base_model, model):
-        if callable(getattr(module, METHODS["image"], None)):
+        if any(callable(getattr(module, method, None)) for method in METHODS.values()):
             return module
     raise ValueError(
         f"it has no {METHODS['image']}, by which images are encoded before they enter the decoder."
@@ -65,10 +91,12 @@ def find_decoder(model: Any, base: Any) -> Any:
     for _ in range(3):  # a language model with a head of its own has it one or two modules further in
         if isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             break
-        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
-        if inner is None or inner is decoder:
-            break
-        decoder = inner
+        inner = decoder.get_decoder()
+        decoder = getattr(decoder, "model", decoder) if inner is decoder else inner
+    if decoder is base:
+        raise ValueError(
+            "one module encodes its images and runs the decoder's layers, so no row can leave between the two."
+        )
     layers = getattr(decoder, "layers", None)
     if (
         not isinstance(layers, nn.ModuleList)

@@ -1,7 +1,8 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, packed into one sequence, with multimodal RoPE.
+"""Qwen-VL and the many families with such a tower: images of any size, packed into one sequence of patches.
 
-2.5 attends within windows in most blocks and sorts its units by window. 3 hands features of several blocks to the first
-layers of the decoder (deepstack).
+Qwen2-VL, 2.5-VL, 3-VL and 3.5, their Omni and mixture-of-experts relatives, GLM-4.xV, GLM-OCR, EXAONE 4.5, Cosmos and
+HyperCLOVA X. Some attend within windows in most blocks and sort their units by window (2.5), some hand features of
+several blocks to the first layers of the decoder (deepstack, 3), most have multimodal RoPE: all read off the model.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from ..contract.anatomy import Anatomy, PackedTower
 
 
 def anatomy(model: Any) -> Anatomy:
-    """The parts of a ``Qwen2VL-``, ``Qwen2_5_VL-`` or ``Qwen3VLForConditionalGeneration``."""
-    base, config = model.model, model.config
-    tower, vision = base.visual, config.vision_config
-    windowed, first = config.model_type == "qwen2_5_vl", config.model_type == "qwen2_vl"
+    """The parts of a model whose tower has ``blocks`` and a ``merger``, under whatever name."""
+    base, config = getattr(model, "model", model), model.config
+    if not hasattr(
+        base, "get_image_features"
+    ):  # the language model's layers and its head are one module further up
+        base = model
+    tower, vision = base.visual if hasattr(base, "visual") else base.vision_model, config.vision_config
     # what the first generation calls hidden_size is that of the decoder
+    first = hasattr(vision, "embed_dim")
     width = vision.embed_dim if first else vision.hidden_size
     inner = int(width * vision.mlp_ratio) if first else vision.intermediate_size
-    matrices = 3 if windowed else 2  # its MLP is gated
+    matrices = 3 if hasattr(tower.blocks[0].mlp, "gate_proj") else 2
+    windowed = hasattr(tower, "fullatt_block_indexes")
+    decoder = base.language_model if hasattr(base, "language_model") else base.model
+    tokens = (config.image_token_id, config.video_token_id)
     return Anatomy(
         family=config.model_type,
         base=base,
@@ -36,9 +44,9 @@ def anatomy(model: Any) -> Anatomy:
             weights=4 * width**2 + matrices * width * inner,
         ),
         projector=tower.merger,
-        decoder=base.language_model,
-        decoder_layers=list(base.language_model.layers),
-        image_tokens=(config.image_token_id, config.video_token_id),
+        decoder=decoder,
+        decoder_layers=list(decoder.layers),
+        image_tokens=tuple(dict.fromkeys(tokens)),
         tile="image",
-        mrope=True,
+        mrope=hasattr(base, "get_rope_index"),
     )

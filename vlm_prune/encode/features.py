@@ -18,7 +18,8 @@ from ..call.encode_call import EncodeCall, Offer, let_ride
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower
-from ..contract.policy import Keep, Policy
+from ..contract.keep import Keep
+from ..contract.policy import Policy
 from ..contract.views import FeaturesView
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows
@@ -104,6 +105,8 @@ class FeatureEncoder(EncodeStage):
         keeps, tiles = [], []
         for number, tile in enumerate(rows.split(call.units)):
             target = call.targets[number]
+            if self.composition.entry is not None and target < len(tile):
+                self._offer(call, number, tile, keys)
             view = FeaturesView(tile[None], call.grids[number], target, keys[number : number + 1], None, {})
             keep = self.ask_final(view) if target < len(tile) else None
             if keep is None:
@@ -115,6 +118,21 @@ class FeatureEncoder(EncodeStage):
             tiles.append(opened)
         call.keeps = keeps
         return torch.cat(tiles)
+
+    def _offer(self, call: EncodeCall, number: int, tile: torch.Tensor, keys: torch.Tensor) -> None:
+        """Let the decoder's entry choose among the features of a ``tile`` ``(tokens, channels)``."""
+        first = sum(call.units[:number])
+        call.offers.append(
+            Offer(
+                features=tile[None],
+                rows=torch.arange(first, first + len(tile), device=tile.device)[None],
+                spans=[number],
+                grid=call.grids[number],
+                target=call.targets[number],
+                content_key=keys[number : number + 1],
+                carry={},
+            )
+        )
 
 
 class FeatureReader:
@@ -151,10 +169,15 @@ def needs_tower(policy: Policy) -> bool:
     return reads or policy.per_image or policy.single_patches or policy.calls_projector
 
 
+def field_of(output: ModelOutput) -> str:
+    """Where in what a feature method returned the features are."""
+    return "last_hidden_state" if output.get("pooler_output") is None else "pooler_output"
+
+
 def features_of(output: Any) -> Any:
     """The features, a tensor or several, in what a feature method returned."""
     if isinstance(output, ModelOutput):
-        return output.pooler_output
+        return output[field_of(output)]
     # with return_dict=False, what the tower returned stands in front of them
     return output[1] if isinstance(output, tuple) and len(output) > 1 else output
 
@@ -163,7 +186,7 @@ def _replaced(output: Any, features: Any, opened: list[torch.Tensor]) -> Any:
     """What a feature method returned, with ``opened`` in place of its ``features``."""
     new: Any = opened[0] if isinstance(features, torch.Tensor) else type(features)(opened)
     if isinstance(output, ModelOutput):
-        output.pooler_output = new
+        setattr(output, field_of(output), new)
         return output
     return new if output is features else (output[0], new, *output[2:])
 

@@ -27,7 +27,9 @@ class Merger:
         call = self.stage.under_way()
         if call is None:
             return None
-        live = self._choose(call, args[0], self.group, after_projector=False)
+        # some towers (GLM) have made units of their patches by now
+        group = len(args[0]) * self.group // sum(tile.count for tile in call.state.tiles)
+        live = self._choose(call, args[0], group, after_projector=False)
         return None if live is None else (live, *args[1:])
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:

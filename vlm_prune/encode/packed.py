@@ -153,6 +153,9 @@ class PackedEncoder(EncodeStage):
         """Keep what a block's attention computed with; stock code calls it once per image or window."""
         call = self.under_way()
         if call is not None and (self.observes or not call.whole):
+            groups = query.shape[1] // key.shape[1]  # heads that share keys, in EXAONE's tower
+            if groups > 1:
+                key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
             call.state.seen.append((query, key, value, scaling))
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

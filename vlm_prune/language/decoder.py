@@ -22,11 +22,15 @@ from ..call.forward_call import RESUME, ForwardCall, current_forward, next_forwa
 from ..call.receipt import JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
+from ..errors import UnsupportedCallError
 from ..versions import cache_of
 from .drafts import join, split
 from .entry import Entry
 from .kinds import MaskMaker
 from .layers import DecoderLayers
+
+SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
+"""Arguments of a decoder that the engine shortens by rules of their own."""
 
 
 class Decoder:
@@ -83,6 +87,11 @@ class Decoder:
         if call.drafts and call.has_visual_tokens():
             kwargs, call = self._compute_prompt(call, kwargs)
             embeds = kwargs["inputs_embeds"]
+        if call.kinds and not call.encoded:
+            raise UnsupportedCallError(
+                "This call brings images that the model does not encode by its feature method, so none of their tokens "
+                "can be dropped. unprune(model) to go on with the stock model, and please report it."
+            )
         continued = pruned_layers(past)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
@@ -218,6 +227,10 @@ class Decoder:
         if features:
             masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
             self._note_deepstack(call, kwargs, *masks)
+        # what else a family hands its decoder for each row: embeddings per layer, kinds of tokens
+        for name, x in kwargs.items():
+            if name not in SHORTENED and isinstance(x, torch.Tensor) and x.shape[:2] == (batch, length):
+                kwargs[name] = stream.compact(x, order)
         return rows
 
     def _note_deepstack(

@@ -35,6 +35,7 @@ from .checks import runs_again
 from .eviction import Eviction
 from .kinds import STATES, layer_kinds, layer_mask
 from .look_ahead import look_ahead
+from .standard import check_attention, check_cuts
 
 
 class DecoderLayers:
@@ -72,6 +73,21 @@ class DecoderLayers:
         watched = {*self.pruned, *self.observed}
         self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction, session)
         self.sites: list[Site] = []
+        if cutting := [policy.name for asked in self.pruned.values() for policy, _ in asked]:
+            check_cuts(decoder, layers, cutting[0])
+        for number in range(self.depth):
+            if watching := self._watching(number):
+                check_attention(decoder, layers, number, watching[0])
+
+    def _watching(self, number: int) -> list[str]:
+        """Names of the policies that look at the attention of layer ``number``, or edit it."""
+        names = [policy.name for policy, _ in self.pruned.get(number, []) if policy.reads_attention]
+        names += [policy.name for policy, _ in self.pruned.get(number - 1, []) if policy.reads_ahead]
+        names += [policy.name for policy, _ in self.observed.get(number, [])]
+        names += [policy.name for policy in self.modulated.get(number, [])]
+        if self.eviction.steps:
+            names += [policy.name for policy, _ in self.eviction.layers.get(number, [])]
+        return names
 
     def __bool__(self) -> bool:
         return bool(self.pruned or self.modulated or self.eviction)
@@ -82,14 +98,7 @@ class DecoderLayers:
             handles.append(
                 layer.register_forward_pre_hook(partial(self.enter_layer, number), with_kwargs=True)
             )
-            reads = any(policy.reads_attention for policy, _ in self.pruned.get(number, []))
-            reads = (
-                reads
-                or number in self.ahead
-                or number in self.observed
-                or (self.eviction.steps and number in self.eviction.layers)
-            )
-            if reads or number in self.modulated:
+            if self._watching(number):
                 edit = self.attention.edit if number in self.modulated else None
                 self.sites.append(Site(layer.self_attn, number, self.attention.see, edit))
             # behind a cut, what stock code adds to the first layers' visual rows is added here

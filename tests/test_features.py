@@ -1,0 +1,171 @@
+"""Families of which only the features are known: the general adapter, and every promise on a few of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vlm_prune import PruningError, prune, pruned, unprune
+from vlm_prune.adapters.features import tile_sizes
+from vlm_prune.encode.features import FeatureEncoder
+from vlm_prune.errors import UnsupportedCallError, UnsupportedModelError
+from vlm_prune.eval.census.prompts import KINDS, prompt
+from vlm_prune.eval.census.shrink import IMAGE, PAD, tiny_model
+
+FAMILIES = ["mistral3", "gemma3", "ovis2", "hunyuan_vl", "deepseek_vl"]
+"""Pixtral's tower, an outside mask with sliding windows, soft visual words, newlines with M-RoPE, an aligner."""
+
+RATIO = 0.4
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@cache
+def model_of(family: str) -> nn.Module:
+    return tiny_model(family)
+
+
+def together(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Prompts as a batch, padded on the left."""
+    length = max(p["input_ids"].shape[1] for p in prompts)
+    batch = {}
+    for name in prompts[0]:
+        parts = [p[name] for p in prompts]
+        if name in ("input_ids", "attention_mask", *KINDS):
+            fill = PAD if name == "input_ids" else 0
+            parts = [torch.nn.functional.pad(x, (length - x.shape[1], 0), value=fill) for x in parts]
+        batch[name] = torch.cat(parts)
+    return batch
+
+
+@families
+@pytest.mark.parametrize("policy", ["uniform", "divprune", "random"])
+def test_a_batch_gives_what_its_rows_give_alone(family, policy):
+    model = model_of(family)
+    singles = [prompt(model, images, seed) for images, seed in ((1, 3), (2, 4), (3, 5))]
+    batch = together(singles)
+    with pruned(model, policy, ratio=RATIO):
+        logits = model(**batch).logits
+        kept = model.pruning.receipt.kept
+        alone = []
+        for row, single in enumerate(singles):
+            expected = model(**single).logits[0]
+            alone += model.pruning.receipt.kept
+            there = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(logits[row, there], expected, atol=2e-4, rtol=1e-3)
+    assert kept == alone
+    assert len(kept) == 6
+    assert all(0 < len(units) < 100 for units in kept)
+
+
+@families
+def test_beams_and_drafts_of_a_prompt_with_two_images(family):
+    model, inputs = model_of(family), prompt(model_of(family), 2)
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    with pruned(model, "uniform", ratio=RATIO):
+        beams = model.generate(**inputs, **greedy, num_beams=3)
+        assert beams.shape == (1, inputs["input_ids"].shape[1] + 5)
+        expected = model.generate(**inputs, **greedy)
+        assert torch.equal(model.generate(**inputs, **greedy, use_cache=False), expected)
+
+
+@families
+def test_the_receipt_counts_what_entered_the_decoder(family):
+    model, inputs = model_of(family), prompt(model_of(family), 2)
+    with pruned(model, "uniform", ratio=RATIO):
+        model(**inputs)
+        receipt = model.pruning.receipt
+    dense = sum(rows * columns for rows, columns in receipt.grids)
+    assert dense == (inputs["input_ids"] == IMAGE).sum()
+    left = sum(map(len, receipt.kept))
+    assert left == sum(receipt.targets) < dense
+    assert set(receipt.decoder_tokens) == {inputs["input_ids"].shape[1] - dense + left}
+
+
+@families
+def test_training_reaches_the_tower(family):
+    model, inputs = tiny_model(family).train(), prompt(model_of(family), 1)
+    prune(model, "uniform", ratio=RATIO)
+    with torch.enable_grad():
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+        model(**inputs, labels=labels).loss.backward()
+    grads = [p.grad for name, p in model.named_parameters() if p.grad is not None and "vi" in name]
+    assert grads
+    assert all(g.isfinite().all() for g in grads)
+
+
+@families
+def test_policies_that_look_into_the_tower_are_refused(family):
+    model = model_of(family)
+    for policy in ("flowcut", "visionzip", "downsample"):
+        with pytest.raises(UnsupportedModelError, match=f"{policy} looks into the vision tower"):
+            prune(model, policy)
+    assert not hasattr(model, "pruning")
+
+
+def test_the_feature_method_is_given_back():
+    model = model_of("mistral3")
+    stock = type(model.model).get_image_features
+    prune(model, "uniform")
+    assert "get_image_features" in vars(model.model)
+    unprune(model)
+    assert model.model.get_image_features.__func__ is stock
+
+
+def test_a_model_that_loses_its_holes_is_found_out(monkeypatch):
+    """Were features smoothed on their way, dropped rows would come back."""
+    model, inputs = tiny_model("mistral3"), prompt(model_of("mistral3"), 1)
+    original = FeatureEncoder.choose
+
+    def smoothed(self: Any, *args: Any) -> Any:
+        call, features = original(self, *args)
+        return call, [x.nan_to_num() for x in features]
+
+    monkeypatch.setattr(FeatureEncoder, "choose", smoothed)
+    prune(model, "uniform", ratio=RATIO)
+    with pytest.raises(UnsupportedCallError, match="none is missing where the language model begins"):
+        model(**inputs)
+
+
+def test_a_model_that_encodes_by_another_method_is_found_out(monkeypatch):
+    model, inputs = tiny_model("mistral3"), prompt(model_of("mistral3"), 1)
+    prune(model, "uniform", ratio=RATIO)
+    stock = type(model.model).get_image_features
+    monkeypatch.setattr(model.model, "get_image_features", lambda *a, **k: stock(model.model, *a, **k))
+    with pytest.raises(UnsupportedCallError, match="does not encode by its feature method"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("family", ["mllama", "florence2", "git", "chameleon", "kosmos-2"])
+def test_other_ways_in_are_refused_with_their_sentence(family):
+    with pytest.raises(PruningError) as refusal:
+        prune(tiny_model(family), "uniform")
+    assert "has no adapter" not in str(refusal.value)
+    assert len(str(refusal.value).split()) > 8
+
+
+@pytest.mark.parametrize(
+    ("given", "shapes", "grids"),
+    [
+        ({"image_grid_thw": [[1, 4, 6], [1, 8, 4]]}, [(14,)], [(2, 3), (4, 2)]),
+        ({"image_grid_thw": [[2, 4, 6]]}, [(12,)], [(2, 3), (2, 3)]),
+        ({"image_grid_thw": [[1, 4, 4]]}, [(7,)], [(1, 7)]),  # newlines among them
+        ({"pixel_values": torch.zeros(3, 3, 8, 8)}, [(12,)], [(2, 2)] * 3),
+        ({"pixel_values": torch.zeros(1, 3, 3, 8, 8)}, [(12,)], [(2, 2)] * 3),
+        ({}, [(4,), (5,)], [(2, 2), (1, 5)]),
+        ({}, [(2, 9)], [(3, 3), (3, 3)]),
+        ({}, [(2, 3, 5)], [(3, 5), (3, 5)]),
+    ],
+)
+def test_tiles_are_read_off_inputs_and_shapes(given, shapes, grids):
+    given = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in given.items()}
+    assert tile_sizes(given, shapes) == grids
