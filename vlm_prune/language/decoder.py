@@ -24,7 +24,7 @@ from ..call.rows import Rows
 from ..call.timing import Stopwatch
 from ..versions import cache_of
 from .drafts import join, split
-from .kinds import MaskMaker
+from .kinds import MaskMaker, layer_kinds
 from .layers import DecoderLayers
 
 
@@ -45,7 +45,7 @@ class Decoder:
         masks: MaskMaker | None = None,
     ):
         self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
-        self.masks = masks
+        self.masks, self.chunked = masks, "chunked_attention" in layer_kinds(module.config)
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
@@ -120,8 +120,11 @@ class Decoder:
         mask = kwargs.get("attention_mask")
         if is_prepared(mask) and call.owner is not None and not is_prepared(call.given):
             mask = call.given
-        mask = padding_mask(mask, past, blocks=call.types is not None)
-        return None if mask is None else mask.to(kwargs["inputs_embeds"].device)
+        mask, embeds = padding_mask(mask, past, blocks=call.types is not None), kwargs["inputs_embeds"]
+        if mask is None and self.chunked:  # chunks begin behind what is masked out, and so behind what is missing
+            logical = int(past.get_seq_length()) if past is not None else 0
+            mask = embeds.new_ones(len(embeds), logical + embeds.shape[1], dtype=torch.bool)
+        return None if mask is None else mask.to(embeds.device)
 
     def _compute_prompt(
         self, call: ForwardCall, kwargs: dict[str, Any]
@@ -201,6 +204,7 @@ class Decoder:
 
         census, gone = call.count(), ~alive if self.positions == "compact" else None
         rows, kwargs["inputs_embeds"], order = rows.close(embeds, live, census.width, not census.even, gone)
+        kwargs.update(_cut_along(kwargs, embeds, order))
         if features:
             masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
             self._note_deepstack(call, kwargs, *masks)
@@ -225,9 +229,11 @@ class Decoder:
             by_layer = call.layer_rows or [call.entered] * self.depth
             counts = [r.count for r in by_layer]
             if not rows.whole:
-                output.last_hidden_state = rows.restore(live := output.last_hidden_state)
-                # the next token follows from the last row that is left, also where the prompt ends with a dropped one
-                output.last_hidden_state[:, -1] = live[:, -1]
+                live = output.last_hidden_state
+                if live.shape[1] == rows.count:  # else the last rows, all that some decoders compute where asked for no more
+                    output.last_hidden_state = rows.restore(live)
+                    # the next token follows from the last row that is left, also where the prompt ends with a dropped one
+                    output.last_hidden_state[:, -1] = live[:, -1]
                 leave_live_rows(rows)
                 if output.hidden_states is not None:
                     states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
@@ -244,6 +250,19 @@ class Decoder:
         if len(call.encoded) > 1 and call.owner is not None:
             call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
         return output if call.prompt is None else join(call.prompt, output)
+
+
+OF_THEIR_OWN = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
+"""Arguments of a decoder that follow its rows in a way of their own."""
+
+
+def _cut_along(kwargs: dict[str, Any], embeds: torch.Tensor, order: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The other arguments with something for each row ``(batch, length, ...)``, such as inputs of single layers."""
+    return {
+        name: stream.compact(x, order.to(x.device))
+        for name, x in kwargs.items()
+        if name not in OF_THEIR_OWN and isinstance(x, torch.Tensor) and x.shape[:2] == embeds.shape[:2]
+    }
 
 
 def _types(rows: Rows, types: torch.Tensor, past: Cache | None) -> torch.Tensor:

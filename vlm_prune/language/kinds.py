@@ -14,7 +14,7 @@ import torch
 from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..cache.storage import KNOWN
+from ..cache.storage import is_known
 from ..errors import UnsupportedModelError
 from ..versions import CACHE
 from .checks import TOKEN_TYPES
@@ -93,7 +93,7 @@ def mask_maker(model: Any) -> MaskMaker | None:
 def check_decoder(decoder: Any) -> None:
     """Raise if a layer of the decoder remembers tokens in a way that is not known here."""
     for layer in DynamicCache(config=decoder.config).layers:
-        if type(layer) not in KNOWN:
+        if not is_known(type(layer)):
             raise UnsupportedModelError(
                 f"The language model {type(decoder).__name__} has cache layers of kind {type(layer).__name__}, of "
                 "which it is not known what they keep of a shortened prompt: decoders of full, sliding, chunked, "
