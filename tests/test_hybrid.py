@@ -1,4 +1,4 @@
-"""Decoders of every kind of layer keep every promise: they give what the stock decoder gives for the shortened prompt."""
+"""Decoders of every kind of layer give what the stock decoder gives for the shortened prompt."""
 
 from __future__ import annotations
 

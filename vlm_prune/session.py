@@ -78,10 +78,13 @@ class Pruning:
         else:
             self._encoder = Encoder(tower, anatomy.projector, policies, share, self)
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
-        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets, deepstack)
+        masks = mask_maker(model)
+        layers = DecoderLayers(
+            anatomy.decoder, anatomy.decoder_layers, budgets, deepstack, blocks=masks is not None
+        )
         self._layers = layers if layers else None
         self._decoder = Decoder(
-            anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers, mask_maker(model)
+            anatomy.decoder, len(anatomy.decoder_layers), self.positions, self._layers, masks
         )
         try:
             self._install()

@@ -1,9 +1,9 @@
 """Stock cache layers of every kind that can hold a pruned sequence: what they hold, how to replace it, what it weighs.
 
 Growing layers (``DynamicLayer``) hold tensors as long as the sequence. Static ones hold slots for the longest sequence,
-filled from the left. Quantised ones hold codes, and the last rows as they are. Sliding ones of either kind hold the rows
-of a window only, and indexed ones a second kind of keys. Linear-attention layers hold no rows but a state of one size
-(or of a convolution), which a shortened sequence simply runs through; layers that borrow the keys of another hold
+filled from the left. Quantised ones hold codes, and the last rows as they are. Sliding ones of either kind hold the
+rows of a window only, and indexed ones a second kind of keys. Linear-attention layers hold no rows but a state of one
+size (or of a convolution), which a shortened sequence simply runs through; layers that borrow the keys of another hold
 nothing.
 """
 

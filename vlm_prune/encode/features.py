@@ -157,7 +157,9 @@ def _replaced(output: Any, features: Any, opened: list[torch.Tensor]) -> Any:
 
 def tile_keys(pixels: Any, tiles: int, device: torch.device) -> torch.Tensor:
     """A number per tile that depends on its pixels alone, int64 ``(tiles,)``; 0 where these cannot be told apart."""
-    several = [pixels, pixels.flatten(0, 1)] if isinstance(pixels, torch.Tensor) and pixels.dim() == 5 else [pixels]
+    several = (
+        [pixels, pixels.flatten(0, 1)] if isinstance(pixels, torch.Tensor) and pixels.dim() == 5 else [pixels]
+    )
     for given in several:
         if isinstance(given, torch.Tensor) and len(given) == tiles:
             return content_key(given).to(device)

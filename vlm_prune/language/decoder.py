@@ -22,9 +22,10 @@ from ..call.forward_call import RESUME, ForwardCall, current_forward, leave_live
 from ..call.receipt import JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
+from ..errors import UnsupportedCallError
 from ..versions import cache_of
 from .drafts import join, split
-from .kinds import MaskMaker, layer_kinds
+from .kinds import MaskMaker, forgets, layer_kinds
 from .layers import DecoderLayers
 
 
@@ -121,7 +122,9 @@ class Decoder:
         if is_prepared(mask) and call.owner is not None and not is_prepared(call.given):
             mask = call.given
         mask, embeds = padding_mask(mask, past, blocks=call.types is not None), kwargs["inputs_embeds"]
-        if mask is None and self.chunked:  # chunks begin behind what is masked out, and so behind what is missing
+        if (
+            mask is None and self.chunked
+        ):  # chunks begin behind what is masked out, and so behind what is missing
             logical = int(past.get_seq_length()) if past is not None else 0
             mask = embeds.new_ones(len(embeds), logical + embeds.shape[1], dtype=torch.bool)
         return None if mask is None else mask.to(embeds.device)
@@ -203,6 +206,13 @@ class Decoder:
             return rows
 
         census, gone = call.count(), ~alive if self.positions == "compact" else None
+        if logical and not census.even and forgets(self.module.config):
+            raise UnsupportedCallError(
+                f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "
+                f"{max(census.live)}) behind what their cache holds. They would be filled up in the middle, where "
+                "windows and linear-attention states of this decoder count what is not there. Call it with one "
+                "sequence at a time, with images of the same number and budget for each, or without the cache."
+            )
         rows, kwargs["inputs_embeds"], order = rows.close(embeds, live, census.width, not census.even, gone)
         kwargs.update(_cut_along(kwargs, embeds, order))
         if features:
@@ -230,9 +240,11 @@ class Decoder:
             counts = [r.count for r in by_layer]
             if not rows.whole:
                 live = output.last_hidden_state
-                if live.shape[1] == rows.count:  # else the last rows, all that some decoders compute where asked for no more
+                if (
+                    live.shape[1] == rows.count
+                ):  # some decoders compute the last rows only, if no more are asked for
                     output.last_hidden_state = rows.restore(live)
-                    # the next token follows from the last row that is left, also where the prompt ends with a dropped one
+                    # the next token follows from the last row that is left, even if the prompt ends with a dropped one
                     output.last_hidden_state[:, -1] = live[:, -1]
                 leave_live_rows(rows)
                 if output.hidden_states is not None:
@@ -252,7 +264,13 @@ class Decoder:
         return output if call.prompt is None else join(call.prompt, output)
 
 
-OF_THEIR_OWN = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
+OF_THEIR_OWN = (
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
 """Arguments of a decoder that follow its rows in a way of their own."""
 
 

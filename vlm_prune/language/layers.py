@@ -26,23 +26,28 @@ from ..call.forward_call import RESUME, ForwardCall, current_forward
 from ..call.rows import Rows
 from ..contract.policy import Policy
 from ..contract.views import PrefillView
-from ..errors import UnsupportedCallError
+from ..errors import PolicyError, UnsupportedCallError
 from ..sites import Site
 from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
-from .kinds import STATES, layer_kinds, layer_mask
+from .kinds import FULL, STATES, layer_kinds, layer_mask, shared_between_layers
 
 
 class DecoderLayers:
     """The hooks on single decoder layers for policies that prune in prefill or modulate attention.
 
     ``policies`` are (policy, budget) pairs in the written order of the composition. Behind the first ``deepstack``
-    layers stock code adds features to visual rows.
+    layers stock code adds features to visual rows. ``blocks`` says that tokens of an image may look at each other.
     """
 
     def __init__(
-        self, decoder: Any, layers: list[Any], policies: list[tuple[Policy, Budget]], deepstack: int = 0
+        self,
+        decoder: Any,
+        layers: list[Any],
+        policies: list[tuple[Policy, Budget]],
+        deepstack: int = 0,
+        blocks: bool = False,
     ):
         self.decoder, self.layers, self.policies, self.deepstack = decoder, layers, policies, deepstack
         self.depth, self.kinds = len(layers), layer_kinds(decoder.config)
@@ -57,8 +62,40 @@ class DecoderLayers:
             editors.sort(key=lambda policy: ("logits", "probabilities", "outputs").index(policy.modulates))
         self.trimmed = {layer for policy, _ in policies for layer in policy.trimmed_layers(self.depth)}
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
+        self._check(blocks)
         self.attention = DecoderAttention(self.depth, self.pruned, self.modulated)
         self.sites: list[Site] = []
+
+    def _check(self, blocks: bool) -> None:
+        """Raise if a policy wants of a layer what layers of its kind, or those behind it, do not allow."""
+        whole = shared_between_layers(self.decoder, self.layers)
+        full = [
+            n for n, kind in enumerate(self.kinds) if kind == FULL and hasattr(self.layers[n], "self_attn")
+        ]
+        for policy, _ in self.policies:
+            cut, edited = policy.prefill_layers(self.depth), policy.modulate_layers(self.depth)
+            if (cut or edited) and whole is not None:
+                raise PolicyError(
+                    f"{policy.name} acts between the layers of {type(self.decoder).__name__}, which need all tokens: "
+                    f"{whole}. Choose a policy of the encode stage, which shortens the prompt before the first layer."
+                )
+            if cut and blocks:
+                raise PolicyError(
+                    f"{policy.name} drops tokens between the layers of {type(self.decoder).__name__}, where those of "
+                    "an image look at each other by a mask that the model makes for all layers at once. Choose a "
+                    "policy of the encode stage, which shortens the prompt before that."
+                )
+            looked_at = {
+                *edited,
+                *policy.trimmed_layers(self.depth),
+                *(cut if policy.reads_attention else ()),
+            }
+            if other := sorted(looked_at - set(full)):
+                kinds = sorted({self.kinds[n].replace("_", " ") for n in other})
+                raise PolicyError(
+                    f"{policy.name} looks at attention in layers {other} of {type(self.decoder).__name__}, which are "
+                    f"of {' and '.join(kinds)}. It can in layers of full attention only, which are {full}."
+                )
 
     def __bool__(self) -> bool:
         return bool(self.pruned or self.modulated)
