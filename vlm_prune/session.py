@@ -52,7 +52,6 @@ class Pruning:
         budget: Budget,
         wrapper: nn.Module | None = None,
     ):
-        check_decoder(anatomy.decoder)
         self._model, self._wrapper, self._written = model, wrapper, policies
         policies = tuple(
             policy.for_decoder(anatomy.decoder.config).for_family(anatomy.family, anatomy.mrope)
@@ -78,6 +77,7 @@ class Pruning:
         else:
             self._encoder = Encoder(tower, anatomy.projector, policies, share, self)
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
+        check_decoder(anatomy.decoder, self.positions)
         masks = mask_maker(model)
         layers = DecoderLayers(
             anatomy.decoder, anatomy.decoder_layers, budgets, deepstack, blocks=masks is not None

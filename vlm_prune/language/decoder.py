@@ -46,7 +46,12 @@ class Decoder:
         masks: MaskMaker | None = None,
     ):
         self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
-        self.masks, self.chunked = masks, "chunked_attention" in layer_kinds(module.config)
+        kinds = layer_kinds(module.config)
+        self.masks, self.chunked, self.indexed = (
+            masks,
+            "chunked_attention" in kinds,
+            "indexed_attention" in kinds,
+        )
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
@@ -89,6 +94,7 @@ class Decoder:
             return (args, kwargs) if call.prompt is not None else None
         if not (holes or inside):
             self._continue(call, kwargs, past)
+            self._unwrap(call, kwargs, past)
             if under_way is None and self.layers is not None:
                 kwargs[RESUME] = call
             return args, kwargs
@@ -105,6 +111,7 @@ class Decoder:
             kwargs["attention_mask"] = self.masks(
                 kwargs["inputs_embeds"], joined, past, _types(rows, blocks, past)
             )
+        self._unwrap(call, kwargs, past)
         if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
@@ -159,6 +166,20 @@ class Decoder:
             kwargs["attention_mask"] = slots_of(slots, layer, layer)
         elif layer.seen is not None:
             kwargs["attention_mask"] = behind(layer.seen, call.mask, lambda: layer.logical + length)
+
+    def _unwrap(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> None:
+        """Show stock cache layers to a decoder whose indexers ask them how many rows they hold.
+
+        All of its layers hold the same rows, since none may be dropped between them.
+        """
+        first, mask = first_layer(past), kwargs.get("attention_mask")
+        if first is None or not self.indexed or call.owner is None or is_prepared(mask):
+            return
+        if kwargs.get("position_ids") is None:
+            length, device = kwargs["inputs_embeds"].shape[1], kwargs["inputs_embeds"].device
+            kwargs["position_ids"] = torch.arange(length, device=device)[None] + first.get_seq_length()
+        kwargs["attention_mask"] = None if mask is None else mask[:, first.missing :]
+        call.unwrap(past)
 
     def _fit(
         self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
@@ -231,6 +252,7 @@ class Decoder:
         call = current_forward()
         if call is None or call.probing:
             return None
+        call.wrap_again()
         length = output.last_hidden_state.shape[1]
         counts = [length] * self.depth
         cache: Cache | None = cache_of(output)

@@ -16,13 +16,14 @@ from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache.storage import is_known
-from ..errors import UnsupportedModelError
+from ..errors import PolicyError, UnsupportedModelError
 from ..versions import CACHE
 from .checks import TOKEN_TYPES
 
 FULL = "full_attention"
 STATES = ("linear_attention", "conv")
-WINDOWS = ("sliding_attention", "chunked_attention")
+BY_POSITION = "minimax_m3_sparse"
+"""Layers that take a key's position for its number."""
 
 
 def layer_kinds(config: Any) -> list[str]:
@@ -108,8 +109,13 @@ def mask_maker(model: Any) -> MaskMaker | None:
     return make
 
 
-def check_decoder(decoder: Any) -> None:
-    """Raise if a layer of the decoder remembers tokens in a way that is not known here."""
+def check_decoder(decoder: Any, positions: str) -> None:
+    """Raise if a layer of the decoder remembers tokens in a way that is not known here, or not with these positions."""
+    if BY_POSITION in layer_kinds(decoder.config) and positions == "original":
+        raise PolicyError(
+            f'positions="original": {type(decoder).__name__} finds blocks of keys by their position, so that what is '
+            'left of a prompt has to be renumbered. Give positions="compact".'
+        )
     for layer in DynamicCache(config=decoder.config).layers:
         if not is_known(type(layer)):
             raise UnsupportedModelError(
