@@ -1,4 +1,4 @@
-"""Where decoders have windows or states: cuts between their layers, static caches, and what is refused with its reason."""
+"""Where decoders have windows or states: cuts between their layers, static caches, and what is refused and why."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CONFIG_MAPPING, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tests.decoders import DECODERS, STATEFUL, WINDOW, WINDOWED, shared
+from tests.decoders import KINDS, PLAIN, STATEFUL, WINDOW, WINDOWED, shared
 from tests.models import IMAGE, LAYOUTS, prompt
 from tests.reference import budget
 from tests.refusal import refuses
@@ -77,7 +77,7 @@ def by_hand(model, batch, cut):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])
-@decoders
+@pytest.mark.parametrize("decoder", PLAIN)
 def test_tokens_that_leave_between_layers(decoder, cut):
     model, batch = shared(decoder), prompt(FAMILY, [(4, -1, 6)])
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_tokens_that_leave_between_layers(decoder, cut):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])
-@decoders
+@pytest.mark.parametrize("decoder", PLAIN)
 def test_they_stay_away_in_later_steps_and_turns(decoder, cut):
     """With a cache as without one, alone as in a batch."""
     model, batch = shared(decoder), prompt(FAMILY, LAYOUTS["ragged"])
@@ -104,7 +104,7 @@ def test_they_stay_away_in_later_steps_and_turns(decoder, cut):
             assert torch.equal(generate(model, {**inputs, CACHE: cache_of(alone)}), want)
 
 
-@decoders
+@pytest.mark.parametrize("decoder", PLAIN)
 def test_fastv_reads_a_layer_of_full_attention(decoder):
     model, batch = shared(decoder), prompt(FAMILY, LAYOUTS["ragged"])
     if decoder == "mistral":
@@ -180,5 +180,11 @@ def test_a_window_where_the_decoder_has_none_is_refused():
         model(**batch.inputs, **{CACHE: cache})
 
 
-def test_every_decoder_is_of_a_kind():
-    assert set(DECODERS) == {*WINDOWED, *STATEFUL, "deepseek_v3"}
+def test_layers_that_share_something_need_all_tokens():
+    for decoder, why in (
+        ("gemma3n", "inputs of its own"),
+        ("glm5_next", "tokens their attention has chosen"),
+    ):
+        if decoder in KINDS and KINDS[decoder][0] in CONFIG_MAPPING:
+            with pytest.raises(PolicyError, match=f"need all tokens: .*{why}.*encode stage"):
+                prune(shared(decoder), EveryThird())
