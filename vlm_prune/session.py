@@ -55,7 +55,6 @@ class Pruning:
         composition: Composition,
         wrapper: nn.Module | None = None,
     ):
-        check_decoder(anatomy.decoder)
         check_unshared(anatomy)
         self._model, self._wrapper, self._anatomy, self._composition = model, wrapper, anatomy, composition
         self.policies, self.budget, self.family = composition.policies, composition.budget, anatomy.family
@@ -72,7 +71,11 @@ class Pruning:
         else:
             self._encoder = Encoder(tower, anatomy.projector, composition, self)
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
-        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, composition, deepstack, self)
+        check_decoder(anatomy.decoder, composition.positions)
+        masks = mask_maker(model)
+        layers = DecoderLayers(
+            anatomy.decoder, anatomy.decoder_layers, composition, deepstack, self, blocks=masks is not None
+        )
         self._layers = layers if layers else None
         entry = None if composition.entry is None else Entry(composition.entry)
         self._decoder = Decoder(
@@ -82,7 +85,7 @@ class Pruning:
             self._layers,
             self,
             entry,
-            mask_maker(model),
+            masks,
         )
         # whoever looks at the prompt in the decoder has to see all of it, and no drafts behind it
         self._reads_prompt = self._layers is not None or entry is not None

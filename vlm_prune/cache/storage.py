@@ -40,9 +40,22 @@ KNOWN = (*PLAIN, *SLIDING, *INDEXED, *STATE, *NOTHING, *BOTH)
 indexer, linear attention, none of its own, and linear attention beside another."""
 
 
+def is_known(kind: type) -> bool:
+    """Whether layers of this class keep what is known here: those of transformers, and others that append all rows."""
+    if kind in KNOWN:
+        return True
+    appends = DynamicLayer if issubclass(kind, DynamicLayer) else StaticLayer
+    return all(getattr(kind, name, None) is getattr(appends, name) for name in ("update", "get_mask_sizes"))
+
+
 def has_rows(layer: Any) -> bool:
     """Whether a layer holds a key for each token, or for each of a window."""
     return isinstance(layer, CacheLayerMixin)
+
+
+def holds_rows(layer: Any) -> bool:
+    """Whether a layer that a prompt went through holds rows of it."""
+    return has_rows(layer) and bool(layer.is_initialized)
 
 
 def is_sliding(layer: Any) -> bool:
@@ -72,7 +85,7 @@ def check_cache(cache: Cache | None, config: Any) -> None:
     for number, layer in enumerate(cache.layers):
         inner = getattr(layer, "inner", layer)
         stock = fit[number] if number < len(fit) else DynamicLayer
-        known = type(inner) in KNOWN or is_quantised(inner)
+        known = is_known(type(inner)) or is_quantised(inner)
         if not known or (is_sliding(inner) and not getattr(stock, "is_sliding", False)):
             raise UnsupportedCallError(
                 f"A pruned model cannot use a cache of {type(inner).__name__} layers here, where this decoder has "

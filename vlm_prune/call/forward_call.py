@@ -62,6 +62,7 @@ class ForwardCall:
         deepstack: features that stock code adds behind the decoder's first layers.
         census: what `count` found, if anyone asked.
         left: visual tokens of each sequence that are left by now; ``None`` while nobody asked.
+        wrapped: a cache whose layers the decoder sees as stock ones for the moment, and these layers.
         owner: whose forward this is.
     """
 
@@ -89,6 +90,7 @@ class ForwardCall:
     census: Census | None = None
     left: list[int] | None = None
     stopwatch: Stopwatch | None = None
+    wrapped: tuple[Any, list[Any]] | None = None
     owner: Any = None
 
     def may_have_holes(self, embeds: torch.Tensor) -> bool:
@@ -105,6 +107,18 @@ class ForwardCall:
     def has_visual_tokens(self) -> bool:
         """Whether this forward brings visual tokens along."""
         return bool(self.encoded) or (self.unknown_features and bool(self.image_masks))
+
+    def unwrap(self, cache: Any) -> None:
+        """Let the decoder see the stock layers inside those of a pruned cache, which count the rows there are."""
+        self.wrapped = (cache, list(cache.layers))
+        cache.layers[:] = [getattr(layer, "inner", layer) for layer in cache.layers]
+
+    def wrap_again(self) -> None:
+        """Undo `unwrap`."""
+        if self.wrapped is not None:
+            cache, layers = self.wrapped
+            cache.layers[:] = layers
+            self.wrapped = None
 
     def add_encoded(self, call: EncodeCall) -> None:
         """Note tiles that were encoded inside this forward."""
@@ -302,6 +316,7 @@ def end_forward(owner: Any) -> ForwardCall | None:
     calls = _forwards.get()
     for number in reversed(range(len(calls))):
         if calls[number].owner is owner:
+            calls[number].wrap_again()  # where an exception kept the decoder from it
             _forwards.set(calls[:number])
             return calls[number]
     return None
