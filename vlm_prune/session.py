@@ -23,7 +23,7 @@ from .encode.assembler import FEATURE_METHODS, Arranger, FeatureMethod
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
-from .language.checks import brings_features, check_chunk, check_forward
+from .language.checks import brings_features, check_chunk, check_forward, count_placeholders
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
 from .language.layers import DecoderLayers, check_decoder
@@ -31,7 +31,6 @@ from .language.loss import Loss
 from .registry import POLICIES, policy_class
 from .saving import Saver
 from .versions import CHUNKS_BRING_IMAGES, cache_of, takes_encoded
-
 
 _pruned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruning]] = weakref.WeakKeyDictionary()
 """Whose hooks are on a module, of all modules that have any."""
@@ -80,6 +79,8 @@ class Pruning:
             self._encoder = PackedEncoder(tower, anatomy.projector, policies, share, self)
         else:
             self._encoder = Encoder(tower, anatomy.projector, policies, share, self)
+        if anatomy.features:
+            self._encoder.check_shared()
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
         layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, budgets, deepstack, self)
         self._layers = layers if layers else None
@@ -254,6 +255,8 @@ class Pruning:
         check_forward(self._anatomy, kwargs)
         if self._layers is not None:
             self._layers.check_recompute()
+        if self._anatomy.features:
+            call.placeholders = count_placeholders(self._anatomy, kwargs)
         given = kwargs.get("mm_encoder_outputs") or {}
         # videos have placeholders of their own, where there are two kinds; images are encoded first
         videos = len(self._anatomy.image_tokens) - 1
@@ -312,7 +315,8 @@ def check_unshared(anatomy: Anatomy) -> None:
         other = _pruned[module]() if module in _pruned else None
         if other is not None:
             raise StateError(
-                f"This model shares a {type(module).__name__} with another one, a {type(other._model).__name__} that is "
-                f"pruned by {other.name}: of models that share a module, one can be pruned at a time, and the others stay "
-                "as they are. unprune the other model first, or give this one a module of its own (copy.deepcopy)."
+                f"This model shares a {type(module).__name__} with another one, a {type(other._model).__name__} that "
+                f"is pruned by {other.name}: of models that share a module, one can be pruned at a time, and the "
+                "others stay as they are. unprune the other model first, or give this one a module of its own "
+                "(copy.deepcopy)."
             )

@@ -8,12 +8,10 @@ masks sliding windows. A static layer has slots instead, and is made with fewer 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..call.rows import Rows
@@ -21,9 +19,6 @@ from ..errors import UnsupportedCallError
 from ..kernels import gather_kv
 from . import storage
 from .masks import join_masks, past_mask
-
-PRUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Decoders that are pruned now. No other knows the positions and masks of what a pruned cache holds."""
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -38,7 +33,8 @@ class PrunedLayer(CacheLayerMixin):
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
-        decoder: the decoder that pruned what it holds.
+        admitted: whether the rows that come next are those of a pruned decoder. Only such a one knows the positions and
+            masks of what is left here.
         state: what policies keep with this layer between calls; tensors with the batch first.
         like: number of the first layer that holds the same tokens and remembers the same of them; -1 if nothing.
         spared: slots that a static layer was made without; ``None`` if it cannot be made smaller.
@@ -61,7 +57,7 @@ class PrunedLayer(CacheLayerMixin):
         self.shift: torch.Tensor | None = None
         self.prefilled = 0
         self.turn: Rows | None = None
-        self.decoder: weakref.ref[nn.Module] | None = None
+        self.admitted = False
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
 
@@ -128,14 +124,15 @@ class PrunedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows; as the stock layer. Raises if the decoder is not pruned any more."""
-        short = self.missing or self.seen is not None
-        if short and not torch.compiler.is_compiling() and self.decoder and self.decoder() not in PRUNED:
-            raise UnsupportedCallError(
-                "This cache holds a prompt whose visual tokens were pruned. The model is not pruned any more, and "
-                "knows neither positions nor mask of what is left. Go on inside the `with pruned(...)` block, prune "
-                "the model again, or start with a new cache."
-            )
+        """Append rows; as the stock layer. Raises if they are not those of a pruned decoder."""
+        if not torch.compiler.is_compiling():
+            if (self.missing or self.seen is not None) and not self.admitted:
+                raise UnsupportedCallError(
+                    "This cache holds a prompt whose visual tokens were pruned. The model that goes on with it is not "
+                    "pruned, or not any more, and knows neither positions nor mask of what is left. Go on inside the "
+                    "`with pruned(...)` block, prune this model, or start with a new cache."
+                )
+            self.admitted = False
         return self.inner.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> Any:
@@ -261,14 +258,20 @@ def spare_slots(cache: Cache | None, index: int, rows: Rows, trimmed: bool = Fal
         wrap(cache, index).shorten(rows.length - rows.count)
 
 
-def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None, decoder: nn.Module) -> None:
-    """Note in every layer of the cache which rows of the turn that just went through ``decoder`` really exist.
+def admit(layers: list[PrunedLayer]) -> None:
+    """A pruned decoder begins to compute: what it appends next to each of these layers is welcome."""
+    if not torch.compiler.is_compiling():
+        for layer in layers:
+            layer.admitted = True
+
+
+def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None) -> None:
+    """Note in every layer of the cache which rows of the turn that just went through really exist.
 
     ``mask`` is the caller's attention mask. A turn of which nothing was dropped leaves a stock cache stock.
     """
     if all(rows.whole for rows in layer_rows) and not pruned_layers(cache):
         return
-    PRUNED.add(decoder)  # which may be a copy of one that was pruned
     alike: dict[tuple[int, int, int], int] = {}
     for index, rows in enumerate(layer_rows):
         layer = wrap(cache, index)
@@ -285,7 +288,7 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None,
             if rows.shift is not None:
                 layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
             layer.prefilled, layer.turn = before + rows.length, rows
-        layer.like, layer.decoder = like, weakref.ref(decoder)
+        layer.like = like
         layer.describe_slots()
 
 

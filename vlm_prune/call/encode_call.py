@@ -1,9 +1,9 @@
 """State of a batch of tiles on its way from the tower to behind the projector.
 
 It lives in a context variable while they are encoded, never on a module, and belongs to one pruned model: a tower that
-is called by itself, or by another model that shares it, finds no `Encoding` of its own and is a stock tower. ``generate``
-encodes images before it calls forward, so an `EncodeCall` rides on the tower's output object, which stock code hands
-from the one to the other.
+is called by itself, or by another model that shares it, finds no `Encoding` of its own and is a stock tower.
+``generate`` encodes images before it calls forward, so an `EncodeCall` rides on the tower's output object, which stock
+code hands from the one to the other.
 """
 
 from __future__ import annotations

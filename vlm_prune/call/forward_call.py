@@ -41,10 +41,13 @@ class ForwardCall:
     Attributes:
         encoded: the tiles that this forward consumes.
         unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
+        placeholders: for each kind of placeholder, how many there are in the prompts, if that was counted.
         kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
         image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
             the decoder.
         mask: the caller's padding mask.
+        positions: what the decoder's rotary embeddings are to be made of, where stock code is not told, see
+            `language.decoder.Decoder`.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
         fitted: masks and positions made for layers that differ from it.
@@ -62,8 +65,10 @@ class ForwardCall:
     unknown_features: bool = False
     encoded: list[EncodeCall] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    placeholders: list[int] = field(default_factory=list)
     image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     rows: Rows | None = None
     entered: Rows | None = None
     layer_rows: list[Rows] = field(default_factory=list)
@@ -84,7 +89,7 @@ class ForwardCall:
         """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
         if self.encoded:
             return any(call.dropped != 0 for call in self.encoded)
-        return self.unknown_features and bool(embeds[..., 0].isnan().any())
+        return self.unknown_features and bool(stream.find_holes(embeds).any())
 
     @property
     def image_mask(self) -> torch.Tensor | None:
@@ -162,11 +167,6 @@ class ForwardCall:
                 self.census = self._plan(live.shape[1], planned)
             else:
                 self.census = Census.take(self.image_masks, live, alive)
-            if planned and alive is not None and self.census.holes % planned:
-                raise UnsupportedCallError(
-                    f"The image features hold {self.census.holes} rows of NaN where {planned} tokens were dropped: the "
-                    "vision tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
-                )
             if self.left is None:  # else a cut has counted since
                 self.left = list(self.census.visual)
         return self.census
@@ -223,6 +223,22 @@ class ForwardCall:
                 for sequence in owned[first : first + copies]:
                     sequence += mine
         return owned
+
+
+def check_rows(call: ForwardCall, rows: list[int]) -> None:
+    """Raise if the prompts have no place for each of the ``rows`` of each image that this forward is about to encode.
+
+    As `check_forward` does for models that do not assemble their images; nothing has been computed yet.
+    """
+    if not call.placeholders or not call.kinds:
+        return
+    found, need = call.placeholders[call.kinds[0]], sum(rows)
+    if found != need:
+        raise UnsupportedCallError(
+            f"input_ids hold {found} placeholders, but the {len(rows)} images or videos of this call need {need} "
+            f"({', '.join(map(str, rows[:8]))}). Let the processor write the prompt, with one <image> for every image, "
+            "and do not cut it off inside one; pruning does not change how many placeholders there are."
+        )
 
 
 def current_forward(owner: Any = None) -> ForwardCall | None:

@@ -1,4 +1,4 @@
-"""Feature methods of a pruned model: while one is under way its tower prunes; and what is chosen behind arranging tiles.
+"""Feature methods of a pruned model, during which its tower prunes, and what is chosen behind arranging tiles.
 
 Tokens are chosen *late*, behind the arranging, where the stock code resizes the grid, so that its tokens are not the
 tower's any more, or where all tiles of an image share one budget. A newline whose line of tokens is all gone goes too.
@@ -20,7 +20,6 @@ from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
 from .stage import EncodeStage, content_key
-
 
 FEATURE_METHODS = ("get_image_features", "get_video_features")
 """What transformers calls the methods of a base module that turn pixels into features."""
@@ -98,7 +97,7 @@ class Arranger(FeatureMethod):
             if not call.whole:
                 if not any(policy.drops_newlines for policy in self.encoder.policies):
                     alive = alive | packing.ends_line(alive)
-                rows = rows.masked_fill(~alive[:, None], torch.nan)
+                rows = stream.punch(rows, alive)
             features[i] = rows
         call.carry = {name: torch.cat(x) for name, x in carry.items()}
         grids = [grid for packing in call.packings for grid in packing.grids]
@@ -148,6 +147,11 @@ class Arranger(FeatureMethod):
             alive[index.flatten()] = chosen.flatten()
             if keep.rows is not None:
                 rows = rows.index_copy(0, index.flatten(), keep.rows.flatten(0, 1).to(rows.dtype))
+            # NaN ranks last with most policies: what overflowed would be dropped, and nobody would notice
+            overflow = (view.features * 0).sum((1, 2))[:, None, None]
+            rows = rows.index_add(
+                0, places.flatten(), overflow.expand(*places.shape, rows.shape[1]).flatten(0, 1)
+            )
         return rows, alive
 
     def _target(self, packing: Packing, group: Group) -> int:

@@ -7,13 +7,14 @@ follow; the hook behind it restores the full length and tells the cache. What ha
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..cache.layers import PRUNED, PrunedLayer, kv_bytes, pruned_layers, record_turn, spare_slots
+from ..cache.layers import PrunedLayer, admit, kv_bytes, pruned_layers, record_turn, spare_slots
 from ..cache.masks import behind, join_masks, padding_mask, past_mask, slot_mask, slots_of
 from ..cache.storage import check_cache
 from ..call import stream
@@ -40,17 +41,28 @@ class Decoder:
     ):
         self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
         self.session = session
+        self.ends: weakref.WeakKeyDictionary[Cache, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
-        handles.append(self)
-        PRUNED.add(self.module)
         handles.append(self.module.register_forward_pre_hook(self.enter, with_kwargs=True))
         handles.append(self.module.register_forward_hook(self.leave))
+        for name, child in self.module.named_children():
+            if name.startswith("rotary_emb"):
+                handles.append(child.register_forward_pre_hook(self.place, with_kwargs=True))
 
-    def remove(self) -> None:
-        """The decoder is not pruned any more; its hooks have handles of their own."""
-        PRUNED.discard(self.module)
+    def place(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let the rotary embeddings be those of the rows that are left.
+
+        They are the only ones who are told. To the rest of stock code positions with gaps would look like several
+        sequences in a row: flash attention, and masks made without a cache, would then keep these apart.
+        """
+        call = current_forward(self.session)
+        if call is None or call.probing or call.positions is None:
+            return None
+        return (args[0], call.positions), {k: x for k, x in kwargs.items() if k != "position_ids"}
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -74,6 +86,7 @@ class Decoder:
             kwargs, call = self._compute_prompt(call, kwargs)
             embeds = kwargs["inputs_embeds"]
         continued = pruned_layers(past)
+        admit(continued)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
         holes = call.may_have_holes(embeds)
@@ -91,7 +104,7 @@ class Decoder:
         call.rows = call.entered = rows
         for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
             spare_slots(past, layer, rows)
-        self._fit(kwargs, rows, continued[0] if continued else None, mask)
+        self._fit(call, kwargs, rows, continued[0] if continued else None, mask)
         if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
@@ -126,19 +139,22 @@ class Decoder:
             kwargs["attention_mask"] = behind(layer.seen, call.mask, lambda: layer.logical + length)
 
     def _fit(
-        self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
+        self,
+        call: ForwardCall,
+        kwargs: dict[str, Any],
+        rows: Rows,
+        layer: PrunedLayer | None,
+        mask: torch.Tensor | None,
     ) -> None:
         """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
         past: Cache | None = cache_of(kwargs)
         logical = int(past.get_seq_length()) if past is not None else 0
-        kwargs["position_ids"] = rows.positions
+        positions = rows.positions
         if layer is not None and layer.shift is not None:
-            kwargs["position_ids"] = rows.positions - layer.shift[:, None]
-        joined = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
-        if joined is None and not _caches(kwargs, self.module):
-            # without cache and mask, stock code takes a jump in the positions for the start of a packed sequence
-            joined = rows.order.new_ones(rows.order.shape)
-        kwargs["attention_mask"] = joined
+            positions = positions - layer.shift[:, None]
+        _, call.positions = stream.split_positions(positions)
+        kwargs["position_ids"] = None if positions.dim() == 2 else call.positions
+        kwargs["attention_mask"] = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
 
     def _rows(self, call: ForwardCall, kwargs: dict[str, Any], holes: bool, inside: bool) -> Rows:
         """Shorten the call's inputs, in ``kwargs``; returns what is left."""
@@ -183,6 +199,17 @@ class Decoder:
         kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"] = visual, features
         call.deepstack = Deepstack(visual, features)
 
+    def _end(self, last: torch.Tensor, rows: Rows, cache: Cache | None) -> torch.Tensor:
+        """What the next token of each sequence follows from: ``last`` ``(batch, channels)`` of this turn.
+
+        Of a prompt that comes in chunks, nothing may be left of the last one: then it is what the chunk before ended
+        with.
+        """
+        before = self.ends.get(cache) if cache is not None else None
+        if rows.valid is None or before is None or before.shape != last.shape:
+            return last
+        return torch.where(rows.valid[:, -1:].to(last.device), last, before.to(last.device, last.dtype))
+
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Restore the full length and note in the cache what is missing."""
         call = current_forward(self.session)
@@ -198,7 +225,7 @@ class Decoder:
             if not rows.whole:
                 output.last_hidden_state = rows.restore(live := output.last_hidden_state)
                 # the next token follows from the last row that is left, also where the prompt ends with a dropped one
-                output.last_hidden_state[:, -1] = live[:, -1]
+                output.last_hidden_state[:, -1] = self._end(live[:, -1], rows, cache)
                 self.session.leave_live_rows(rows)
                 if output.hidden_states is not None:
                     states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
@@ -206,7 +233,10 @@ class Decoder:
             if cache is not None:
                 if self.layers is not None:
                     by_layer = self.layers.trim_cache(cache, by_layer, rows)
-                record_turn(cache, by_layer, call.mask, self.module)
+                record_turn(cache, by_layer, call.mask)
+        if cache is not None and not torch.compiler.is_compiling():
+            end = output.last_hidden_state[:, -1].detach()
+            self.ends[cache] = end.clone() if length > 1 else end
         weight = None if cache is None or not call.encoded else kv_bytes(cache)
         for number, encoded in enumerate(call.encoded):
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, weight)
@@ -215,8 +245,3 @@ class Decoder:
         if len(call.encoded) > 1 and call.owner is not None:
             call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
         return output if call.prompt is None else join(call.prompt, output)
-
-
-def _caches(kwargs: dict[str, Any], module: Any) -> bool:
-    use = kwargs.get("use_cache")
-    return bool(module.config.use_cache if use is None else use)
