@@ -33,6 +33,7 @@ class PrunedLayer(CacheLayerMixin):
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
+        short: whether this layer, or another one of its cache, holds less than the caller passed.
         admitted: whether the rows that come next are those of a pruned decoder. Only such a one knows the positions and
             masks of what is left here.
         state: what policies keep with this layer between calls; tensors with the batch first.
@@ -57,7 +58,7 @@ class PrunedLayer(CacheLayerMixin):
         self.shift: torch.Tensor | None = None
         self.prefilled = 0
         self.turn: Rows | None = None
-        self.admitted = False
+        self.short = self.admitted = False
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
 
@@ -126,7 +127,7 @@ class PrunedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append rows; as the stock layer. Raises if they are not those of a pruned decoder."""
         if not torch.compiler.is_compiling():
-            if (self.missing or self.seen is not None) and not self.admitted:
+            if self.short and not self.admitted:
                 raise UnsupportedCallError(
                     "This cache holds a prompt whose visual tokens were pruned. The model that goes on with it is not "
                     "pruned, or not any more, and knows neither positions nor mask of what is left. Go on inside the "
@@ -290,6 +291,10 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
             layer.prefilled, layer.turn = before + rows.length, rows
         layer.like = like
         layer.describe_slots()
+    layers = pruned_layers(cache)
+    short = any(layer.missing or layer.seen is not None for layer in layers)
+    for layer in layers:
+        layer.short = short
 
 
 def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:

@@ -152,10 +152,19 @@ class ForwardCall:
         """No sequence of a prefill has more rows of text than this."""
         return None if self.rows is None or self.rows.visual is None else max(self.count().text)
 
-    def count(self, live: torch.Tensor | None = None, alive: torch.Tensor | None = None) -> Census:
-        """The census of this prefill. One sequence with a fixed budget is counted on the host; else this waits once.
+    def count(
+        self,
+        live: torch.Tensor | None = None,
+        alive: torch.Tensor | None = None,
+        overflow: torch.Tensor | None = None,
+    ) -> Census:
+        """The census of this prefill. One sequence with a fixed budget is counted on the host; else it waits once.
 
-        ``live`` and ``alive`` ``(batch, length)`` as for `Census.take`, needed only where there are holes.
+        ``live``, ``alive`` and ``overflow`` ``(batch, length)`` as for `Census.take`, needed only where holes are.
+
+        Raises:
+            UnsupportedCallError: features overflowed, and this waits anyway. Else they go on to the logits, as in the
+                stock model.
         """
         if self.census is None:
             if live is None:
@@ -166,7 +175,13 @@ class ForwardCall:
             if planned is not None and len(live) == 1 and (planned or alive is None):
                 self.census = self._plan(live.shape[1], planned)
             else:
-                self.census = Census.take(self.image_masks, live, alive)
+                self.census = Census.take(self.image_masks, live, alive, overflow)
+            if self.census.overflowed:
+                raise UnsupportedCallError(
+                    f"The image features hold {self.census.overflowed} rows of NaN that no policy dropped: the pixels "
+                    "hold NaN or inf, or the vision tower or projector overflowed (float16?). Load the model in "
+                    "bfloat16 or float32."
+                )
             if self.left is None:  # else a cut has counted since
                 self.left = list(self.census.visual)
         return self.census

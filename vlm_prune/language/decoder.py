@@ -171,7 +171,7 @@ class Decoder:
         alive = ~stream.find_holes(embeds) if holes else None
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if holes:
-            call.count(live, alive)
+            call.count(live, alive, embeds[..., 0].isnan() & alive if batch > 1 else None)
         rows = Rows(
             length=length,
             order=torch.arange(length, device=embeds.device).expand(batch, -1),
