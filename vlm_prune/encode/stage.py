@@ -33,7 +33,8 @@ class EncodeStage:
         composition: Composition,
         session: Any,
     ):
-        self.projector, self.composition, self.session = projector, composition, session
+        self.projector: Any = projector  # None where the engine knows finished features only
+        self.composition, self.session = composition, session
         self.policies, self.budget = composition.policies, composition.share(composition.encoder)
         self.layers = tower.layers
         self.asked: dict[int, list[Policy]] = {}
