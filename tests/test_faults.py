@@ -64,8 +64,14 @@ def test_only_a_pruned_model_goes_on_with_a_pruned_cache(policy):
         want = model(input_ids=text, **{CACHE: copy.deepcopy(cache)}).logits
         with pytest.raises(UnsupportedCallError, match="not pruned, or not any more"):
             stock(input_ids=text, **{CACHE: copy.deepcopy(cache)})
-        with pruned(stock, "divprune"):
-            assert torch.equal(stock(input_ids=text, **{CACHE: cache}).logits, want)
+        with pruned(stock, policy, **options(policy)):
+            assert torch.equal(stock(input_ids=text, **{CACHE: copy.deepcopy(cache)}).logits, want)
+        with pruned(stock, "divprune"):  # which has no hooks on single layers
+            if policy == "uniform":
+                assert torch.equal(stock(input_ids=text, **{CACHE: cache}).logits, want)
+            else:
+                with pytest.raises(UnsupportedCallError, match="each decoder layer holds other tokens"):
+                    stock(input_ids=text, **{CACHE: cache})
 
 
 @pytest.mark.skipif(not CHUNKS_BRING_IMAGES, reason="this version of transformers takes images out of chunks")

@@ -19,7 +19,7 @@ from ..call import stream
 from ..call.assembly import read_packing
 from ..call.budget import Budget
 from ..call.encode_call import EncodeCall, current_encoding, let_ride
-from ..call.forward_call import check_rows, current_forward
+from ..call.forward_call import check_rows
 from ..call.timing import Stopwatch
 from ..contract.anatomy import Tower
 from ..contract.policy import Keep, Policy
@@ -84,8 +84,8 @@ class Encoder(EncodeStage):
         if arrangement is not None:
             call.packings = read_packing(arrangement, grid, self.shares_late)
             self._check_late(call)
-            if (forward := current_forward(self.session)) is not None:
-                check_rows(forward, [span.rows for span in call.spans])
+            if under_way is not None and under_way.forward is not None:
+                check_rows(under_way.forward, [span.rows for span in call.spans])
         if not call.whole or self.observes:
             units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
             slots = None

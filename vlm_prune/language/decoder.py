@@ -23,6 +23,7 @@ from ..call.forward_call import RESUME, ForwardCall, current_forward, next_forwa
 from ..call.receipt import JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
+from ..errors import UnsupportedCallError
 from ..versions import cache_of
 from .drafts import join, split
 from .layers import DecoderLayers
@@ -86,6 +87,12 @@ class Decoder:
             kwargs, call = self._compute_prompt(call, kwargs)
             embeds = kwargs["inputs_embeds"]
         continued = pruned_layers(past)
+        if self.layers is None and any(layer.like > 0 for layer in continued):
+            raise UnsupportedCallError(
+                "This cache holds a prompt of which each decoder layer holds other tokens, because a policy dropped "
+                "some inside the decoder. This model is pruned by a policy of the encode stage alone, which cannot go "
+                "on with it: prune it by the policy that made the cache, or start with a new one."
+            )
         admit(continued)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
