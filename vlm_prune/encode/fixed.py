@@ -64,6 +64,7 @@ class Encoder(EncodeStage):
         if not self.enters():
             return None
         self.check_recompute()
+        self._check_attention()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         under_way, merge = current_encoding(self.session), self.tower.merge
         arrangement = None if under_way is None else under_way.arrangement
@@ -102,6 +103,15 @@ class Encoder(EncodeStage):
         pixels = self._shrink(call, small)
         kwargs = {**kwargs, **self.tower.resizing}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _check_attention(self) -> None:
+        """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
+        if any(site.stock_config._attn_implementation == "flex_attention" for site in self.sites):
+            raise UnsupportedCallError(
+                "The vision tower runs on flex attention, and this policy acts between its layers, where tiles may "
+                'keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", "text_config": '
+                '"flex_attention"}), or choose a policy that reads no attention of the tower, such as uniform.'
+            )
 
     def _check_at_hand(self) -> None:
         """Raise if position embeddings, which stock code reads without calling their module, are offloaded."""

@@ -178,7 +178,8 @@ class Decoder:
         alive = ~stream.find_holes(embeds) if holes else None
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if holes:
-            call.count(live, alive, embeds[..., 0].isnan() & alive if batch > 1 else None)
+            overflow = embeds[..., 0].isnan() & alive if alive is not None and batch > 1 else None
+            call.count(live, alive, overflow)
         rows = Rows(
             length=length,
             order=torch.arange(length, device=embeds.device).expand(batch, -1),
