@@ -35,7 +35,7 @@ def model_of(family: str) -> nn.Module:
 
 
 def together(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Prompts as a batch, padded on the left."""
+    """Prompts as a batch, padded on the left. The stock HunYuan-VL numbers a batch's images through: not there."""
     length = max(p["input_ids"].shape[1] for p in prompts)
     batch = {}
     for name in prompts[0]:
@@ -47,7 +47,7 @@ def together(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-@families
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "hunyuan_vl"])
 @pytest.mark.parametrize("policy", ["uniform", "divprune", "random"])
 def test_a_batch_gives_what_its_rows_give_alone(family, policy):
     model = model_of(family)

@@ -19,7 +19,6 @@ from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower
 from ..contract.keep import Keep
-from ..contract.policy import Policy
 from ..contract.views import FeaturesView
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows
@@ -38,11 +37,11 @@ class FeatureEncoder(EncodeStage):
 
     def __init__(self, tower: FeatureTower, base: Any, composition: Composition, session: Any):
         for policy in composition.policies:
-            if needs_tower(policy):
+            if policy.needs_tower:
                 raise UnsupportedModelError(
-                    f"{policy.name} looks into the vision tower, and of a {session.family} vlm_prune knows only the "
-                    "features that leave it. Choose a policy that decides behind the tower (divprune, random, "
-                    "uniform) or inside the decoder (fastv, vhr, ...)."
+                    f"{policy.name} looks into the vision tower, and all that vlm_prune knows of {session.family} is "
+                    "what leaves it. Choose a policy that decides after the tower (divprune, random, uniform) or "
+                    "inside the decoder (fastv, vhr)."
                 )
         super().__init__(tower, None, composition, session)
         self.tower, self.base = tower, base
@@ -146,12 +145,6 @@ class FeatureReader:
             let_ride(output, call)
         self.encoder.end(call)
         return output
-
-
-def needs_tower(policy: Policy) -> bool:
-    """Whether a policy can only work with a tower whose layers can be hooked."""
-    reads = bool(policy.tower_layers(23)) or type(policy).tower_grid is not Policy.tower_grid
-    return reads or policy.per_image or policy.single_patches
 
 
 def field_of(output: ModelOutput) -> str:
