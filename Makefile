@@ -107,6 +107,24 @@ typecheck: wheel ## mypy on the installed wheel
 	cd $(WHEEL_VENV) && ../$(RUN) mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache \
 		--python-executable bin/python --package vlm_prune
 
+# mkdocs lives in an environment of its own, which borrows all else from the first one. The four folders become one package
+# only when installed, so the API reference is read off the installed wheel, as mypy does.
+DOCS_VENV := .venv-docs
+
+$(DOCS_VENV)/.ready: $(READY)
+	$(RUN) venv --clear --without-pip $(DOCS_VENV)
+	$(VENV)/bin/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> "$$($(DOCS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(RUN) pip --python $(DOCS_VENV)/bin/python install --quiet --no-build-isolation '.[docs]'
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS_VENV)/.ready ## the documentation site, strict: build/site/index.html
+	rm -rf build/wheel build/package
+	$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(RUN) pip --python $(DOCS_VENV)/bin/python install --quiet --no-deps --target build/package build/wheel/*.whl
+	PYTHONPATH=build/package OMP_NUM_THREADS=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
 demo: $(READY) ## prune two trained models at five budgets, under 5 minutes: runs/demo/
 	$(VENV)/bin/vlm-prune demo
 
@@ -137,4 +155,4 @@ card: $(READY) ## measure the shipped test models and write their cards
 	$(RUN) vlm_prune.eval.tiny.card
 
 clean: ## remove what was built; .venv and runs stay
-	rm -rf build dist *.egg-info $(WHEEL_VENV) $(LMMS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(WHEEL_VENV) $(LMMS_VENV) $(DOCS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -56,9 +56,10 @@ def ask(
         from vlm_prune.eval.ask import ask as answer
         from vlm_prune.eval.ask import cost_rows
         from vlm_prune.eval.checkpoints import CHECKPOINTS, open_model
-        from vlm_prune.eval.report.inspection import open_image, own_settings
+        from vlm_prune.eval.images import load_image
+        from vlm_prune.eval.report.inspection import own_settings
 
-        picture = open_image(image)
+        picture = load_image(image)
         if known := CHECKPOINTS.get(model):
             typer.echo(
                 f"{model}: {known.parameters:.3g} billion weights; {known.gigabytes():.1f} GB to download the first "

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from vlm_prune.eval.models import MODELS, load_model
+from vlm_prune.saving import is_no_name, missing_model
 
 
 @dataclass(frozen=True)
@@ -99,45 +97,10 @@ def open_model(
     return model.to(place).eval(), processor
 
 
-def is_no_name(name: str) -> bool:
-    """Whether a model can be called so neither on this machine nor on the hub, where a slash follows the owner."""
-    return not Path(name).is_dir() and ("/" not in name or Path(name).is_absolute() or name.startswith("."))
-
-
 def cannot_load(name: str, error: Exception | None = None) -> str:
     """What is missing where a model named ``name`` could not be loaded, and what to do."""
-    if Path(name).is_dir():
-        return (
-            f"The folder {name} holds no complete checkpoint ({_first_line(error)}). Give one that save_pretrained "
-            "of a model and of its processor wrote."
-        )
-    near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.6)
-    known = {known.lower(): known for known in CHECKPOINTS}
-    near = near or [known[key] for key in difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)]
-    hint = f'Did you mean "{near[0]}"? ' if near and near[0] != name else ""
-    shipped = f"Test models that ship with the package and need no download: {', '.join(MODELS)}."
-    if is_no_name(name):
-        return (
-            f'There is no model "{name}": no folder of that name, and names on the hub have an owner, as in '
-            f'"llava-hf/llava-1.5-7b-hf". {hint}{shipped}'
-        )
-    size = CHECKPOINTS.get(name)
-    much = f", {size.gigabytes():.1f} GB," if size else ""
-    if is_offline_mode():
-        return (
-            f'"{name}" is not in this machine\'s cache ({HF_HUB_CACHE}), and the hub is switched off '
-            f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '1')}). {hint}Unset it, or download the "
-            f"checkpoint{much} on a machine with a network (hf download {name}) and give its folder. {shipped}"
-        )
-    return (
-        f'"{name}" could not be loaded: it is not in this machine\'s cache ({HF_HUB_CACHE}), and the hub gave none '
-        f"({_first_line(error)}). {hint}Check the name and the network, or give a folder. {shipped}"
-    )
-
-
-def _first_line(error: Exception | None) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    known = CHECKPOINTS.get(name)
+    return missing_model(name, error, CHECKPOINTS, f"{known.gigabytes():.1f} GB" if known else None)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

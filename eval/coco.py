@@ -11,14 +11,21 @@ from typing import Any
 from vlm_prune.eval.records import read_json, whole
 
 ImageId = int | str
-_FILE_NAME = re.compile(r"(?:^|_)(\d{12})(?:\.\w+)?$")
+_FILE_NAME = re.compile(r"(?:^|[_/\\])(\d{12})(?:\.\w+)?$")
+
+_RELEASES = ("", "COCO_val2014_", "COCO_train2014_")
+"""How file names begin in COCO 2017 and 2014; an image has the same number in both."""
 
 
 def image_id(value: Any) -> ImageId:
-    """The number of an image from a number, a string of digits or COCO's file name; other strings stay.
+    """The number of an image from a number, a string of digits or COCO's file name or path; other strings stay.
 
-    >>> image_id("COCO_val2014_000000310196.jpg"), image_id("42"), image_id(7.0), image_id("scene-7")
-    (310196, 42, 7, 'scene-7')
+    COCO's releases of 2014 and 2017 hold the same images under the same numbers.
+
+    >>> image_id("COCO_val2014_000000310196.jpg"), image_id("val2017/000000310196.jpg")
+    (310196, 310196)
+    >>> image_id("42"), image_id(7.0), image_id("scene-7")
+    (42, 7, 'scene-7')
     """
     value = whole(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -29,6 +36,20 @@ def image_id(value: Any) -> ImageId:
         return int(value)
     number = _FILE_NAME.search(value)
     return int(number[1]) if number else value
+
+
+def other_names(name: str) -> list[str]:
+    """What the file of a COCO image may be called instead, by the releases of 2014 and 2017; none for other names.
+
+    >>> other_names("val2014/COCO_val2014_000000310196.jpg")[:2]
+    ['val2014/000000310196.jpg', '000000310196.jpg']
+    """
+    if not _FILE_NAME.search(name):
+        return []
+    path, ending = Path(name), Path(name).suffix or ".jpg"
+    usual = (f"{release}{image_id(name):012}{ending}" for release in _RELEASES)
+    found = [place for file in usual for place in (str(path.with_name(file)), file)]
+    return [other for other in dict.fromkeys(found) if other != name]
 
 
 @contextmanager

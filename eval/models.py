@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-MODELS = ("tiny-llava", "tiny-internvl", "tiny-llava-halluc")
+from vlm_prune.saving import SHIPPED
+
+MODELS = SHIPPED
 """Names that `load_model` takes."""
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"

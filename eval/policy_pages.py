@@ -22,7 +22,7 @@ from vlm_prune.eval.policy_standing import standing
 from vlm_prune.eval.records import read_json
 from vlm_prune.eval.runs.table import markdown
 from vlm_prune.registry import ALIASES, POLICIES, policy_class
-from vlm_prune.support import markdown
+from vlm_prune.support import markdown as families_table
 
 README = Path("README.md")
 PAGE = Path("docs/policies.md")
@@ -142,7 +142,7 @@ def filled(page: str, rows: Rows) -> str:
 
 def tables(page: str) -> str:
     """``page`` with the tables of policies and families written anew, as the command line prints them."""
-    shown = {"policies": policies_table, "families": markdown}
+    shown = {"policies": policies_table, "families": families_table}
 
     def block(found: re.Match[str]) -> str:
         return f"{found[1]}\n{shown[found[2]]()}\n<!-- end -->"

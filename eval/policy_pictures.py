@@ -53,6 +53,7 @@ def watched(policy: Policy, seen: Seen) -> Policy:
     """The same policy, writing what it changes into ``seen``."""
     base: Any = type(policy)
 
+    @dataclasses.dataclass(frozen=True)
     class Watched(base):
         def modulate(self, view: Any) -> Any:
             before = view.output.clone()

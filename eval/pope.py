@@ -8,7 +8,8 @@ Every question has the label yes or no, yes is the positive class:
 as in ``evaluate.py`` of RUCAIBox/POPE (LLaVA's eval_pope.py is the same). Where that divides by zero, the
 rate is 0 here and named in ``undefined``. Answers are matched to questions by ``question_id``, in file order
 only if the answers have none (the official script always goes by order, and silently leaves out questions
-beyond the last answer).
+beyond the last answer). Answers that repeat another question, image or label, and answers that a parser reads
+against what they say, are scored as ever and warned of.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_prune.eval.pope_matching import Matched, Row, match_answers
-from vlm_prune.eval.records import choose
+from vlm_prune.eval.pope_matching import Matched, Row, match_answers, question_text
+from vlm_prune.eval.records import choose, whole
 
 Verdict = bool | None
 """True: yes; False: no; None: the parser takes the answer for neither."""
 
 RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+_REMEDY = "take special tokens and line ends off the answers, or choose parser 'strict'"
 _YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
@@ -73,8 +75,9 @@ def parse_answer(answer: str, parser: str = "official") -> Verdict:
 class PopeResult:
     """Scores of one set of questions.
 
-    ``n_neither`` answers hold neither the word yes nor no; ``n_missing`` questions have no answer and are not
-    scored. ``predictions`` are in the order of the questions that have an answer.
+    ``n_neither`` answers hold neither the word yes nor no; ``n_misread`` plainly say one and the parser reads
+    something else, such as yes from "No</s>"; ``n_missing`` questions have no answer and are not scored.
+    ``predictions`` are in the order of the questions that have an answer.
     """
 
     rates: dict[str, float]
@@ -127,8 +130,9 @@ def score_pope(questions: Sequence[Row], answers: Sequence[Row], parser: str = "
     """Score answers, all together.
 
     Args:
-        questions: rows with ``label`` (yes or no), ``question_id`` and ``text``.
-        answers: rows with ``answer`` or ``text``, and ``question_id`` (all of them or none).
+        questions: rows with ``label`` (yes or no), ``question_id`` and ``text``, or the hub's columns.
+        answers: rows with ``answer`` or ``text``, and ``question_id`` (all of them or none); see
+            `match_answers` for other names.
         parser: one of :data:`PARSERS`.
 
     Raises:
@@ -161,6 +165,38 @@ def score_splits(
     }
 
 
+def relabelled(
+    questions: Sequence[Row], answers: Sequence[Row], labels: Sequence[Row]
+) -> tuple[list[Row], list[Row]]:
+    """Questions with other labels, and their answers: RePOPE's (Neuhaus and Hein 2025, arXiv 2504.15707).
+
+    RePOPE corrects labels of POPE and leaves ambiguous questions out; so do answers that were made for all of them.
+
+    Args:
+        questions: rows with ``question_id``.
+        answers: rows with ``question_id``.
+        labels: rows with ``question_id`` and ``label``; where they repeat the question's ``text``, it has to be that.
+
+    Raises:
+        ValueError: a row has no id, or a label is of a question that is not there or asks something else.
+    """
+    for what, rows in {"a question": questions, "an answer": answers, "a label": labels}.items():
+        if not all("question_id" in row for row in rows):
+            raise ValueError(f"{what} has no question_id: other labels can only be matched by it")
+    known = {str(whole(row["question_id"])): row for row in questions}
+    label_of: dict[str, Any] = {}
+    for row in labels:
+        name = str(whole(row["question_id"]))
+        if name not in known:
+            raise ValueError(f"question {name} of the labels is not among the {len(known)} questions")
+        ours, theirs = question_text(known[name]), question_text(row)
+        if ours and theirs and ours != theirs:
+            raise ValueError(f"question {name}: the labels are of {theirs!r}, the questions have {ours!r}")
+        label_of[name] = row["label"]
+    kept: list[Row] = [{**row, "label": label_of[name]} for name, row in known.items() if name in label_of]
+    return kept, [row for row in answers if str(whole(row["question_id"])) in label_of]
+
+
 def mean_rates(results: Mapping[str, PopeResult]) -> dict[str, float]:
     """Mean over the splits of each rate: how papers report "POPE" as one number."""
     return {name: sum(result.rates[name] for result in results.values()) / len(results) for name in RATES}
@@ -173,25 +209,41 @@ def _score(matched: Matched, parser: str) -> PopeResult:
     labels = [_label(question) for question, _ in answered]
     rates, counts, undefined = pope_rates(verdicts, labels, neither_is_missed=parser != "lmms")
     neither = [at for at, (_, answer) in enumerate(answered) if not _YES_OR_NO.search(answer)]
+    misread = [
+        at
+        for at, (_, answer) in enumerate(answered)
+        if (plain := _plainly(answer)) is not None and plain is not verdicts[at]
+    ]
     warnings = list(matched.warnings)
     if missing:
         warnings.append(f"{missing} of {len(matched.pairs)} questions have no answer and are not scored")
-    if neither:
-        read_as = Counter(verdicts[at] for at in neither)
-        question, answer = answered[neither[0]]
-        warnings.append(
-            f"{len(neither)} of {len(answered)} answers hold neither 'yes' nor 'no', first {answer[:60]!r} "
-            f"to question {question.get('question_id', neither[0] + 1)}; parser {parser!r} reads "
-            f"{read_as[True]} of them as yes, {read_as[False]} as no, {read_as[None]} as wrong"
-        )
+    for problem, places, remedy in (
+        ("hold neither 'yes' nor 'no'", neither, ""),
+        ("are read otherwise than they say", misread, f": {_REMEDY}"),
+    ):
+        if places:
+            read_as = Counter(verdicts[at] for at in places)
+            question, answer = answered[places[0]]
+            warnings.append(
+                f"{len(places)} of {len(answered)} answers {problem}, first {answer[:60]!r} "
+                f"to question {question.get('question_id', places[0] + 1)}; parser {parser!r} reads "
+                f"{read_as[True]} of them as yes, {read_as[False]} as no, {read_as[None]} as wrong{remedy}"
+            )
     if undefined:
         warnings.append(f"{', '.join(undefined)} set to 0: nothing to divide by (the official script stops)")
-    counts |= {"n_neither": len(neither), "n_missing": missing}
+    counts |= {"n_neither": len(neither), "n_misread": len(misread), "n_missing": missing}
     return PopeResult(rates, counts, undefined, parser, matched.by, warnings, verdicts)
 
 
+def _plainly(answer: str) -> Verdict:
+    """What a reader takes the answer for: its first word, or the one word of the two that it holds."""
+    first = _strict(answer)
+    said = {word.lower() for word in _YES_OR_NO.findall(answer)}
+    return said == {"yes"} if first is None and len(said) == 1 else first
+
+
 def _label(question: Row) -> bool:
-    label = question.get("label")
+    label = question.get("label", question.get("answer"))
     if not isinstance(label, str) or label.strip().lower() not in {"yes", "no"}:
         raise ValueError(
             f"question {question.get('question_id')}: label {label!r}, 'yes' or 'no' is needed "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+_WHOLE = re.compile(r"\d+\.0")
 _SPACE, _COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
 
 
@@ -28,7 +31,9 @@ def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def whole(value: Any) -> Any:
-    """``7`` for ``7.0``, which pandas makes of whole numbers in a column with gaps; anything else as it is."""
+    """``7`` for ``7.0`` or "7.0", which pandas makes of whole numbers in a column with gaps; anything else as it is."""
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value.removesuffix(".0"))
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -52,24 +57,71 @@ def read_json(path: Path | str) -> Any:
     return values[0]
 
 
-def read_records(path: Path | str) -> list[dict[str, Any]]:
-    """Records from JSON lines or any other JSON objects one after another, a JSON list, or one JSON object.
+def read_records(path: Path | str, by_id: tuple[str, str] | None = None) -> list[dict[str, Any]]:
+    """Records from JSON lines or any other JSON objects one after another, a JSON list, one JSON object, or CSV.
 
     Of one object, ``{"annotations": [record ..]}`` and CHAIR's ``{"imgToEval": {id: record}}`` are taken apart. The
-    content decides, not the file's ending: POPE's own question files are JSON lines named ``.json``.
+    content decides, not the file's ending: POPE's own question files are JSON lines named ``.json``. Only ``.csv`` and
+    ``.tsv`` are tables, with a line of names first; all that they hold is text.
+
+    Args:
+        path: the file.
+        by_id: what to call id and text of a JSON object ``{id: text}``; ``{id: record}`` is understood then, too.
     """
-    values = _values(path, read_text(path))
+    text = read_text(path)
+    if Path(path).suffix.lower() in _DELIMITERS:
+        return _table(path, text)
+    values = _values(path, text)
     found = values[0] if len(values) == 1 else values
     if isinstance(found, dict):
-        if isinstance(by_id := found.get("imgToEval"), dict):
-            found = [{"image_id": key, **row} if isinstance(row, dict) else row for key, row in by_id.items()]
+        if isinstance(mapped := found.get("imgToEval"), dict):
+            found = [
+                {"image_id": key, **row} if isinstance(row, dict) else row for key, row in mapped.items()
+            ]
+        elif isinstance(found.get("annotations"), list):
+            found = found["annotations"]
         else:
-            found = found["annotations"] if isinstance(found.get("annotations"), list) else [found]
+            found = _by_id(found, by_id) if by_id else [found]
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise ValueError(f"{path}: a list of JSON objects is needed, or one object a line")
     if not found:
         raise ValueError(f"{path} holds no records")
     return found
+
+
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
+"""What may stand between the cells of a table, by the file's ending."""
+
+
+def _table(path: Path | str, text: str) -> list[dict[str, Any]]:
+    head = text.split("\n", 1)[0]
+    delimiter = max(_DELIMITERS[Path(path).suffix.lower()], key=head.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        found = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: the line has more or fewer cells than the first, which names "
+                    f"{', '.join(reader.fieldnames or ())}"
+                )
+            found.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+    if not found:
+        raise ValueError(f"{path} holds no records")
+    return found
+
+
+def _by_id(found: dict[str, Any], names: tuple[str, str]) -> list[dict[str, Any]]:
+    """The records of ``{id: text}`` or ``{id: record}``; one record if it is neither."""
+    key_name, text_name = names
+    if found and all(isinstance(value, dict) for value in found.values()):
+        return [{key_name: key, **row} for key, row in found.items()]
+    ids = all(any(letter.isdigit() for letter in key) for key in found)
+    if found and ids and all(isinstance(value, str) for value in found.values()):
+        return [{key_name: key, text_name: value} for key, value in found.items()]
+    return [found]
 
 
 def _values(path: Path | str, text: str) -> list[Any]:

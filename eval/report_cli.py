@@ -1,4 +1,4 @@
-"""Commands ``report`` and ``inspect``: pages to look at, of a run or of one image of one's own."""
+"""Commands ``report``, ``compare`` and ``inspect``: pages to look at, of a run or of one image of one's own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,50 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run folder, see docs/runs.md.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
     samples: Annotated[int, typer.Option(help="Samples of each task to browse, spread evenly.")] = 40,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Also write every chart (PDF, SVG, CSV) and table (CSV, LaTeX, PDF, SVG) here."),
+    ] = None,
 ) -> None:
     """Write the report of a finished or interrupted run: one HTML file that needs no network."""
     with plain_errors():
-        from vlm_prune.eval.report import write_report
+        from vlm_prune.eval.report import export_report, write_report
         from vlm_prune.eval.runs.folder import RunFolder
 
         path = write_report(RunFolder(folder), out, samples)
+        files = export_report(RunFolder(folder), export) if export is not None else []
+    typer.echo(f"wrote {path}")
+    if export is not None:
+        typer.echo(f"wrote {len(files)} files in {export}")
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="A run folder, see docs/runs.md.")],
+    first: Annotated[str, typer.Argument(help="A policy, as the run calls it.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    model: Annotated[str | None, typer.Option(help="On this model only.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: compare.FIRST.SECOND.html in the folder.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Pictures of so many samples of each task and budget.")] = 12,
+) -> None:
+    """Say where two policies of a run differ: verdicts with p-values, and the samples, with pictures, as a page."""
+    with plain_errors():
+        if samples < 0:
+            raise ValueError(f"--samples {samples}: choose 0 or more")
+        from vlm_prune.eval.report.comparison import compare as meet
+        from vlm_prune.eval.report.comparison import sentence, write_comparison
+        from vlm_prune.eval.report.exhibits import slug
+        from vlm_prune.eval.runs.folder import RunFolder
+
+        run = RunFolder(folder)
+        meetings = meet(run, first, second, model)
+        for meeting in meetings:
+            for pair in meeting.pairs:
+                typer.echo(f"{meeting.model}, {meeting.task}: {sentence(meeting, pair)}")
+        name = f"compare.{slug(first)}.{slug(second)}.html"
+        path = write_comparison(run, meetings, out or folder / name, samples)
     typer.echo(f"wrote {path}")
 
 
@@ -57,13 +94,14 @@ def inspect(
 
         from transformers.utils import logging
 
+        from vlm_prune.eval.images import load_image
         from vlm_prune.eval.report.drawing import write_picture
         from vlm_prune.eval.report.inspection import inspect as look
-        from vlm_prune.eval.report.inspection import open_image, open_model, own_settings, write_page
+        from vlm_prune.eval.report.inspection import open_model, own_settings, write_page
         from vlm_prune.registry import make_policies
 
         logging.disable_progress_bar()
-        picture = open_image(image)
+        picture = load_image(image)
         settings = settings or own_settings(policy, model)
         make_policies(policy, settings)  # a wrong name or setting shall not wait for the weights
         budget = {"tokens": tokens, "ratio": ratio, "per": per}

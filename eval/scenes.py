@@ -201,6 +201,9 @@ def pope_questions(scenes: Sequence[Scene], split: str, seed: int) -> list[dict[
     Returns:
         Dictionaries: `question_id` from 1, `image` (position in `scenes`), `text`, `label` (yes/no),
             `object`.
+
+    Raises:
+        ValueError: an unknown split, or a scene that has all the objects that the scenes show.
     """
     if split not in ("random", "popular", "adversarial"):
         raise ValueError(f"split must be random, popular or adversarial, got {split!r}")
@@ -223,6 +226,11 @@ def pope_questions(scenes: Sequence[Scene], split: str, seed: int) -> list[dict[
         asked: set[str] = set()
         for name in scene.names[:3]:
             absent = [other for other in seen if other not in scene.names and other not in asked]
+            if not absent:
+                raise ValueError(
+                    f"{len(scenes)} scenes show {len(seen)} kinds of objects, too few to ask for an absent one: scene "
+                    f"{image} has {', '.join(scene.names)}. Take more scenes, 4 at least."
+                )
             if split == "random":
                 negative = absent[int(rng.integers(len(absent)))]
             elif split == "popular":

@@ -68,7 +68,7 @@ def _split_name(path: Path) -> str:
 
 
 def _pope_results(
-    questions: list[Path], answers: list[Path], parser: str
+    questions: list[Path], answers: list[Path], labels: list[Path], parser: str
 ) -> dict[str, pope_scores.PopeResult]:
     """Results by split: file by file, or one file of each cut by its ``category``."""
     if len(questions) != len(answers):
@@ -76,8 +76,18 @@ def _pope_results(
             f"{len(questions)} question files and {len(answers)} answer files; give them in pairs, in order"
         )
     files = [
-        (read_records(asked), read_records(given)) for asked, given in zip(questions, answers, strict=True)
+        (read_records(asked), read_records(given, by_id=("question_id", "answer")))
+        for asked, given in zip(questions, answers, strict=True)
     ]
+    if labels:
+        if len(labels) != len(questions):
+            raise ValueError(
+                f"{len(questions)} question files and {len(labels)} files of labels; give one for each"
+            )
+        files = [
+            pope_scores.relabelled(*rows, read_records(path))
+            for rows, path in zip(files, labels, strict=True)
+        ]
     if len(files) == 1:
         return pope_scores.score_splits(*files[0], parser)
     names = [_split_name(path) for path in questions]
@@ -88,12 +98,22 @@ def _pope_results(
 
 def pope(
     questions: Annotated[
-        list[Path], typer.Option(help="JSON lines with question_id, text, label; once for each split.")
+        list[Path],
+        typer.Option(help="JSON lines or CSV with question_id, text, label, image; once for each split."),
     ],
     answers: Annotated[
         list[Path],
-        typer.Option(help="JSON lines with question_id and text or answer; as often as --questions."),
+        typer.Option(
+            help="JSON lines or CSV with question_id and text, answer or response, or {id: answer}; as often as "
+            "--questions."
+        ),
     ],
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Other labels, such as RePOPE's, with question_id; questions without one are left out."
+        ),
+    ] = None,
     parser: Annotated[
         str, typer.Option(help=f"How an answer is read: {', '.join(pope_scores.PARSERS)}.")
     ] = "official",
@@ -101,7 +121,7 @@ def pope(
 ) -> None:
     """Score POPE answers: accuracy, precision, recall, f1, yes_ratio; of several splits the mean too."""
     with _plain_errors():
-        results = _pope_results(questions, answers, parser)
+        results = _pope_results(questions, answers, labels or [], parser)
         if len(results) == 1:
             (summary,) = (result.summary() for result in results.values())
             warnings = summary["warnings"]
@@ -154,7 +174,7 @@ def pope_questions(
 
 def chair(
     captions: Annotated[
-        Path, typer.Option(help="JSON lines or list with image_id, caption; or {imgToEval: ..}.")
+        Path, typer.Option(help="JSON lines, list or CSV with image_id, caption; or {imgToEval: ..}.")
     ],
     annotations: Annotated[Path, typer.Option(help="Folder with instances_*.json and captions_*.json.")],
     variant: Annotated[
@@ -199,6 +219,7 @@ def chair(
             details.write_text(
                 json.dumps({"overall": summary, "sentences": sentences}, indent=1), encoding="utf-8"
             )
+        _warn(result.warnings)
         if result.undefined:
             _warn([f"{', '.join(result.undefined)} set to 0: nothing to divide by"])
         _show(summary, as_json)

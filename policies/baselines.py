@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..contract.numbers import is_whole
 from ..contract.policy import Keep, Place, ScorerPolicy, SelectPolicy
 from ..contract.views import FeaturesView
 from ..kernels import to_device
@@ -50,6 +51,7 @@ class Identity(SelectPolicy):
     name: ClassVar[str] = "none"
     place: ClassVar[Place] = "features"
     default_ratio: ClassVar[float] = 1.0
+    keeps_all: ClassVar[bool] = True
 
     def select(self, view: FeaturesView) -> None:
         """All of them."""
@@ -69,6 +71,11 @@ class Random(ScorerPolicy):
     default_ratio: ClassVar[float] = 128 / 576
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r}: choose a whole number of up to 63 bits, such as 0")
 
     def score(self, view: FeaturesView) -> torch.Tensor:
         """Each token's lot."""

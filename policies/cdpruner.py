@@ -36,18 +36,16 @@ def text_windows(ids: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Te
     return rows, mask
 
 
-def patch_embeds(features: torch.Tensor, norm: nn.Module, projection: nn.Module) -> torch.Tensor:
+def patch_embeds(features: torch.Tensor, norm: nn.Module, projection: nn.Linear) -> torch.Tensor:
     """CLIP's head for pooled outputs on every patch, in fp32: ``(tiles, patches, width)``.
 
     Args:
         features: ``(tiles, patches, channels)``, of the feature layer, the last but one, CLS left out.
         norm: the tower's ``post_layernorm``, in its own dtype.
-        projection: CLIP's ``visual_projection``. LLaVA checkpoints have none.
+        projection: CLIP's ``visual_projection``, which has no bias. LLaVA checkpoints lack it.
     """
     normed: torch.Tensor = norm(features).float()
-    weight = projection.weight.float()
-    bias = None if projection.bias is None else projection.bias.float()
-    return nn.functional.linear(normed, weight, bias)
+    return normed @ projection.weight.float().mT
 
 
 def relevance(

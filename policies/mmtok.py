@@ -7,14 +7,14 @@ the largest share which a picked token has of each grows most.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch.nn.functional import normalize
 
-from ..contract.policy import Keep, Policy
-from ..contract.views import FeaturesView
+from ..contract.policy import Keep, Place, Policy, SelectPolicy
+from ..contract.views import EntryView
 from .coverage import greedy_cover
 from .settings import check_choice, check_number
 
@@ -83,40 +83,66 @@ def multimodal_cover(
 
 
 @dataclass(frozen=True)
-class MMTok(Policy):
-    """MMTok, between tower and projector (encode stage). The budget holds for each tile by itself.
+class MMTok(SelectPolicy):
+    """MMTok, at the decoder's entry, where the question is known. The budget holds for each tile by itself.
 
-    It differs from the released code in that features are normalised in fp32, where a row of zeros in half precision
-    does no harm, and that never more tokens are picked than there are candidates.
+    It differs from the released code in these points:
+
+    - The question is all text after the prompt's last image, as the decoder's embeddings. The released code takes the
+      user's words out of the conversation and drops a list of stop words; what a chat template writes after the image
+      counts here.
+    - Features are normalised in fp32, where a row of zeros in half precision does no harm, and never more tokens are
+      picked than there are candidates. The released code picks the first token again and again in both cases.
+    - Tiles of several images, and of a batch, go by the question in their own sequence each; the released code takes
+      one image.
+    - Patches that show nothing but padding may be picked; stock processors crop instead of padding. The functions take
+      `candidates`.
+
+    Where patches are merged into one token before the projector, tokens are alike by what enters it: by patches side by
+    side after a pixel shuffle, by their mean in Qwen's towers, as in the released code. Where no more than
+    finished features is known of a model, tokens are alike by these.
 
     Attributes:
         alpha: weight of covering the image beside covering the text.
-        text_temperature: of the softmax over tokens for each word. 0.02 for LLaVA, 0.01 for Qwen2.5-VL as released.
+        text_temperature: of the softmax over tokens for each word; ``None`` is the released 0.02, on Qwen 0.01.
         image_temperature: of the softmax over tokens for each token.
         compat: ``"official"`` normalises in the model's dtype.
     """
 
     name: ClassVar[str] = "mmtok"
-    stages: ClassVar[tuple[str, ...]] = ("encode",)
+    place: ClassVar[Place] = "entry"
     default_ratio: ClassVar[float] = 64 / 576
-    late: ClassVar[bool] = True
+    reads_tower: ClassVar[bool] = True
 
     alpha: float = 0.5
-    text_temperature: float = 0.02
+    text_temperature: float | None = None
     image_temperature: float = 0.2
     compat: Literal["official"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, alpha=(0, torch.inf))
-        check_number(self, text_temperature=(1e-3, torch.inf), image_temperature=(1e-3, torch.inf))
+        check_number(self, alpha=(0, torch.inf), image_temperature=(1e-3, torch.inf))
+        check_number(self, optional=True, text_temperature=(1e-3, torch.inf))
         check_choice(self, compat=(None, "official"))
 
-    def encode_final(self, view: FeaturesView) -> Keep:
-        """The tokens that cover the image, in their original order; no question is known here."""
+    def for_family(self, family: str, mrope: bool) -> Policy:
+        """With the temperature that was released for the family."""
+        if self.text_temperature is None:
+            released = 0.01 if family.startswith("qwen") else 0.02
+            return replace(self, text_temperature=released).for_family(family, mrope)
+        return super().for_family(family, mrope)
+
+    def select(self, view: EntryView) -> Keep:
+        """The tokens picked, in their original order."""
+        tower = view.features if view.tower is None else view.tower
         order = multimodal_cover(
-            view.features.detach(),
+            tower.detach(),
             view.target,
+            view.text.detach(),
+            view.features.detach(),
+            view.question,
+            alpha=self.alpha,
+            text_temperature=self.text_temperature or 0.02,
             image_temperature=self.image_temperature,
             official=self.compat == "official",
         )

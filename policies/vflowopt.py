@@ -80,6 +80,7 @@ class VFlowOpt(Policy):
     default_ratio: ClassVar[float] = 0.25
     late: ClassVar[bool] = True
     after_projector: ClassVar[bool] = True
+    exceeds: ClassVar[bool] = True
 
     positions: Positions = "original"
     t: float = PUBLISHED[0.25]["t"]

@@ -40,7 +40,7 @@ TABLE = {
     "dyvte": Row({"exit_layer": 1}, "exit"),
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
     "flowcut": Row(),
-    "mmtok": Row(),
+    "mmtok": Row(text_blind=False),
     "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
     "none": Row(holds="all"),
@@ -51,9 +51,11 @@ TABLE = {
         text_blind=False,
     ),
     "pool": Row(),
+    "prumerge": Row(),
     "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),
+    "sparsevlm": Row(holds="average", text_blind=False),
     "uniform": Row(),
     "var": Row(
         {"tau": 1.7, "first_layer": 1, "min_visual_mass": 0.02, "max_sink_share": 0.95, "move": 0.9},
@@ -66,6 +68,7 @@ TABLE = {
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "visionzip": Row(),
     "vispruner": Row(),
+    "zooprune": Row({"directions": 8}),
 }
 
 
@@ -74,7 +77,8 @@ def in_stage(stage: str) -> list[str]:
     return [name for name in sorted(POLICIES) if stage in policy_class(name).stages]
 
 
-ENCODE, MODULATE = in_stage("encode"), in_stage("modulate")
+ENCODE = [name for name in sorted(POLICIES) if policy_class(name).encodes]
+MODULATE = in_stage("modulate")
 PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 """Of the policies that act in prefill those that may follow one of the encode stage."""
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from tests import reference
 from vlm_prune.policies.pooling import pooling_cells
+from vlm_prune.policies.zooprune import random_directions
 
 
 def distances(x: torch.Tensor) -> list[list[float]]:
@@ -141,6 +142,23 @@ def holov_units(scores: list[float], keep: int, runs: int = 16) -> list[int]:
     return sorted(i for units in best for i in units)
 
 
+def prumerge_rows(
+    scores: list[float], keys: torch.Tensor, x: torch.Tensor, keep: int, plus: bool = False
+) -> tuple[list[int], torch.Tensor]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, and what they become; ``keep`` is at least 2."""
+    gap, order, spread = distances(keys), ranking(scores), (keep - 1) // 2 if plus else 0
+    taken = order[: keep - 1 - spread]
+    others = [i for i in range(len(x)) if i not in taken]
+    taken += [others[number * len(others) // spread] for number in range(spread)]
+    rest = [i for i in order if i not in taken]
+    rows = {}
+    for i in taken:
+        alike = sorted((j for j in range(len(x)) if j != i), key=lambda j: gap[i][j])[:32]
+        rows[i] = x[i] + sum(scores[j] * x[j] for j in alike)
+    rows[rest[0]] = sum(scores[j] * x[j] for j in rest)
+    return sorted(rows), torch.stack([rows[i] for i in sorted(rows)])
+
+
 def visionzip_rows(
     scores: list[float],
     keys: torch.Tensor,
@@ -177,6 +195,17 @@ def vispruner_units(scores: list[float], x: torch.Tensor, keep: int, share: floa
     return sorted(taken + rest)
 
 
+def zooprune_units(scores: list[float], x: torch.Tensor, keep: int) -> list[int]:
+    """Kept tokens of ``x`` ``(tokens, channels)``, projected."""
+    gap, low, high = distances(x), min(scores), max(scores)
+    weight = [(s - low) / (high - low + 1e-8) for s in scores]
+    taken = [max(range(len(x)), key=lambda i: (weight[i], -i))]
+    while len(taken) < keep:
+        rest = [i for i in range(len(x)) if i not in taken]
+        taken.append(max(rest, key=lambda i: (min(gap[i][j] for j in taken) * weight[i], -i)))
+    return sorted(taken)
+
+
 # --- of a model ---
 
 
@@ -194,12 +223,6 @@ def divprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[in
     return reference._pick(model, tile, divprune_units(projected, target))
 
 
-def mmtok(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
-    """Covers the image alone: no question is known."""
-    _, _, features = seen(model, tile)
-    return reference._pick(model, tile, mmtok_units(features[0, reference._cls(model) :], target))
-
-
 def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     scores, _, features = seen(model, tile)
@@ -209,6 +232,25 @@ def scope(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int],
 def holov(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """With default settings."""
     return reference._pick(model, tile, holov_units(seen(model, tile)[0], target))
+
+
+def prumerge(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings: the layer behind the consumed one decides, where there is one."""
+    layers, (consumed,), merge = reference._parts(model)
+    layer, entering = layers[min(consumed + 1, len(layers) - 1)], []
+    handle = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    model.model.vision_tower(tile[None])
+    handle.remove()
+    attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+    norm = layer.layer_norm1 if hasattr(layer, "layer_norm1") else layer.layernorm_before
+    query, keys = attention.q_proj(norm(entering[0]))[0, 0], attention.k_proj(norm(entering[0]))[0]
+    scores, keys = (keys @ query * len(query) ** -0.5).softmax(0)[1:], keys[1:]
+    if merge > 1:
+        cells = _cells(round(len(keys) ** 0.5), merge)
+        scores, keys = scores[cells].sum(-1), keys[cells].sum(1)
+    features, cls = seen(model, tile)[2], reference._cls(model)
+    units, rows = prumerge_rows(scores.tolist(), keys, features[0, cls:], target)
+    return units, model.model.multi_modal_projector(torch.cat([features[0, :cls], rows])[None])[0]
 
 
 def visionzip(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
@@ -226,6 +268,15 @@ def vispruner(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[i
     return reference._pick(model, tile, units)
 
 
+def zooprune(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
+    """With default settings: every token, pushed to and fro in every direction."""
+    _, _, features = seen(model, tile)
+    x, projector = features[0, reference._cls(model) :], model.model.multi_modal_projector
+    pushes = 0.01 * random_directions(64, x.shape[-1], seed=0)
+    scores = [float((projector(one + pushes) - projector(one - pushes)).norm(dim=-1).mean()) for one in x]
+    return reference._pick(model, tile, zooprune_units(scores, projector(x), target))
+
+
 def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
     """Cell by cell."""
     _, _, features = seen(model, tile)
@@ -240,12 +291,13 @@ def pool(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], 
 ENCODE = {
     "agilepruner": agilepruner,
     "divprune": divprune,
-    "mmtok": mmtok,
     "pool": pool,
+    "prumerge": prumerge,
     "scope": scope,
     "holov": holov,
     "visionzip": visionzip,
     "vispruner": vispruner,
+    "zooprune": zooprune,
 }
 """Policy -> the kept units of one tile and their projected features."""
 
@@ -265,8 +317,13 @@ def seen(model: nn.Module, tile: torch.Tensor) -> tuple[list[float], torch.Tenso
     features = hidden[:, 1 - reference._cls(model) :]
     if merge > 1:
         side = round(features.shape[1] ** 0.5)
-        cells = torch.arange(side * side).view(side // merge, merge, side // merge, merge)
-        cells = cells.transpose(1, 2).reshape(-1, merge * merge)
+        cells = _cells(side, merge)
         attended, keys = attended[cells].sum(-1), keys[cells].mean(1)
         features = model.model.pixel_shuffle(features.view(1, side, side, -1)).flatten(1, 2)
     return attended.tolist(), keys, features
+
+
+def _cells(side: int, merge: int) -> torch.Tensor:
+    """The patches of each unit on a square grid of ``side`` patches: int64 ``(units, patches per unit)``."""
+    cells = torch.arange(side * side).view(side // merge, merge, side // merge, merge)
+    return cells.transpose(1, 2).reshape(-1, merge * merge)

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests import reference
 from tests.models import IMAGE, Prompt
-from tests.reference_encode import cdpruner_units
+from tests.reference_encode import cdpruner_units, mmtok_units
 
 
 def cdpruner(tower: torch.Tensor, projected: torch.Tensor, question: torch.Tensor, keep: int) -> list[int]:
@@ -17,7 +17,12 @@ def cdpruner(tower: torch.Tensor, projected: torch.Tensor, question: torch.Tenso
     return cdpruner_units(projected, keep, quality.tolist())
 
 
-ENTRY = {"cdpruner": cdpruner}
+def mmtok(tower: torch.Tensor, projected: torch.Tensor, question: torch.Tensor, keep: int) -> list[int]:
+    """With default settings; ``tower`` ``(tokens, ...)`` is what enters the projector."""
+    return mmtok_units(tower, keep, question, projected)
+
+
+ENTRY = {"cdpruner": cdpruner, "mmtok": mmtok}
 """Policy -> the kept units of one tile, from what enters and leaves the projector, and the question's embeddings."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,4 +104,41 @@ def make_folder(
     }
     write_json(path / "failed.json", [failed])
     (path / "config.yaml").write_text(f"# {EVIL}\nmodels: []\n")
+    return RunFolder(path)
+
+
+def make_crowd(path: Path, names: Sequence[str], ratios: Sequence[float] = (0.5, 0.25, 0.125)) -> RunFolder:
+    """A run of many policies on one model, its figures without its samples; half of its cells have a warning."""
+    rows: list[dict[str, Any]] = []
+    times: dict[str, Any] = {}
+    for p, policy in enumerate(names):
+        for ratio in (1.0,) if policy == "none" else ratios:
+            tokens = 256 * ratio
+            score = 1 - (1 - ratio) ** 2 * (0.1 + 0.03 * ((7 * p) % 11))
+            common = {
+                "model": "one", "policy": policy, "stages": ["encode"], "tokens": tokens, "visual_tokens": 256.0,
+                "budget": {} if policy == "none" else {"ratio": ratio}, "n": 24, "undefined": [],
+            }  # fmt: skip
+            for kind in ("pope", "chair", "speed"):
+                metrics = {
+                    "pope": {"accuracy": score, "f1": score - 0.02, "yes_ratio": 0.5},
+                    "chair": {
+                        "f1": score**2,
+                        "recall": score,
+                        "chair_s": 1 - score,
+                        "chair_i": 0.1,
+                        "length": 12.0,
+                    },
+                    "speed": {"kv_bytes": tokens * 8192, "kv_bytes_dense": 2.0**21},
+                }[kind]
+                cell = f"{p}.{ratio}.{kind}"
+                warnings = [f"{p + 2} answers say neither yes nor no"] if kind == "pope" and p % 2 else []
+                intervals = {"f1": [0.6, 0.9], "accuracy": [0.6, 0.9]} if kind == "pope" else {}
+                rows.append(
+                    {**common, "cell": cell, "task": kind, "kind": kind, "metrics": metrics, "intervals": intervals,
+                     "warnings": warnings}
+                )  # fmt: skip
+            times[f"{p}.{ratio}.speed"] = {"prefill_ms": 10 + tokens / 9 + p % 5, "prefill_ratio": ratio}
+    write_json(path / "results.json", rows)
+    write_json(path / "times.json", times)
     return RunFolder(path)

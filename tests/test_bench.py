@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -140,3 +141,29 @@ def test_moved_bytes_are_those_that_operations_take_and_return():
     assert moved_bytes(x.clone) == 800
     assert moved_bytes(lambda: x.view(10, 10)) == 0
     assert moved_bytes(lambda: (x + x)[:50].sum()) == 1200 + 204
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "foo"], 'policy="foo" is not known. Did you mean "pool"?'),
+        (["--policy", "uniform", "--policy", "flowcutt"], 'Did you mean "flowcut"?'),
+        (["--policy", "dyvte"], "gates"),
+        (["--tokens", "99"], "36"),
+        (["--tokens", "0"], "tokens"),
+        (["--rounds", "0"], "0: 1 or more is needed"),
+        (["--layers", "-1"], "-1: 1 or more is needed"),
+        (["--device", "cuda:99"], "'cuda:99' cannot be used on this machine"),
+        (["--device", "gpu"], "'gpu' cannot be used on this machine"),
+        (["--dtype", "int8"], "choose float32, bfloat16 or float16"),
+        (["--check", "nowhere.json"], "nowhere.json does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_one_clear_error(options, message, tmp_path):
+    result = bench(*options, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2, result.output
+    said = " ".join(re.sub(r"[\u2500-\u257f]", " ", result.output).split())  # Typer draws a box around some
+    assert message in said
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()

@@ -93,9 +93,8 @@ def test_text_windows():
     assert text_windows(torch.arange(1, 7), 3)[0].tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_patch_embeds_are_fp32_whatever_the_tower_is(bias):
-    norm, head = nn.LayerNorm(CHANNELS).half(), nn.Linear(CHANNELS, 6, bias=bias).half()
+def test_patch_embeds_are_fp32_whatever_the_tower_is():
+    norm, head = nn.LayerNorm(CHANNELS).half(), nn.Linear(CHANNELS, 6, bias=False).half()
     features = tiles(9)[0].half()
     ours = patch_embeds(features, norm, head)
     assert ours.dtype == torch.float32

@@ -251,13 +251,59 @@ def test_usual_caption_files(tmp_path):
     path.write_text(json.dumps([{"id": 1, "says": "a"}]))
     assert read_captions(path, "id", "says") == [(1, "a")]
     with pytest.raises(
-        ValueError, match=r"record 1: no key 'caption or text or answer'; it has 'id', 'says'"
+        ValueError, match=r"record 1: no key 'caption or .* text or answer'; it has 'id', 'says'"
     ):
         read_captions(path)
     path.write_text(json.dumps([{"image_id": 1, "caption": None}]))
     with pytest.raises(ValueError, match="record 1: the caption is None, not text"):
         read_captions(path)
     assert image_id("scene-7.png") == "scene-7.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.json", '{"COCO_val2014_000000000001.jpg": "a, \\"b\\"", "val2017/000000000002.jpg": "c"}'),
+        ("c.json", '{"1": {"caption": "a, \\"b\\""}, "2": {"caption": "c"}}'),
+        (
+            "c.jsonl",
+            '{"image": "x/000000000001.jpg", "response": "a, \\"b\\""}\n{"image": "2", "prediction": "c"}',
+        ),
+        (
+            "c.jsonl",
+            '{"image_id": 1, "filtered_resps": [["a, \\"b\\""]]}\n{"image_id": 2, "filtered_resps": ["c"]}',
+        ),
+        ("c.csv", 'image_id,caption\r\n1.0,"a, ""b"""\r\n2.0,c\r\n'),
+        ("c.csv", 'image_id;caption\n1;"a, ""b"""\n2;c\n'),
+        ("c.tsv", 'file_name\ttext\n000000000001.jpg\t"a, ""b"""\nCOCO_train2014_000000000002.jpg\tc\n'),
+    ],
+)
+def test_captions_as_other_tools_write_them(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_captions(tmp_path / name) == [(1, 'a, "b"'), (2, "c")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image_id,caption\n", "no records"),
+        ("image_id,caption\n1,a,b\n", "line 2: the line has more or fewer cells"),
+    ],
+)
+def test_a_table_that_is_not_whole_is_an_error(tmp_path, text, message):
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path / "c.csv")
+
+
+def test_several_captions_of_an_image_are_counted_and_said():
+    truth = {1: ["dog"], 2: ["cat"]}
+    once = [(1, "A dog."), (2, "A dog.")]
+    assert score_captions(once, truth).warnings == []
+    twice = score_captions([*once, once[0], (2, "A cat.")], truth)
+    assert twice.metrics["chair_s"] == 1 / 4
+    (warning,) = twice.summary()["warnings"]
+    assert "2 of 2 images have several captions, first image 1 with 2; 1 captions repeat" in warning
 
 
 def test_saved_image_lists_repeat_a_run(tmp_path):
@@ -288,7 +334,10 @@ def test_command(tmp_path, coco):
     }  # fmt: skip
     assert json.loads(details.read_text())["sentences"][0]["hallucination_spans"] == [[12, 15]]
     assert read_image_ids(ids) == [1, 3]
+    captions.write_text(captions.read_text() * 2)
+    assert "warning: 2 of 2 images have several captions" in CliRunner().invoke(app, base).stderr
     ids.write_text("[1]")
+    captions.write_text(captions.read_text().splitlines()[0])
     only = json.loads(CliRunner().invoke(app, [*base, "--image-ids", str(ids), "--json"]).stdout)
     assert only["n_captions"] == 1
     assert "chair_s" in CliRunner().invoke(app, base).stdout

@@ -60,7 +60,9 @@ def test_readme_lists_the_policies_as_they_are():
 )
 def test_links_lead_somewhere(file):
     text = (ROOT / file).read_text()
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text)
+    assert links, f"{file} links to nothing, or its links are written in another way"
+    for target, anchor in links:
         path = (ROOT / file).parent / target if target else ROOT / file
         assert path.exists(), f"{file} links to {target}"
         if anchor:

@@ -14,7 +14,6 @@ from vlm_prune.contract.views import AttentionView, FeaturesView, TowerView
 from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank, effective_rank
 from vlm_prune.policies.divprune import DivPrune, max_min_diverse
-from vlm_prune.policies.mmtok import MMTok
 from vlm_prune.policies.pooling import (
     Downsample,
     Pool,
@@ -223,7 +222,6 @@ ALL = {
     "divprune": DivPrune(),
     "scope": SCOPE(),
     "scope-add": SCOPE(alpha=0.5, combine="add"),
-    "mmtok": MMTok(),
     "visionzip": VisionZip(),
     "visionzip-mean": VisionZip(contextual_share=0.5, combine="mean"),
     "pool": Pool(),

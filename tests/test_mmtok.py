@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference_encode import mmtok_units
-from tests.test_diversity import UNITS, ask, tiles
+from tests.test_diversity import UNITS, tiles
 from vlm_prune.policies.mmtok import MMTok, multimodal_cover, spread
 
 WORDS, WIDTH = 5, 48
@@ -24,14 +24,14 @@ def question(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), keep=st.integers(1, UNITS), alpha=st.sampled_from([0.5, 3.0]))
 def test_is_the_loop_of_the_paper(seed, keep, alpha):
-    features, attended = tiles(seed)
+    features, _ = tiles(seed)
     text, projected = question(seed)
     order = multimodal_cover(features, keep, text, projected, alpha=alpha)
     assert order.sort(-1).values.tolist() == [
         mmtok_units(features[b], keep, text[b], projected[b], alpha=alpha) for b in range(3)
     ]
-    answer = ask(MMTok(alpha=alpha), features, attended, keep)
-    assert answer.index.tolist() == [mmtok_units(x, keep) for x in features]
+    alone = multimodal_cover(features, keep)
+    assert alone.sort(-1).values.tolist() == [mmtok_units(x, keep) for x in features]
 
 
 def test_a_question_changes_the_choice():
@@ -83,7 +83,13 @@ def test_a_row_of_zeros_in_half_precision():
     assert spread(features, features, 0.2, official=True).isnan().any()
 
 
+def test_temperatures_as_released():
+    assert MMTok().for_family("llava", mrope=False).text_temperature == 0.02
+    assert MMTok().for_family("qwen2_5_vl", mrope=True).text_temperature == 0.01
+    assert MMTok(text_temperature=0.1).for_family("qwen2_5_vl", mrope=True).text_temperature == 0.1
+
+
 def test_settings():
-    for wrong in ({"alpha": -1}, {"text_temperature": 0}, {"image_temperature": None}, {"compat": "paper"}):
+    for wrong in ({"alpha": -1}, {"text_temperature": 0}, {"image_temperature": 0}, {"compat": "paper"}):
         with pytest.raises(ValueError, match="choose"):
             MMTok(**wrong)

@@ -31,7 +31,7 @@ from vlm_prune.support import PART, support
 from vlm_prune.versions import CACHE, cache_of
 
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique", "unique_dim", "bincount", "equal", "_linalg_eigh")
-ADAPTIVE = ("flowcut", "mustdrop")
+ADAPTIVE = ("flowcut", "mustdrop", "sparsevlm")
 """Policies that let the image decide how many tokens they drop where."""
 SOLVES = {"agilepruner": ["_linalg_eigh"]}
 """torch waits for its eigenvalue solver on a GPU, to see whether it converged."""
@@ -118,6 +118,17 @@ BATCH = {
         "scores.py",
         "layers.py",
         "scores.py",
+        "layers.py",
+    ],
+    # words that rate, raters, and merged tokens; the rows of two cuts
+    "sparsevlm": [
+        "census.py",
+        "attention_rows.py",
+        "scores.py",
+        "sparsevlm.py",
+        "layers.py",
+        "scores.py",
+        "sparsevlm.py",
         "layers.py",
     ],
 }

@@ -112,6 +112,136 @@ def test_bad_rows_are_clear_errors(questions, answers, message):
         score_pope(questions, answers)
 
 
+THINGS = [("dog", "yes"), ("cat", "no"), ("car", "yes"), ("bus", "no")]
+ASKED = [
+    {
+        "question_id": n,
+        "image": f"COCO_val2014_00000031019{n // 3}.jpg",
+        "text": f"Is there a {thing} in the image?",
+        "label": label,
+    }
+    for n, (thing, label) in enumerate(THINGS, 1)
+]
+SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+def answered(places, **keys):
+    """Answers 1 to 4 that repeat what other questions have, by ``{their key: the question's}``."""
+    given = [{key: ASKED[place][name] for key, name in keys.items()} for place in places]
+    return [{"question_id": n, **row, "response": "Yes"} for n, row in enumerate(given, 1)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "count", "what"),
+    [
+        (answered([0, 2, 1, 3], prompt="text"), 2, "question"),
+        (answered([3, 2, 1, 0], question="text"), 4, "question"),
+        (answered([0, 1, 2, 0], query="text"), 1, "question"),
+        (answered([0, 1, 3, 3], input="text"), 1, "question"),
+        ([{**row, "answer": "Yes"} for row in answered([0, 2, 1, 3], text="text")], 2, "question"),
+        (answered([0, 1, 0, 3], image="image"), 1, "image"),
+        (answered([3, 1, 2, 0], image_source="image"), 2, "image"),
+        (answered([1, 1, 2, 3], target="label"), 1, "label"),
+        (answered([1, 0, 3, 2], ground_truth="label"), 4, "label"),
+        (answered([1, 1, 2, 3], answer="label"), 1, "label"),
+    ],
+)
+def test_answers_that_repeat_something_else_are_noticed(answers, count, what):
+    by_id = score_pope(ASKED, answers)
+    in_order = score_pope(ASKED, [{k: v for k, v in row.items() if k != "question_id"} for row in answers])
+    for result in (by_id, in_order, score_splits(ASKED, answers)["all"]):
+        assert f"{count} of 4 answers repeat another {what} than the one in their place" in result.warnings[0]
+        assert result.rates["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        {"prompt": lambda q: q["text"] + SUFFIX},
+        {"question": lambda q: "<image>\nUSER:  " + q["text"].replace("image", "imange").upper()},
+        {"image": lambda q: "val2017/" + q["image"].removeprefix("COCO_val2014_")},
+        {"image": lambda q: "C:\\coco\\" + q["image"].removesuffix(".jpg") + ".png"},
+        {"image_source": lambda q: q["image"].removesuffix(".jpg")},
+        {"image_id": lambda q: int(q["image"][13:25])},
+        {"label": lambda q: q["label"].upper()},
+    ],
+)
+def test_the_same_thing_in_other_words_is_no_contradiction(repeated):
+    ((key, form),) = repeated.items()
+    answers = [{"question_id": q["question_id"], key: form(q), "text": q["label"]} for q in ASKED]
+    assert score_pope(ASKED, answers).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "official", "warned"),
+    [
+        ("No</s>", YES, True), ("No<|im_end|>", YES, True), ("No\nThere is no dog", NO, False),
+        ("No\nThere is none", YES, True),
+        ("The answer is no</s>", YES, True), ("Yes, but not a big one", NO, True),
+        ("Yes. No dog is visible.", YES, False), ("no dog", NO, False), ("Yes</s>", YES, False),
+    ],
+)  # fmt: skip
+def test_answers_that_the_parser_reads_against_their_words_are_warned_of(answer, official, warned):
+    result = score_pope(rows(["yes", "no"]), said([answer, "No"]))
+    assert result.predictions == [official, NO]
+    assert result.counts["n_misread"] == warned
+    warnings = [warning for warning in result.warnings if "are read otherwise than they say" in warning]
+    assert len(warnings) == warned
+    if warned:
+        assert (
+            f"1 of 2 answers are read otherwise than they say, first {answer!r} to question 1" in warnings[0]
+        )
+
+
+HUB = [
+    {"id": str(n), "question_id": str(n % 2 + 1), "question": q["text"], "answer": q["label"], "category": split,
+     "image_source": q["image"].removesuffix(".jpg")}
+    for n, (q, split) in enumerate(zip(ASKED, ("popular", "popular", "random", "random"), strict=True))
+]  # fmt: skip
+"""As the data set on the hub is exported: ids begin anew in each category, ``answer`` is the label."""
+
+
+@pytest.mark.parametrize(
+    ("questions", "keys", "by"),
+    [
+        (HUB, ("id",), "question_id"),
+        (HUB, ("category", "question_id"), "category and question_id"),
+        (HUB, ("category", "question_id", "answer", "question", "image_source"), "category and question_id"),
+        (HUB, ("question",), "order"),
+        ([{**row, "question_id": row["id"]} for row in HUB], ("id",), "question_id"),
+    ],
+)
+def test_the_hubs_export_is_understood(questions, keys, by):
+    given = [{**{key: row[key] for key in keys}, "response": row["answer"]} for row in questions]
+    given = given if by == "order" else given[::-1]
+    found = score_splits(questions, given)
+    assert [result.rates["accuracy"] for result in found.values()] == [1, 1]
+    assert list(found) == ["popular", "random"]
+    assert {(result.matched_by, *result.warnings) for result in found.values()} == {(by,)}
+    # were the labels taken for answers, nothing could be wrong
+    wrong = [{**row, "response": "No" if row["response"] == "yes" else "Yes"} for row in given]
+    assert [result.rates["accuracy"] for result in score_splits(questions, wrong).values()] == [0, 0]
+
+
+def test_ids_of_something_else_and_rows_of_a_data_set():
+    right = [q["label"] for q in ASKED]
+    other = [{"id": f"chatcmpl-{n}", "text": word} for n, word in enumerate(right)]
+    result = score_pope(ASKED, other)
+    assert (result.rates["accuracy"], result.matched_by) == (1, "order")
+    assert (
+        "none of the answers' ids, such as 'chatcmpl-0', is a question's: matched by order" in result.warnings
+    )
+    samples = [{"doc_id": n, "target": word, "filtered_resps": [word]} for n, word in enumerate(right)]
+    assert score_pope(ASKED, samples[::-1]).rates["accuracy"] == 1
+    whole = [{"doc": {**row, "answer": row["label"]}, "resps": [[row["label"]]]} for row in ASKED]
+    assert score_pope(ASKED, whole[::-1]).rates["accuracy"] == 1
+    assert score_pope(ASKED, samples[2:]).matched_by == "doc_id"
+    with pytest.raises(ValueError, match="doc_id 4 of an answer: it numbers the 4 questions from 0"):
+        score_pope(ASKED, [{**samples[0], "doc_id": 4}])
+    with pytest.raises(ValueError, match="doc_id 3 stands in several answers"):
+        score_pope(ASKED, [samples[3], samples[3]])
+
+
 def test_missing_answers_are_counted_and_other_questions_noticed():
     result = score_pope(rows(["yes", "no"]), said(["yes"]))
     assert (result.counts["n"], result.counts["n_missing"]) == (1, 1)
@@ -252,6 +382,41 @@ def test_command_prints_only_json_on_stdout(tmp_path):
     assert both["f1"] == shown["f1"]
     assert len(both["splits"]) == 2
     assert "f1" in CliRunner().invoke(app, ["pope", *pair, *pair]).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"1": "Yes", "2": "No", "3": "Yes", "4": "No"}'),
+        (
+            "a.json",
+            '{"4": {"response": "No"}, "1": {"response": "Yes"}, "2": {"text": "No"}, "3": {"text": "Yes"}}',
+        ),
+        (
+            "a.jsonl",
+            "\n".join(
+                f'{{"question_id": {n + 1}, "filtered_resps": [["{"YN"[n % 2]}o"]]}}' for n in range(4)
+            ),
+        ),
+        ("a.csv", "question_id,answer\n4,No\n2.0,No\n1,Yes\n3,Yes\n"),
+        ("a.csv", "answer\nYes\nNo\nYes\nNo\n"),
+        ("a.tsv", "qid\tprediction\n2\tNo\n4\tNo\n1\tYes\n3\tYes\n"),
+    ],
+)
+def test_answer_files_as_other_tools_write_them(tmp_path, name, text):
+    text = text.replace("Yo", "Yes")
+    (tmp_path / name).write_text(text)
+    for questions in ("q.json", "q.csv"):
+        if questions.endswith("csv"):
+            lines = [",".join(map(str, row.values())) for row in ASKED]
+            (tmp_path / questions).write_text("\n".join([",".join(ASKED[0]), *lines]))
+        else:
+            write_questions(tmp_path / questions, ASKED)
+        files = ["--questions", str(tmp_path / questions), "--answers", str(tmp_path / name)]
+        run = CliRunner().invoke(app, ["pope", *files, "--json"])
+        assert run.exit_code == 0, run.output
+        assert json.loads(run.stdout)["accuracy"] == 1
+        assert run.stderr == ""
 
 
 @pytest.mark.parametrize(

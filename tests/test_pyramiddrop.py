@@ -1,5 +1,7 @@
 """PyramidDrop equals a decoder that is walked layer by layer, ranking with the weights of the layer to come."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -77,6 +79,7 @@ def test_a_second_turn_ranks_behind_the_first():
     first = prompt("llava-gqa", LAYOUTS["single"])
     seen = []
 
+    @dataclass(frozen=True)
     class Watched(PyramidDrop):
         def prefill(self, view):
             attention = view.next_attention()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from tests.run_folders import ANSWER, EVIL, MODELS, POLICIES, QUESTION, make_folder
 from vlm_prune.cli import app
 from vlm_prune.eval.report import write_report
-from vlm_prune.eval.report.charts import INKS, Point, pareto_svg
+from vlm_prune.eval.report.charts import INKS, Chart, Point, page_svg
 from vlm_prune.eval.report.overlay import outside, plates, veil
 from vlm_prune.eval.report.pareto import pareto_front
 from vlm_prune.eval.report.results import budget_text
@@ -117,20 +118,35 @@ def test_samples_are_spread_evenly(count, limit, chosen):
 # --- figures ---
 
 
+def some_points(count=5):
+    return [
+        Point(i % 2, f"p{i % 2} {EVIL}", 2.0**i, i / 9, f"t{i} {EVIL}", hollow=i == 3) for i in range(count)
+    ]
+
+
 def test_figures_are_svg_with_the_colours_of_the_page():
-    points = [Point(i % 2, f"p{i} {EVIL}", 2.0**i, i / 9, f"t{i} {EVIL}", hollow=i == 3) for i in range(5)]
-    svg = pareto_svg(points, "f0", EVIL, EVIL, log=True)
+    points = [*some_points(), Point(2, "none", 64.0, 0.9, "all")]
+    chart = Chart(points, EVIL, EVIL, log=True, reference=0.9)
+    svg = page_svg(chart, "f0")
     root = ElementTree.fromstring(svg)
     ids = [e.get("id") for e in root.iter() if e.get("id")]
     assert len(ids) == len(set(ids))
     assert all(name.startswith("f0-") for name in ids)
     assert set(re.findall(r"#[0-9a-f]{6}", svg)) == set()
-    assert all(variable in svg for variable in INKS.values())
+    used = {look.variable for look in chart.looks.values()} | {"var(--ink)", "var(--muted)", "var(--band)"}
+    assert used <= set(INKS.values())
+    assert all(variable in svg for variable in used)
     assert set(re.findall(r'(?:url\(|href=")(#[^")]*)', svg)) <= {f"#{name}" for name in ids}
     titles = [e.text for e in root.iter() if e.tag.endswith("}title")]
     assert {p.title for p in points} <= set(titles)
     assert any(e.text == EVIL for e in root.iter())  # the axis's name, not read as a formula
-    assert svg == pareto_svg(points, "f0", EVIL, EVIL, log=True)
+    assert svg == page_svg(chart, "f0")
+
+
+def test_a_name_that_is_a_colour_stays_a_name():
+    svg = page_svg(Chart([Point(0, "#1c1b19", 1.0, 1.0, "#1c1b19")], "#66635c", "up"), "f")
+    texts = {e.text for e in ElementTree.fromstring(svg).iter()}
+    assert {"#1c1b19", "#66635c"} <= texts
 
 
 # --- the page ---
@@ -203,7 +219,10 @@ def test_the_table_has_every_setting(report):
 
 def test_figures_and_fronts(report):
     _, _, page, _ = report
-    assert sum(tag == "svg" for tag, _ in page.elements) == 12  # two models, two tasks, three costs
+    # two models, two tasks, three costs, of which the first is drawn for a desk and for a phone
+    assert Counter(a["class"] for _, a in page.elements if a.get("class", "").startswith("chart")) == {
+        "chart wide": 4, "chart tall": 4, "chart small": 8,
+    }  # fmt: skip
     captions = re.findall(r"Front by [a-zA-Z ]+", "".join(page.texts))
     assert captions == ["Front by tokens", "Front by prefill time", "Front by KV cache"] * 4
 
@@ -236,7 +255,8 @@ def test_a_run_without_speed_or_unpruned_cells(tmp_path):
     (folder.path / "failed.json").unlink()
     page = Page(write_report(folder, tmp_path / "else.html", samples=2).read_text(encoding="utf-8"))
     shown = "".join(page.texts)
-    assert sum(tag == "svg" for tag, _ in page.elements) == 4
+    charts = [a["class"] for _, a in page.elements if a.get("class", "").startswith("chart")]
+    assert charts == ["chart wide", "chart tall"] * 4
     assert "no speed task" in shown
     assert "no answer to compare with" in shown
     assert "2 of 4 samples of pope" in shown

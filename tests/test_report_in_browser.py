@@ -6,17 +6,27 @@ import numpy as np
 import pytest
 
 from tests.browser import ask, look, needs_chromium, pages, quoted
-from tests.run_folders import EVIL, MODELS, make_folder
+from tests.run_folders import EVIL, MODELS, make_crowd, make_folder
 from vlm_prune.eval.report import write_report
+from vlm_prune.eval.report.looks import PLACES
+from vlm_prune.registry import POLICIES
 
 pytestmark = [needs_chromium, pytest.mark.chromium]
 
-WIDTHS = pytest.mark.parametrize("width", [360, 768, 1280])
+WIDTHS = pytest.mark.parametrize("width", [360, 400, 768, 1280, 1300])
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     return write_report(make_folder(tmp_path_factory.mktemp("runs") / "run"))
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """Thirty-five policies at three budgets."""
+    names = [*POLICIES, "flowcut (official)", *PLACES]
+    folder = make_crowd(tmp_path_factory.mktemp("runs") / "crowd", list(dict.fromkeys(names))[:35])
+    return write_report(folder, samples=0)
 
 
 CHOOSE = """
@@ -177,9 +187,10 @@ def test_figures_are_drawn(page, width):
     sizes = ask(
         page,
         """
-        return [...document.querySelectorAll(".panels svg")].map((svg) => {
+        const shown = [...document.querySelectorAll(".chart svg")].filter((svg) => svg.getBoundingClientRect().width);
+        return shown.map((svg) => {
           const label = svg.querySelector("text").getBoundingClientRect();
-          return [svg.getBoundingClientRect().width, svg.querySelectorAll(".point, .best").length, label.height];
+          return [svg.getBoundingClientRect().width, svg.querySelectorAll(".point").length, label.height];
         });
         """,
         width,
@@ -187,9 +198,143 @@ def test_figures_are_drawn(page, width):
     assert len(sizes) == 12
     for panel, dots, text in sizes:
         assert panel > 250
-        assert dots >= 4
+        assert dots == 3
         assert text > 8
 
 
 def test_print_has_everything(page):
     assert 2 <= pages(page) <= 8
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_a_crowd_sticks_out_nowhere_and_labels_stand_free(crowd, width):
+    scroll, labels, clashes = ask(
+        crowd,
+        """
+        const named = (e) => [e.textContent, e.getBoundingClientRect()];
+        const boxes = (svg, what) => [...svg.querySelectorAll(what)].map(named);
+        const between = (low, value, high, by) => low + by < value && value < high - by;
+        const inside = (x, y, box, by) => between(box.left, x, box.right, by) && between(box.top, y, box.bottom, by);
+        const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+        const clashes = [];
+        let count = 0;
+        for (const svg of document.querySelectorAll(".chart svg")) {
+          const shown = boxes(svg, ".label").filter(([, box]) => box.width);
+          const dots = boxes(svg, ".point use");
+          count += shown.length;
+          shown.forEach(([name, box], i) => {
+            for (const [other, beside] of shown.slice(i + 1)) if (!apart(box, beside)) clashes.push([name, other]);
+            for (const [other, dot] of dots) {
+              if (inside((dot.left + dot.right) / 2, (dot.top + dot.bottom) / 2, box, 0)) clashes.push([name, "a dot"]);
+            }
+            for (const line of svg.querySelectorAll(".series path")) {
+              const place = line.getScreenCTM(), length = line.getTotalLength();
+              for (let at = 0; at <= length; at += 1) {
+                const spot = line.getPointAtLength(at).matrixTransform(place);
+                if (inside(spot.x, spot.y, box, 2)) {
+                  clashes.push([name, "a line"]);
+                  break;
+                }
+              }
+            }
+          });
+        }
+        return [document.documentElement.scrollWidth, count, clashes];
+        """,
+        width,
+    )  # fmt: skip
+    assert scroll <= width
+    assert clashes == []
+    assert labels >= 40  # of six charts
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_no_two_policies_look_alike_and_each_looks_the_same_everywhere(crowd, dark):
+    keys, series, cells = ask(
+        crowd,
+        """
+        if (DARK) document.getElementById("theme-dark").click();
+        const fill = (e) => getComputedStyle(e).fill, look = (e) => [e.getAttribute("d"), fill(e)].join(" ");
+        const chips = [...document.querySelectorAll(".chips button")];
+        const keys = chips.map((chip) => [chip.textContent.trim(), look(chip.querySelectorAll("path")[1])]);
+        const colours = chips.map((chip) => fill(chip.querySelectorAll("path")[1]));
+        const series = chips.map((chip, i) => {
+          const lines = document.querySelectorAll(`.chart .series.s${i} path`);
+          return lines.length && [...lines].every((line) => getComputedStyle(line).stroke === colours[i]);
+        });
+        const rows = [...document.querySelectorAll("#cells tbody tr")];
+        const told = ({ cells: [cell] }) => [cell.textContent.trim(), look(cell.querySelector("path"))];
+        return [keys, series, rows.map(told)];
+        """.replace("DARK", str(dark).lower()),
+    )
+    assert len(keys) == 35
+    assert len({look for _, look in keys}) == 35
+    assert all(series)
+    assert {tuple(cell) for cell in cells} == {tuple(key) for key in keys}
+
+
+def test_nothing_is_cut_off_on_a_desk(crowd):
+    table, box, text, room = ask(
+        crowd,
+        """
+        const cells = document.getElementById("cells"), filter = document.getElementById("filter");
+        const style = getComputedStyle(filter), pen = document.createElement("canvas").getContext("2d");
+        pen.font = `${style.fontSize} ${style.fontFamily}`;
+        const room = filter.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+        return [cells.offsetWidth, cells.parentElement.clientWidth, pen.measureText(filter.placeholder).width, room];
+        """,
+        1300,
+    )
+    assert table <= box
+    assert text < room
+
+
+def test_columns_come_in_groups_where_there_is_no_room_for_all(crowd):
+    first, shown, every = ask(
+        crowd,
+        """
+        const count = () => document.querySelectorAll("#cells thead tr:last-child th:not([hidden])").length;
+        const group = document.getElementById("group"), first = [group.value, count()];
+        group.value = ""; group.dispatchEvent(new Event("change"));
+        return [first[0], first[1], count()];
+        """,
+        400,
+    )
+    assert first == "pope"
+    assert shown < every
+
+
+def test_the_reader_turns_the_lights_off_and_on(page):
+    assert ask(
+        page,
+        """
+        const paper = () => getComputedStyle(document.body).backgroundColor;
+        return ["dark", "light"].map((theme) => { document.getElementById(`theme-${theme}`).click(); return paper(); });
+        """,
+    ) == ["rgb(21, 21, 19)", "rgb(255, 255, 252)"]
+
+
+def test_files_to_take_away_are_in_the_page(page):
+    links = ask(
+        page,
+        """
+        return [...document.querySelectorAll(".downloads a")].map((a) => {
+          const [address, content] = a.href.split(",");
+          return [a.download, address, atob(content).slice(0, 40)];
+        });
+        """,
+    )  # fmt: skip
+    starts = {"pdf": "%PDF-", "csv": ("policy,", "model,"), "tex": r"% \usepackage{booktabs}"}
+    assert {name.rsplit(".", 1)[1] for name, _, _ in links} == set(starts)
+    for name, address, begin in links:
+        assert address.startswith("data:")
+        assert begin.startswith(starts[name.rsplit(".", 1)[1]])
+    assert len({name for name, _, _ in links}) == len(links)
+
+
+def test_warnings_of_many_cells_are_told_once(crowd):
+    told = ask(
+        crowd,
+        'return [...document.querySelectorAll("#remarks > ul > li")].map((e) => e.firstChild.data.trim());',
+    )
+    assert told == ["3 to 35 answers say neither yes nor no"]

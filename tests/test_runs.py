@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -21,8 +22,10 @@ from typer.testing import CliRunner
 from vlm_prune.cli import app
 from vlm_prune.eval.models import model_path
 from vlm_prune.eval.runs import RunFolder, asking, run
+from vlm_prune.eval.runs.config import Task
 from vlm_prune.eval.runs.parts import add_part, read_parts
 from vlm_prune.eval.runs.yaml_file import parse_config
+from vlm_prune.eval.scenes import make_scenes
 
 pytestmark = pytest.mark.skipif(
     not (model_path("tiny-llava") / "model.safetensors").exists(),
@@ -39,6 +42,8 @@ tasks:
 batch_size: 4
 output: OUTPUT
 """
+KINDS = {get_args(kind.model_fields["task"].annotation)[0] for kind in get_args(get_args(Task)[0])}
+"""All kinds of tasks that a file may name."""
 SPEED = "tasks:\n  - {task: speed, data: {scenes: 2}, rounds: 1, prompts: 1}\n"
 
 
@@ -65,11 +70,11 @@ def note_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def start(folder: Path, output: Path, **variables: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, output: Path, text: str = TEXT, **variables: str) -> subprocess.Popen[bytes]:
     """The command in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.yaml"
-    path.write_text(TEXT.replace("OUTPUT", str(output)))
+    path.write_text(text.replace("OUTPUT", str(output)))
     command = [sys.executable, "-m", "vlm_prune", "run", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -197,13 +202,13 @@ def test_a_finished_cell_that_is_not_whole_is_done_again(
     assert len(again) == asked
 
 
-def test_two_processes_are_as_good_as_one(whole, tmp_path):
+def in_two_processes(folder: Path, output: Path, text: str = TEXT) -> None:
+    """The command as torchrun starts it; both processes have to end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    output = tmp_path / "run"
-    both = [start(tmp_path / rank, output, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+    both = [start(folder / rank, output, text, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
     try:
         for process in both:
             _, errors = process.communicate(timeout=300)
@@ -211,8 +216,55 @@ def test_two_processes_are_as_good_as_one(whole, tmp_path):
     finally:
         for process in both:
             process.kill()
-    assert contents(output) == contents(whole)
     assert not list(output.glob("cells/*/part-*"))
+
+
+def test_two_processes_are_as_good_as_one(whole, tmp_path):
+    output = tmp_path / "run"
+    in_two_processes(tmp_path, output)
+    assert contents(output) == contents(whole)
+
+
+EVERY_KIND = """\
+models: [tiny-llava]
+policies: [flowcut]
+ratios: [0.25]
+batch_size: 4
+tasks:
+  - {task: pope, data: &scenes {scenes: 3}, splits: [random], max_new_tokens: 2}
+  - {task: chair, data: *scenes, max_new_tokens: 8}
+  - {task: speed, data: *scenes, rounds: 1, prompts: 1}
+  - {task: pope, label: own pope, data: &own {jsonl: ROWS}, max_new_tokens: 2}
+  - {task: chair, label: own chair, data: *own, max_new_tokens: 8}
+  - {task: vqa, data: *own, max_new_tokens: 2}
+  - {task: vqa, label: vqa of ten, metric: vqa, data: *own, max_new_tokens: 2}
+  - {task: speed, label: own speed, data: *own, rounds: 1, prompts: 2}
+output: OUTPUT
+"""
+
+
+def test_every_kind_of_task_over_two_processes(tmp_path):
+    rows = []
+    for number, scene in enumerate(make_scenes(5, 3, [(128, 128)], min_names=3)):
+        scene.image.save(tmp_path / f"{number}.png")
+        # an odd number of rows: with batches of 4, the second process has the smaller share
+        rows.append(
+            {
+                "id": number, "image": str(tmp_path / f"{number}.png"), "objects": ["dog", "cat"],
+                "question": f"Is there a {scene.names[0]} in the image?", "answer": "yes",
+            }
+        )  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    text = EVERY_KIND.replace("ROWS", str(path))
+    in_two_processes(tmp_path, tmp_path / "two", text)
+    alone, _ = execute(tmp_path / "one", text)
+    assert not alone.failed
+    found = RunFolder(tmp_path / "two").rows()
+    assert {row["kind"] for row in found} == KINDS
+    assert len(found) == 8
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert [*RunFolder(tmp_path / "two").times()] == [row["cell"] for row in found if row["kind"] == "speed"]
 
 
 @pytest.mark.slow

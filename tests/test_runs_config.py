@@ -55,7 +55,7 @@ def test_examples_cover_the_published_models_and_budgets():
         ("    data", "    splitz: [random]\n    data", 7, 'Did you mean "splits"?'),
         ("{scenes: 4}", "{jsonl: a.jsonl, columns: {questoin: q}}", 7, 'Did you mean "question"?'),
         ("{scenes: 4}", "{}", 7, "one of the keys scenes, jsonl, disk, hub, coco"),
-        ("{scenes: 4}", "{scenes: 0}", 7, "greater than or equal to 1"),
+        ("{scenes: 4}", "{scenes: 0}", 7, "tasks.0.data.scenes: 1 or more is needed, got 0"),
         ("task: pope", "task: pop", 6, 'no task "pop". Did you mean "pope"? Available: pope, chair, vqa, speed.'),
         ("- task: pope", "- taks: pope", 6, 'tasks.0.taks: there is no such key. Did you mean "task"?'),
         ("- task: pope", "- prompt: what", 6, "tasks.0: the key task has to say which task it is, got prompt, data"),
@@ -69,13 +69,13 @@ def test_examples_cover_the_published_models_and_budgets():
         ("{scenes: 4}", "{scenes: 4, size: [1, 2], scenes: 3}", 7, "scenes: stands twice, first in line 7"),
         ("    data", "    parser: offical\n    data", 7, "Did you mean 'official'?"),
         ("    data", "    models: [tiny-lava]\n    data", 7, "Did you mean 'tiny-llava'?"),
-        ("[0.25]", "[1.5]", 4, "less than or equal to 1"),
+        ("[0.25]", "[1.5]", 4, "ratios.0: 1 or less is needed, got 1.5"),
         ("[tiny-llava]", "[tiny-llava, tiny-llava]", 1, "stands twice"),
         ("[tiny-llava]", "[tiny-llava", 2, "not YAML"),
         ("[tiny-llava]", "[" * 3000, 1, "more than 50 deep"),
         ("[tiny-llava]", "[tiny-llava\x01]", 1, "not YAML: special characters"),
         ("ratios", "seed: 2020-13-45\nratios", 4, "'2020-13-45' is not what it looks like (month must be in 1..12)"),
-        ("ratios", "seed: 2020-12-05\nratios", 4, "seed: Input should be a valid integer, got datetime.date(2020"),
+        ("ratios", "seed: 2020-12-05\nratios", 4, "seed: a whole number is needed, got datetime.date(2020"),
         ("[0.25]", "[0.5, 0.25, .50]", 4, "ratios.2: the budget 0.5 stands twice: keep one"),
         ("- flowcut", "- {policy: flowcut, tokens: [8, 8]}", 3, "policies.0.tokens.1: the budget 8 stands twice"),
         ("- flowcut", "- flowcut\n  - flowcut", 4, "policies.1: 'flowcut' stands twice, at the same budget: keep one"),
@@ -87,7 +87,10 @@ def test_examples_cover_the_published_models_and_budgets():
         ),
         ("- flowcut", "- flowcut\n  - {policy: random, label: flowcut}", 4, "'flowcut' stands twice, with other"),
         ("- task", "- {task: pope, data: {scenes: 2}}\n  - task", 7, "tasks.1: 'pope' stands twice"),
-        ("output: somewhere", "", 1, "output: Field required"),
+        ("    data", "    prompt: Describe it.\n    data", 7, "'Describe it.' has no {question}, and every sample"),
+        ("    data", "    prompt: '{quesiton}?'\n    data", 7, "has no {question}, and {quesiton} is not replaced"),
+        ("pope", "chair\n    prompt: 'On {question}'", 7, "'On {question}' has {question}, and these data have no"),
+        ("output: somewhere", "", 1, "output: this is missing, and has to be given"),
     ],
     ids=lambda value: str(value)[:24],
 )  # fmt: skip
@@ -99,14 +102,57 @@ def test_mistakes_name_the_line_and_what_is_allowed(old, new, line, message):
     assert message in first
 
 
+WRONG = {
+    "models: 3": "models: a list, such as [a, b], is needed, got 3",
+    "models: [3]": "models.0: a mapping, such as {key: value}, is needed, got 3",
+    "models: []": "models: at least 1 is needed, got []",
+    "models: [{model: [a]}]": "models.0.model: a text is needed, got ['a']",
+    "models: [{model: m, trust_remote_code: perhaps}]": "trust_remote_code: true or false is needed, got 'perhaps'",
+    "models: [{model: m, processor: [a]}]": "processor: a mapping, such as {key: value}, is needed, got ['a']",
+    "models: [{model: m, device_map: 3.5}]": 'device_map: "auto", a device, or a mapping of modules to devices is',
+    "models: [{model: m, device_map: {a: [1]}}]": 'device_map: "auto", a device, or a mapping of modules to devices',
+    "policies: [{policy: none, settings: 4}]": "settings: a mapping, such as {key: value}, is needed, got 4",
+    "policies: [{policy: none, per: 4}]": 'per: there is no such value as "4". Available: tile, image.',
+    "ratios: [a]": "ratios.0: a number is needed, got 'a'",
+    "ratios: [0]": "ratios.0: more than 0 is needed, got 0",
+    "ratios: 0.5": "ratios: a list, such as [a, b], is needed, got 0.5",
+    "tokens: [1.5]": "tokens.0: a whole number is needed, got 1.5",
+    "tokens: [0]": "tokens.0: 1 or more is needed, got 0",
+    "seed: [1]": "seed: a whole number is needed, got [1]",
+    "batch_size: many": "batch_size: a whole number is needed, got 'many'",
+    "on_bad_image: ignore": 'on_bad_image: there is no such value as "ignore". Available: fail, skip.',
+    "output: [a]": "output: a path is needed, got ['a']",
+    "tasks: []": "tasks: at least 1 is needed, got []",
+    "tasks: [{task: pope, data: {scenes: 2, size: 128}}]": "size: a list, such as [128, 128], is needed, got 128",
+    "tasks: [{task: pope, data: {scenes: 2, size: [128]}}]": "data.size.1: this is missing, and has to be given",
+    "tasks: [{task: pope, data: {scenes: 2, size: [1, 2, 3]}}]": "data.size: at most 2 can be given, got [1, 2, 3]",
+    "tasks: [{task: pope, data: {jsonl: {a: 1}}}]": "data.jsonl: a list, such as [a, b], is needed, got {'a': 1}",
+    "tasks: [{task: pope, data: {jsonl: a, columns: a}}]": "data.columns: a mapping, such as {key: value}, is needed",
+    "tasks: [{task: pope, data: {coco: a}}]": "data.images: this is missing, and has to be given",
+    "tasks: [{task: vqa, data: {jsonl: a}, prompt: 3}]": "tasks.0.prompt: a text is needed, got 3",
+    "tasks: [{task: speed, data: {scenes: 2}, rounds: .inf}]": "tasks.0.rounds: a number is needed, got inf",
+    "tasks: [{task: pope, data: {scenes: 2}, splits: random}]": "tasks.0.splits: a list, such as [a, b], is needed",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_mistakes_are_told_in_our_own_words(line):
+    data = yaml.safe_load(GOOD) | yaml.safe_load(line)
+    with pytest.raises(ConfigError) as raised:
+        parse_config(yaml.safe_dump(data), "run.yaml")
+    assert WRONG[line] in str(raised.value)
+    assert "nput should" not in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ("scenes: 2\nsize: [128, 128]\nsizess: {tiny-llava: [128, 128]}", 'data.sizess: there is no such key. Did you'),
-        ("scenes: 2\nsize: [128, 128]\nsizes:\n  tiny-llava: [128, a]", "sizes.tiny-llava.1: Input should be a valid"),
+        ("scenes: 2\nsize: [9, 9]\nsizes:\n  tiny-llava: [128, a]", "sizes.tiny-llava.1: a whole number is needed"),
         ("coco: there\nimages: there\nimage_id: ids.json", 'data.image_id: there is no such key.'),
         ("jsonl: a.jsonl\ncolumns:\n  id: a\n  questoin: q", 'columns.questoin: there is no such key.'),
-        ("disk: there\nsplit: a\nlimit: 0", "data.limit: Input should be greater than or equal to 1, got 0"),
+        ("disk: there\nsplit: a\nlimit: 0", "data.limit: 1 or more is needed, got 0"),
     ],
     ids=lambda value: value.split(":")[0],
 )  # fmt: skip

@@ -145,6 +145,45 @@ def test_coco_for_both_scores(images):
         samples("{task: chair, data: {coco: COCO, images: IMAGES, image_ids: COCO/ids.json}}", **where)
 
 
+@pytest.mark.parametrize("there", ["{:012}.jpg", "COCO_val2014_{:012}.jpg", "COCO_train2014_{:012}.jpg"])
+@pytest.mark.parametrize("named", ["{:012}.jpg", "COCO_val2014_{:012}.jpg", "val2017/{:012}.jpg"])
+def test_images_of_coco_are_found_by_their_names_of_either_release(images, tmp_path, there, named):
+    _, scenes = images
+    folder = tmp_path / "coco"
+    folder.mkdir()
+    for number, scene in enumerate(scenes):
+        scene.image.save(folder / there.format(number))
+    rows = [{"question_id": 3, "image": named.format(3), "question": "?", "answer": "no"}]
+    (found,) = samples(
+        "{task: pope, data: {jsonl: FILE, images: IMAGES}}",
+        FILE=write_lines(tmp_path / "q.jsonl", rows), IMAGES=folder,
+    )  # fmt: skip
+    assert found.picture.file == (folder / there.format(3)).resolve()
+    annotations = coco(folder, scenes, also=2)
+    path = annotations / "instances_val2014.json"
+    listed = json.loads(path.read_text())
+    listed["images"] = [{"id": i, "file_name": Path(named).name.format(i)} for i in range(12)]
+    path.write_text(json.dumps(listed))
+    for task in (
+        "{task: chair, data: {coco: COCO, images: IMAGES, count: 10}}",
+        "{task: pope, data: {coco: COCO, images: IMAGES}}",
+    ):
+        asked = samples(task, COCO=annotations, IMAGES=folder)
+        assert {sample.picture.file.name for sample in asked} == {there.format(i) for i in range(10)}
+
+
+def test_rows_of_a_table_with_commas(images, tmp_path):
+    path = tmp_path / "coco_pope_random.csv"
+    path.write_text(
+        'question_id,image,text,label\n1,0.png,"Is there a dog, or not?",no\n2,1.png,Is it?,Yes\n'
+    )
+    found = samples("{task: pope, data: {jsonl: FILE, images: IMAGES}}", FILE=path, IMAGES=images[0])
+    assert [(s.id, s.question, s.label) for s in found] == [
+        ("1", "Is there a dog, or not?", "no"),
+        ("2", "Is it?", "yes"),
+    ]
+
+
 def test_a_data_set_on_disk_keeps_its_images(images, tmp_path):
     datasets = pytest.importorskip("datasets")
     _, scenes = images
@@ -190,6 +229,11 @@ def test_a_data_set_on_disk_keeps_its_images(images, tmp_path):
             "ids stand in several rows",
         ),
         ("{task: vqa, data: {scenes: 4}}", "scenes have no questions"),
+        (
+            "{task: pope, data: {scenes: 1}}",
+            r"1 scenes show 3 kinds of objects.*Take more scenes, 4 at least",
+        ),
+        ("{task: pope, data: {scenes: 1}, splits: [popular]}", "Take more scenes, 4 at least"),
         ("{task: vqa, data: {coco: IMAGES, images: IMAGES}}", "hold no questions"),
         ("{task: chair, data: {coco: IMAGES, images: IMAGES}}", "holds no instances_"),
         ("{task: vqa, data: {disk: IMAGES/nowhere}}", "is no folder"),

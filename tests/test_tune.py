@@ -91,6 +91,23 @@ def test_study_of_another_search_is_refused(tmp_path, text, said):
     assert path.read_text() == text
 
 
+def test_a_start_that_fails_is_not_in_the_way(tmp_path, data, fast):
+    model, study = make("llava"), tmp_path / "study.jsonl"
+    broken = model.model.vision_tower.register_forward_hook(lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune(model, data, 0.5, study=study, **fast)
+    broken.remove()
+    layer = model.model.language_model.layers[-1]
+    late = layer.register_forward_hook(lambda *given: 1 / 0 if getattr(model, "pruning", None) else None)
+    with pytest.raises(ZeroDivisionError):
+        tune(model, data, 0.5, study=study, **fast)
+    late.remove()
+    assert not study.exists()
+    other = tune(model, data, 0.25, study=study, **fast)
+    assert other == tune(model, data, 0.25, **fast)
+    assert len(study.read_text().splitlines()) == 1 + fast["calls"]
+
+
 def test_interrupted_search_ends_as_if_never_interrupted(tmp_path, data, fast):
     model, study = make("llava"), tmp_path / "study.jsonl"
     whole = tune(model, data, 0.5, study=tmp_path / "whole.jsonl", **fast)

@@ -450,9 +450,6 @@ def test_entropy_changes_what_is_kept(family):
     kept = []
     for alpha in (0.0, 1000.0):
         with pruned(model, VFlowOpt(m=2.0, alpha=alpha, image_mean=HALF, image_std=HALF), ratio=0.3):
-            try:
-                model(**batch.inputs)
-            except RuntimeError as error:
-                pytest.skip(f"engine: {error}")
+            model(**batch.inputs)
             kept.append(model.pruning.receipt.kept)
     assert kept[0] != kept[1]

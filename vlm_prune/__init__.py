@@ -6,6 +6,7 @@ from .api import from_pretrained, prune, pruned, unprune
 from .contract.policy import Keep, Policy, ScorerPolicy, SelectPolicy
 from .errors import (
     BudgetError,
+    ModelNotFoundError,
     PolicyError,
     PruningError,
     StateError,
@@ -24,6 +25,7 @@ __all__ = [
     "POLICIES",
     "BudgetError",
     "Keep",
+    "ModelNotFoundError",
     "Policy",
     "PolicyError",
     "PruningError",

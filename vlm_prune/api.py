@@ -15,7 +15,7 @@ from .config import load_config
 from .contract.policy import Policy
 from .errors import PolicyError, PruningError, StateError, UnsupportedModelError
 from .registry import find_anatomy, make_policies
-from .saving import find_config
+from .saving import find_config, how_to_load, locate, missing_models
 
 if TYPE_CHECKING:
     from .session import Pruning
@@ -23,13 +23,22 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 
+class _Default(str):
+    """A default that can be told from the same words given by the caller."""
+
+    __slots__ = ()
+
+
+FLOWCUT, TILE = _Default("flowcut"), _Default("tile")
+
+
 def prune(
     model: Model,
-    policy: str | Policy | Sequence[Policy] = "flowcut",
+    policy: str | Policy | Sequence[Policy] = FLOWCUT,
     *,
     tokens: int | None = None,
     ratio: float | None = None,
-    per: str = "tile",
+    per: str = TILE,
     config: Mapping[str, Any] | str | Path | None = None,
     **settings: Any,
 ) -> Model:
@@ -57,8 +66,8 @@ def prune(
         StateError: the model is pruned already.
     """
     if config is not None:
-        if settings or tokens is not None or ratio is not None or per != "tile" or policy != "flowcut":
-            raise PolicyError(f"config={config!r} holds policy, budget and settings: give nothing beside it.")
+        given = {"tokens": tokens is not None, "ratio": ratio is not None, "per": per is not TILE}
+        _refuse_beside(config, {"policy": policy is not FLOWCUT, **given, **dict.fromkeys(settings, True)})
         return prune(model, **load_config(config))
     if getattr(model, "pruning", None) is not None:
         raise StateError(
@@ -95,7 +104,7 @@ def unprune(model: Model) -> Model:
 
 @contextmanager
 def pruned(
-    model: Model, policy: str | Policy | Sequence[Policy] = "flowcut", **options: Any
+    model: Model, policy: str | Policy | Sequence[Policy] = FLOWCUT, **options: Any
 ) -> Iterator[Model]:
     """`prune` for the length of a ``with`` block; takes the same arguments."""
     prune(model, policy, **options)
@@ -111,14 +120,14 @@ def from_pretrained(
     *,
     tokens: int | None = None,
     ratio: float | None = None,
-    per: str = "tile",
+    per: str = TILE,
     config: Mapping[str, Any] | str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a vision-language model and prune it, by default as it was when it was saved.
 
     Args:
-        path: a folder, or a model's name on the hub.
+        path: a folder, a model's name on the hub, or that of a shipped test model.
         policy: a policy's name or object, instead of what the model's ``vlm_prune.json`` says.
         tokens: its budget, see `prune`.
         ratio: its budget, see `prune`.
@@ -127,24 +136,39 @@ def from_pretrained(
         kwargs: for ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
     Raises:
+        ModelNotFoundError: there is no such model, on this machine or on the hub.
         PolicyError: the model has no ``vlm_prune.json``, and neither ``policy`` nor ``config`` is given; or what they
             say is no good. Nothing has been loaded by then.
     """
     from transformers import AutoModelForImageTextToText  # names all families of transformers
 
-    if policy is None:
-        if tokens is not None or ratio is not None:
-            raise PolicyError("tokens= and ratio= are the budget of a policy: give policy= too.")
-        chosen = load_config(find_config(path, kwargs) if config is None else config)
-    elif config is not None:
-        raise PolicyError(f"config={config!r} holds policy, budget and settings: give nothing beside it.")
+    given = {"tokens": tokens is not None, "ratio": ratio is not None, "per": per is not TILE}
+    if config is not None:
+        _refuse_beside(config, {"policy": policy is not None, **given})
+        chosen = load_config(config)
+    elif policy is None:
+        if any(given.values()):
+            raise PolicyError("tokens=, ratio= and per= are the budget of a policy: give policy= too.")
+        path = locate(path, kwargs.get("subfolder", ""))
+        chosen = load_config(find_config(path, kwargs))
     else:
         chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per}
-    # a mistake in them shall not cost the loading of a large model
+    # a mistake in them must not cost the loading of a large model
     make_policies(
         chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio", "per")}
     )
-    return prune(AutoModelForImageTextToText.from_pretrained(path, **kwargs), **chosen)
+    path = locate(path, kwargs.get("subfolder", ""))
+    with missing_models(path):
+        model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)
+    return prune(model, **chosen)
+
+
+def _refuse_beside(config: Any, given: Mapping[str, bool]) -> None:
+    """Raise if any argument is given beside ``config``."""
+    if names := [name for name, there in given.items() if there]:
+        raise PolicyError(
+            f"config={config!r} holds policy, budget and settings: give nothing beside it ({', '.join(names)} given)."
+        )
 
 
 def stock_model(model: Any) -> Any:
@@ -161,6 +185,11 @@ def stock_model(model: Any) -> Any:
 
 def check_hookable(model: nn.Module) -> None:
     """Raise if hooks on the model's modules would not fire."""
+    if isinstance(model, str | Path):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a torch module: {str(model)!r} names a model, and prune takes the model. "
+            f"{how_to_load(str(model))}"
+        )
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a torch module: give a transformers model."

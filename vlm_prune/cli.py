@@ -22,7 +22,7 @@ from .errors import PruningError
 ELSEWHERE = {
     **dict.fromkeys(("pope", "pope-questions", "chair"), "scores_cli"),
     **dict.fromkeys(("train-exit", "tune"), "learn.cli"),
-    **dict.fromkeys(("report", "inspect"), "report_cli"),
+    **dict.fromkeys(("report", "compare", "inspect"), "report_cli"),
     "ask": "ask_cli",
     "bench": "bench.cli",
     "lmms-tasks": "lmms.cli",

@@ -46,11 +46,17 @@ class Composition:
                 f"{'+'.join(p.name for p in written)} drops no tokens, so tokens= and ratio= have no meaning. Leave "
                 'them out, or compose it with a policy that prunes, such as "flowcut+...".'
             )
+        owner = next((policy for policy in written if policy.prunes), None)
+        if owner is not None and owner.keeps_all and tokens is not None:
+            raise BudgetError(
+                f'policy="{owner.name}" keeps every visual token, so tokens={tokens} has no meaning. Leave it out, or '
+                'name a policy that drops tokens, such as "uniform".'
+            )
         config = anatomy.decoder.config
         fitted = tuple(
             policy.for_decoder(config).for_family(anatomy.family, anatomy.mrope) for policy in written
         )
-        default = next((policy.default_ratio for policy in written if policy.prunes), 1.0)
+        default = 1.0 if owner is None else owner.default_ratio
         joint = _shares(per, anatomy) or any(policy.per_image for policy in fitted)
         available = None if joint and anatomy.features else anatomy.tower.units
         extra = int(anatomy.tower.keeps_cls)

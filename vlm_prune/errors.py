@@ -11,6 +11,10 @@ class UnsupportedModelError(PruningError, TypeError):
     """The model, or a part of it, cannot be pruned."""
 
 
+class ModelNotFoundError(PruningError, OSError):
+    """There is no model of that name, on this machine or on the hub."""
+
+
 class BudgetError(PruningError, ValueError):
     """The number of tokens asked for cannot be had."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from .contract.anatomy import Anatomy
 from .contract.checks import check_policy
+from .contract.numbers import plain_number
 from .contract.policy import Policy
 from .errors import PolicyError, UnsupportedModelError
 
@@ -30,23 +31,60 @@ POLICIES: dict[str, str | type[Policy]] = {
     "none": "vlm_prune.policies.baselines:Identity",
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
+    "prumerge": "vlm_prune.policies.prumerge:PruMerge",
     "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
     "scope": "vlm_prune.policies.scope:SCOPE",
+    "sparsevlm": "vlm_prune.policies.sparsevlm:SparseVLM",
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
+    "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""
 
 BUILT_IN = tuple(POLICIES)
 """Names of the policies that the package brings."""
 
-ALIASES = {"fixing_imbalance": "paint"}
+ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop"}
 """Other names that policies go by."""
+
+ELSEWHERE = "vlm_prune.policies.elsewhere:not_among"
+"""Knows well-known methods that are not among the policies."""
+
+BUDGET_WORDS = {
+    **dict.fromkeys(
+        (
+            "keep_ratio",
+            "keep_rate",
+            "retain_ratio",
+            "retention_ratio",
+            "retention",
+            "share",
+            "fraction",
+            "rate",
+        ),
+        "ratio",
+    ),
+    **dict.fromkeys(
+        (
+            "num_tokens",
+            "n_tokens",
+            "keep_tokens",
+            "num_keep",
+            "visual_tokens",
+            "num_visual_tokens",
+            "max_tokens",
+        ),
+        "tokens",
+    ),
+    **dict.fromkeys(("token_budget", "k", "top_k", "topk"), "tokens"),
+    **dict.fromkeys(("budget", "keep", "prune_ratio", "pruning_ratio", "drop_ratio", "sparsity"), ""),
+}
+"""What the budget is called elsewhere, and which of ``tokens`` and ``ratio`` it is; "" if that is not clear."""
 
 ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "internvl": "vlm_prune.adapters.internvl:anatomy",
@@ -75,10 +113,10 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
 }
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
 
-GENERAL = "vlm_prune.adapters.features:anatomy"
-"""What finds the parts of a model of any other type."""
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a policy may be called."""
+GENERAL = "vlm_prune.adapters.features:anatomy"
+"""What finds the parts of a model of any other type."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -160,7 +198,7 @@ def load_plugins(modules: Iterable[str] = ()) -> list[str]:
                 continue
             try:
                 if group == "vlm_prune.policies":
-                    check_policy(_load(point.value))
+                    check_policy(load_entry(point.value))
             except Exception as error:  # whatever another package does wrong must not keep ours from working
                 trouble.append(
                     f"{group}: {point.name} ({point.value}) is left out: {type(error).__name__}: {error}"
@@ -178,8 +216,10 @@ def policy_class(name: str) -> type[Policy]:
     if name not in POLICIES:
         load_plugins()
     if name not in POLICIES:
-        raise PolicyError(f'policy="{name}" is not known. {did_you_mean(name, POLICIES)}')
-    return _load(POLICIES[name])
+        raise PolicyError(
+            f'policy="{name}" is not known. {load_entry(ELSEWHERE)(name)}{did_you_mean(name, POLICIES)}'
+        )
+    return load_entry(POLICIES[name])
 
 
 def named_policies(policy: str) -> list[type[Policy]]:
@@ -190,7 +230,7 @@ def named_policies(policy: str) -> list[type[Policy]]:
 def _outside(name: str) -> type[Policy]:
     """The policy that ``"module:Class"`` names."""
     try:
-        found = _load(name)
+        found = load_entry(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise PolicyError(
             f'policy="{name}" cannot be imported ({error}): give "module:Class" of a module on the Python path.'
@@ -231,11 +271,14 @@ def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, A
             raise PolicyError(f"{', '.join(settings)} given beside policy objects: set it on the object.")
         return _checked(tuple(objects))
     names = [name.strip() for name in policy.split("+")]
+    if len(names) > 1 and not all(names):
+        raise PolicyError(f'policy="{policy}": a name is missing beside a "+", as in "flowcut+vhr".')
     if len(names) == 1:
         return (_make(names[0], settings),)
     for name in names:
         policy_class(name)
     for name, fields in settings.items():
+        _refuse_budget_words(name, fields)
         if name not in names or not isinstance(fields, dict):
             raise PolicyError(
                 f'{name}={fields!r}: settings of the composition "{policy}" are given by policy, such as '
@@ -261,13 +304,25 @@ def _checked(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
 def _make(name: str, settings: dict[str, Any]) -> Policy:
     cls = policy_class(name)
     fields = [f.name for f in dataclasses.fields(cls)]
-    for setting in settings:
+    for setting, value in settings.items():
         if setting not in fields:
+            _refuse_budget_words(setting, value)
             raise PolicyError(f'policy="{name}" has no setting {setting!r}. {did_you_mean(setting, fields)}')
     try:
-        return cls(**settings)
+        return cls(**{setting: plain_number(value) for setting, value in settings.items()})
     except (TypeError, ValueError) as error:
         raise PolicyError(f'policy="{name}": {error}') from error
+
+
+def _refuse_budget_words(name: str, value: Any) -> None:
+    """Raise if a setting is the budget under another name."""
+    if name not in BUDGET_WORDS:
+        return
+    shares = {"ratio": "ratio=0.25", "tokens": "tokens=64", "": "tokens=64 or ratio=0.25"}
+    raise PolicyError(
+        f"{name}={value!r} is no setting. The budget is what is kept: tokens= is the number of visual tokens per "
+        f"image, ratio= the share of them. Give {shares[BUDGET_WORDS[name]]}, say, in its place."
+    )
 
 
 def find_anatomy(model: Any) -> Anatomy:
@@ -281,10 +336,15 @@ def find_anatomy(model: Any) -> Anatomy:
     if model_type not in ADAPTERS:
         load_plugins()
     try:
-        anatomy: Anatomy = _load(ADAPTERS.get(model_type, GENERAL))(model)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
-    except AttributeError as error:
+        anatomy: Anatomy = load_entry(ADAPTERS.get(model_type, GENERAL))(model)
+    except (ValueError, AttributeError) as error:
+        if model_type not in ADAPTERS:
+            raise UnsupportedModelError(
+                f'{type(model).__name__} is of model type "{model_type}", which has no adapter{_why(model)}. The '
+                f"general adapter cannot serve it: {error} Available: {', '.join(sorted(ADAPTERS))}."
+            ) from error
+        if isinstance(error, ValueError):
+            raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
         raise UnsupportedModelError(
             f'{type(model).__name__} is of model type "{model_type}" but lacks a part that its adapter looks for '
             f"({error}). Give the complete stock model, with its language-modelling head, for instance "
@@ -293,15 +353,26 @@ def find_anatomy(model: Any) -> Anatomy:
     return anatomy
 
 
+def _why(model: Any) -> str:
+    """What is amiss with a model without adapter: it sees nothing, it is a tower, or its family is not known."""
+    parts = vars(model.config) if hasattr(model.config, "__dict__") else {}
+    if any(name in parts for name in ("vision_config", "text_config", "vq_config")):
+        return "; docs/contributing.md (Add a model family) says how to write one"
+    if "image_size" in parts or "patch_size" in parts:
+        return ", since it is a vision tower alone: give the whole vision-language model"
+    return ", since it has no vision tower, and so no visual tokens to prune: give a vision-language model"
+
+
 def _importable(name: str, cls: type[Policy]) -> bool:
     """Whether ``"module:Class"`` names this very class."""
     try:
-        return _load(name) is cls
+        return load_entry(name) is cls
     except (ImportError, AttributeError):
         return False
 
 
-def _load(entry: Any) -> Any:
+def load_entry(entry: Any) -> Any:
+    """What ``"module:name"`` names; anything but a string as it is."""
     if not isinstance(entry, str):
         return entry
     module, name = entry.split(":")

@@ -1,4 +1,4 @@
-"""Saving a pruned model: stock weights, and beside them ``vlm_prune.json``.
+"""Saving a pruned model, stock weights and beside them ``vlm_prune.json``; and finding what is to be loaded.
 
 While a model is pruned, its ``save_pretrained`` writes that file too, and so do the stock calls that save on their way
 to the hub, ``push_to_hub(...)`` and ``save_pretrained(..., push_to_hub=True)``. Nothing of ours enters the weights or
@@ -7,16 +7,26 @@ to the hub, ``push_to_hub(...)`` and ``save_pretrained(..., push_to_hub=True)``.
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 from transformers.utils import cached_file
 
 from .config import FILE, write_config
-from .errors import PolicyError
+from .errors import ModelNotFoundError, PolicyError
+from .registry import load_entry
+
+SHIPPED = ("tiny-llava", "tiny-internvl", "tiny-llava-halluc")
+"""Names of the trained test models that ship with the package."""
+
+WEIGHTS = "vlm_prune.eval.models:model_path"
+"""Knows their folders."""
 
 FROM_HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments of transformers' `from_pretrained` that say where files come from."""
@@ -75,12 +85,105 @@ def find_config(path: str | Path, kwargs: Mapping[str, Any]) -> str:
 
     Raises:
         PolicyError: there is none.
+        ModelNotFoundError: there is no such model.
     """
     where = {name: kwargs[name] for name in FROM_HUB if name in kwargs}
     try:
         return str(cached_file(path, FILE, **where))
     except OSError as error:
+        if not Path(path).is_dir():
+            with missing_models(path):
+                cached_file(path, "config.json", **where)
         raise PolicyError(
             f"{path} has no {FILE}, so it does not say how to prune: name a policy, as in "
             f'from_pretrained({str(path)!r}, policy="flowcut", tokens=64), or save a pruned model there first.'
         ) from error
+
+
+def locate(path: str | Path, subfolder: str = "") -> str | Path:
+    """Where a model is: the folder of a shipped test model, or ``path`` itself, a folder or a name on the hub.
+
+    Raises:
+        ModelNotFoundError: it can be neither.
+    """
+    if str(path) in SHIPPED and not Path(path).is_dir():
+        return Path(load_entry(WEIGHTS)(str(path)))
+    folder = Path(path) / subfolder
+    if folder.is_dir() and not any(
+        (folder / file).exists() for file in ("config.json", "adapter_config.json")
+    ):
+        raise ModelNotFoundError(missing_model(str(folder), FileNotFoundError("no config.json")))
+    if is_no_name(str(path)):
+        raise ModelNotFoundError(missing_model(str(path)))
+    return path
+
+
+@contextmanager
+def missing_models(path: str | Path) -> Iterator[None]:
+    """What transformers says of a model that it cannot find, as a `ModelNotFoundError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # the system's own, such as a full disk
+            raise
+        raise ModelNotFoundError(missing_model(str(path), error)) from error
+
+
+def is_no_name(name: str) -> bool:
+    """Whether a model can be called so neither on this machine nor on the hub, where a slash follows the owner."""
+    path = Path(name)
+    return not path.is_dir() and ("/" not in name or path.is_absolute() or name.startswith("."))
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is nearest to ``name``."""
+    spelt = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.6)
+    return spelt[found[0]] if found else None
+
+
+def how_to_load(name: str) -> str:
+    """How a model of that name comes to be pruned."""
+    if name in SHIPPED:
+        return f'Load it first: model, processor = vlm_prune.eval.load_model("{name}").'
+    likely = near(name, SHIPPED) if is_no_name(name) else None
+    hint = f'Did you mean the test model "{likely}"? ' if likely else ""
+    return f'{hint}Load and prune in one: vlm_prune.from_pretrained("{likely or name}", policy="flowcut").'
+
+
+def missing_model(
+    name: str, error: Exception | None = None, known: Iterable[str] = (), size: str | None = None
+) -> str:
+    """What is missing where a model could not be loaded, and what to do.
+
+    Args:
+        name: as it was asked for.
+        error: what transformers said.
+        known: names on the hub that may have been meant.
+        size: of the download, if that is known.
+    """
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if Path(name).is_dir():
+        return (
+            f"The folder {name} holds no complete checkpoint ({said}). Give one that save_pretrained of a model and of "
+            "its processor wrote."
+        )
+    likely = near(name, SHIPPED) or near(name, known)
+    hint = f'Did you mean "{likely}"? ' if likely not in (None, name) else ""
+    shipped = f"Test models that ship with the package and need no download: {', '.join(SHIPPED)}."
+    if is_no_name(name):
+        return (
+            f'There is no model "{name}": no folder of that name, and names on the hub have an owner, as in '
+            f'"llava-hf/llava-1.5-7b-hf". {hint}{shipped}'
+        )
+    much = f", {size}," if size else ""
+    if is_offline_mode():
+        return (
+            f'"{name}" is not in this machine\'s cache ({HF_HUB_CACHE}), and the hub is switched off '
+            f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '1')}). {hint}Unset it, or download the "
+            f"checkpoint{much} on a machine with a network (hf download {name}) and give its folder. {shipped}"
+        )
+    return (
+        f'"{name}" could not be loaded: it is not in this machine\'s cache ({HF_HUB_CACHE}), and the hub gave none '
+        f"({said}). {hint}Check the name and the network, or give a folder. {shipped}"
+    )

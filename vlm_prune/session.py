@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .call.encode_call import ride_of, set_encode
-from .call.forward_call import ForwardCall, begin_forward, end_forward, forget_calls, nothing_under_way
+from .call.encode_call import ride_of
+from .call.forward_call import ForwardCall, begin_forward, current_forward, end_forward, forget_calls
 from .call.receipt import MEAN_QUERY, Receipt
+from .call.rows import Rows
 from .composition import Composition
 from .config import to_config
 from .contract.anatomy import Anatomy, FeatureTower, PackedTower
-from .encode.assembler import Arranger
+from .encode.assembler import FEATURE_METHODS, Arranger, FeatureMethod
 from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
@@ -32,6 +33,9 @@ from .language.loss import Loss
 from .registry import POLICIES, policy_class
 from .saving import Saver
 from .versions import CHUNKS_BRING_IMAGES, cache_of, takes_encoded
+
+_pruned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruning]] = weakref.WeakKeyDictionary()
+"""Whose hooks are on a module, of all modules that have any."""
 
 
 class Pruning:
@@ -51,10 +55,11 @@ class Pruning:
         composition: Composition,
         wrapper: nn.Module | None = None,
     ):
-        check_decoder(anatomy.decoder)
+        check_unshared(anatomy)
         self._model, self._wrapper, self._anatomy, self._composition = model, wrapper, anatomy, composition
         self.policies, self.budget, self.family = composition.policies, composition.budget, anatomy.family
         self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
+        self._live_rows: weakref.WeakKeyDictionary[threading.Thread, Rows] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
 
         tower = anatomy.tower
@@ -66,7 +71,11 @@ class Pruning:
         else:
             self._encoder = Encoder(tower, anatomy.projector, composition, self)
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
-        layers = DecoderLayers(anatomy.decoder, anatomy.decoder_layers, composition, deepstack)
+        check_decoder(anatomy.decoder, composition.positions)
+        masks = mask_maker(model)
+        layers = DecoderLayers(
+            anatomy.decoder, anatomy.decoder_layers, composition, deepstack, self, blocks=masks is not None
+        )
         self._layers = layers if layers else None
         entry = None if composition.entry is None else Entry(composition.entry)
         self._decoder = Decoder(
@@ -74,11 +83,13 @@ class Pruning:
             len(anatomy.decoder_layers),
             composition.positions,
             self._layers,
+            self,
             entry,
-            mask_maker(model),
+            masks,
         )
         # whoever looks at the prompt in the decoder has to see all of it, and no drafts behind it
         self._reads_prompt = self._layers is not None or entry is not None
+        self._claim()
         try:
             self._install()
         except BaseException:
@@ -98,6 +109,7 @@ class Pruning:
             )
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin._claim()
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -117,6 +129,19 @@ class Pruning:
         """The policies' names, joined by "+"."""
         return self._composition.name
 
+    def __repr__(self) -> str:
+        stages = dict.fromkeys(stage for policy in self.policies for stage in policy.stages)
+        kept = "all tokens"
+        if self._composition.owner is not None and not self._composition.owner.keeps_all:
+            per = "image" if self.budget.joint else self._anatomy.tile
+            kept = (
+                f"ratio={self.budget.ratio:.3g}"
+                if self.budget.tokens is None
+                else f"tokens={self.budget.tokens}"
+            )
+            kept += f" per {per}"
+        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(stages)}>"
+
     @property
     def config(self) -> dict[str, Any]:
         """Policies, budget and settings as JSON can hold them: ``prune(other, config=...)`` prunes alike.
@@ -130,7 +155,7 @@ class Pruning:
         base = self._anatomy.base
         # what the user saves is the model, or the PEFT model around it
         self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
-        self._handles.append(Loss(self._model))
+        self._handles.append(Loss(self._model, self))
         # older versions of transformers, and some families, encode images inside the first forward
         self._takes_encoded = takes_encoded(self._model)
         if not CHUNKS_BRING_IMAGES:
@@ -142,14 +167,26 @@ class Pruning:
             base.register_forward_hook(self._leave, always_call=True),
         ]
         self._encoder.install(self._handles)
-        self._handles += [Arranger(base, feature, self._encoder) for feature in self._anatomy.features]
+        arranging = {feature.method: feature for feature in self._anatomy.features}
+        inside = not isinstance(self._encoder, FeatureEncoder)  # which stands in for the methods itself
+        for method in {*FEATURE_METHODS, *arranging} if inside else ():
+            if method in arranging:
+                self._handles.append(Arranger(base, arranging[method], self._encoder))
+            elif hasattr(base, method):
+                self._handles.append(FeatureMethod(base, method, self._encoder))
         self._decoder.install(self._handles)
         if self._layers is not None:
             self._layers.install(self._handles)
 
+    def _claim(self) -> None:
+        for module in _hooked(self._anatomy):
+            _pruned[module] = weakref.ref(self)
+
     def remove(self) -> None:
         """Undo everything; the model is as it was before."""
-        forget_calls()
+        forget_calls(self)
+        for module in _hooked(self._anatomy):
+            _pruned.pop(module, None)
         for handle in self._handles:
             handle.remove()
         sites = self._encoder.sites + (self._layers.sites if self._layers is not None else [])
@@ -194,6 +231,16 @@ class Pruning:
         """Make a receipt the current one of this thread."""
         self._receipts[threading.current_thread()] = receipt
 
+    # --- what the loss asks ---
+
+    def leave_live_rows(self, rows: Rows) -> None:
+        """Tell the loss of this forward which rows are left."""
+        self._live_rows[threading.current_thread()] = rows
+
+    def take_live_rows(self) -> Rows | None:
+        """The rows left by the forward that just ended in this thread; ``None`` if it dropped none."""
+        return self._live_rows.pop(threading.current_thread(), None)
+
     # --- hooks around a forward ---
 
     def _see_chunk(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,16 +255,17 @@ class Pruning:
             encoded = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
         if not encoded or not isinstance(keep, int) or cache_of(kwargs) is None:
             keep = 1
-        expect_drafts(max(keep - 1, 0))
+        expect_drafts(max(keep - 1, 0), self)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward: note which tiles it brings along."""
-        if torch.compiler.is_compiling() and nothing_under_way() and not brings_features(kwargs):
+        if torch.compiler.is_compiling() and current_forward(self) is None and not brings_features(kwargs):
             check_forward(self._anatomy, kwargs)
             return  # a step with what the cache holds: `torch.compile` cannot write context variables
         call = ForwardCall(owner=self)
-        begin_forward(call)
-        call.drafts = take_drafts() if self._reads_prompt else 0
+        begin_forward(call, module)
+        self._live_rows.pop(threading.current_thread(), None)
+        call.drafts = take_drafts(self) if self._reads_prompt else 0
         if args:
             kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         check_forward(self._anatomy, kwargs)
@@ -266,7 +314,26 @@ class Pruning:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward, also after an exception."""
-        if nothing_under_way():
-            return
-        set_encode(None)
-        end_forward()
+        if current_forward(self) is not None:
+            end_forward(self)
+
+
+def _hooked(anatomy: Anatomy) -> list[nn.Module]:
+    """The modules of a model on which there may be hooks while it is pruned."""
+    tower, decoder = anatomy.tower, [anatomy.base, anatomy.decoder, *anatomy.decoder_layers]
+    if isinstance(tower, FeatureTower) or anatomy.projector is None:
+        return decoder
+    return [*decoder, anatomy.projector, tower.module, *tower.layers, *tower.attentions]
+
+
+def check_unshared(anatomy: Anatomy) -> None:
+    """Raise if the model shares a module with another one that is pruned now."""
+    for module in _hooked(anatomy):
+        other = _pruned[module]() if module in _pruned else None
+        if other is not None:
+            raise StateError(
+                f"This model shares a {type(module).__name__} with another one, a {type(other._model).__name__} that "
+                f"is pruned by {other.name}: of models that share a module, one can be pruned at a time, and the "
+                "others stay as they are. unprune the other model first, or give this one a module of its own "
+                "(copy.deepcopy)."
+            )

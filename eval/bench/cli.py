@@ -13,12 +13,14 @@ import typer
 from rich.console import Console
 
 from vlm_prune import __version__
+from vlm_prune.cli import plain_errors
 from vlm_prune.eval.bench.bounds import Bound, bounds
 from vlm_prune.eval.bench.presets import PRESETS, TEXT_TOKENS
 from vlm_prune.eval.bench.report import bounds_table, plot, regressions, table
 from vlm_prune.eval.bench.speed import speed
 from vlm_prune.eval.bench.subject import Subject
-from vlm_prune.registry import did_you_mean
+from vlm_prune.eval.records import read_json
+from vlm_prune.registry import did_you_mean, make_policies
 
 app = typer.Typer()
 
@@ -55,6 +57,15 @@ def bench(
         raise typer.BadParameter(f"{preset!r}. {did_you_mean(preset, PRESETS)}", param_hint="--preset")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16", param_hint="--dtype")
+    for name, number in {"--rounds": rounds, "--layers": layers, "--threads": threads}.items():
+        if number is not None and number < 1:
+            raise typer.BadParameter(f"{number}: 1 or more is needed", param_hint=name)
+    _check_device(device)
+    asked = policy or ["uniform", "flowcut"]
+    with plain_errors():
+        for name in asked:
+            make_policies(name, {})
+        before = None if check is None else read_json(check)
     if threads is not None:
         torch.set_num_threads(threads)
     subject = Subject.of(preset, layers, getattr(torch, dtype), device)
@@ -67,7 +78,8 @@ def bench(
         f"and {TEXT_TOKENS} text tokens"
     )
     console.print(title)
-    rows = speed(subject, policy or ["uniform", "flowcut"], tokens or [shapes.tokens], rounds, device)
+    with plain_errors():  # such as a budget that the model cannot have
+        rows = speed(subject, asked, tokens or [shapes.tokens], rounds, device)
     found: list[Bound] = list(bounds(subject, rows, rounds)) if require else []
     result = {
         "title": title,
@@ -92,9 +104,24 @@ def bench(
             console.print(bounds_table(found))
         console.print(f"{out / 'bench.json'}, {out / 'bench.svg'}")
     problems = [f"missed: {b.name} {b.value:.3f}, limit {b.limit}" for b in found if not b.kept]
-    if check is not None:
-        problems += regressions(rows, json.loads(check.read_text(encoding="utf-8")))
+    if before is not None:
+        problems += regressions(rows, before)
     for problem in problems:
         console.print(f"[red]{problem}")
     if problems:
         raise typer.Exit(1)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # no driver, no such number, no such kind, a build without it
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        allowed = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
+        why = str(error).splitlines()[0].split(". ")[0]
+        raise typer.BadParameter(
+            f"{name!r} cannot be used on this machine ({why}). Available: {allowed}", param_hint="--device"
+        ) from error

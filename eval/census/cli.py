@@ -16,7 +16,6 @@ from .check import check
 from .page import page
 from .shrink import TYPES
 
-
 FOUND = Path("docs/families.json")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from vlm_prune.eval.coco import ImageId, image_id
 from vlm_prune.eval.records import read_json, read_records
 
-_CAPTION_KEYS = ("caption", "text", "answer")
-_IMAGE_KEYS = ("image_id", "image")
+_CAPTION_KEYS = ("caption", "filtered_resps", "response", "prediction", "text", "answer")
+_IMAGE_KEYS = ("image_id", "image", "question_id", "file_name", "id")
 
 
 def _key(row: dict[str, Any], given: str | None, usual: tuple[str, ...], where: str) -> str:
@@ -28,13 +28,16 @@ def read_captions(
 ) -> list[tuple[ImageId, str]]:
     """``(image id, caption)`` pairs of a file, in its order.
 
-    JSON lines or a JSON list of ``{"image_id": .., "caption": ..}``, or the official ``{"imgToEval": {..}}``.
-    Without the keys being given, ``image`` (a file name) and ``text`` or ``answer`` are understood too.
+    JSON lines or a JSON list of ``{"image_id": .., "caption": ..}``, the official ``{"imgToEval": {..}}``,
+    ``{image: caption}``, or CSV. Without the keys being given, ``image`` (a file name) and ``text`` or ``answer`` are
+    understood too, and what other tools write.
     """
     found = []
-    for number, row in enumerate(read_records(path), 1):
+    for number, row in enumerate(read_records(path, by_id=("image_id", "caption")), 1):
         where = f"{path}, record {number}"
         caption = row[_key(row, caption_key, _CAPTION_KEYS, where)]
+        while isinstance(caption, list) and len(caption) == 1:  # as lmms-eval writes filtered_resps
+            caption = caption[0]
         if not isinstance(caption, str):
             raise ValueError(
                 f"{where}: the caption is {caption!r}, not text (an empty caption is an empty string)"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,7 @@ class ChairResult:
     settings: dict[str, Any]
     counts: dict[str, int]
     captions: list[CaptionScore]
+    warnings: list[str]
 
     def summary(self) -> dict[str, Any]:
         """Everything but the captions, ready for JSON."""
@@ -114,6 +116,7 @@ class ChairResult:
             "intervals": {name: list(pair) for name, pair in self.intervals.items()},
             **self.settings,
             **self.counts,
+            "warnings": self.warnings,
         }
 
 
@@ -194,4 +197,20 @@ def score_captions(
             "n_hallucinated_captions": int(counts[:, 1].sum()),
         },
         captions=scored,
+        warnings=_repeats(scored),
     )
+
+
+def _repeats(scored: Sequence[CaptionScore]) -> list[str]:
+    """A warning of images with several captions, as a file that was written twice has them."""
+    count = Counter(score.image_id for score in scored)
+    if not (several := [image for image, number in count.items() if number > 1]):
+        return []
+    same = len(scored) - len({(score.image_id, score.caption) for score in scored})
+    first = f"{several[0]!r} with {count[several[0]]}"
+    warning = (
+        f"{len(several)} of {len(count)} images have several captions, first image {first}; "
+        f"{same} captions repeat another one of their image word by word. All are counted (the "
+        "official script takes one an image): leave one for each image if the file was written more than once"
+    )
+    return [warning]

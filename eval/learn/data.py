@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlm_prune.eval.images import load_image
 from vlm_prune.eval.measure import prompt_text
 from vlm_prune.eval.models import MODELS, load_model
 from vlm_prune.eval.records import read_records
@@ -52,7 +53,7 @@ def examples(data: Path | None, model: str, count: int, seed: int) -> list[Examp
     found = []
     for number, record in enumerate(read_records(data)[:count], 1):
         try:
-            image = Image.open(data.parent / record["image"]).convert("RGB")
+            image = load_image(data.parent / record["image"], f"{record['image']} ({data}, record {number})")
             found.append(Example(image, record["question"], record["answer"]))
         except KeyError as error:
             raise ValueError(

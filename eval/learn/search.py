@@ -57,17 +57,25 @@ class Study:
 
     @classmethod
     def open(cls, path: str | Path | None, header: dict[str, Any]) -> Study:
-        """Read the study if the file exists, else begin it. StateError if the file is that of another search."""
+        """Read the study if the file exists. StateError if the file is that of another search.
+
+        A file is begun with the first trial, so a start that fails before that leaves nothing in the way.
+        """
         study = cls(json.loads(json.dumps(header)), None if path is None else Path(path))
         if study.path is None:
             return study
         if study.path.exists():
             study._read(study.path)
-        study.path.parent.mkdir(parents=True, exist_ok=True)
-        with study.path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(study.header) + "\n")
-            file.writelines(_line(point, value) for point, value in study.trials)
+            study._write(study.path)  # without a line that was cut off
         return study
+
+    def _write(self, path: Path) -> None:
+        """The file as a whole, old or new: a start that is killed here loses no trial."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.new")
+        lines = [json.dumps(self.header) + "\n", *(_line(point, value) for point, value in self.trials)]
+        beside.write_text("".join(lines), encoding="utf-8")
+        beside.replace(path)
 
     def _read(self, path: Path) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -93,7 +101,9 @@ class Study:
     def add(self, point: Point, value: float) -> None:
         """Append a trial, on disk at once."""
         self.trials.append((point, value))
-        if self.path is not None:
+        if self.path is not None and not self.path.exists():
+            self._write(self.path)
+        elif self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(point, value))
 

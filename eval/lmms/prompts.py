@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
+from transformers.image_utils import load_image as fetch_image
 
 from vlm_prune.errors import UnsupportedCallError
+from vlm_prune.eval.images import load_image, upright_rgb
 
 PLACEHOLDER = "<image>"
 """Where tasks mark the place of an image in plain text."""
@@ -76,18 +77,20 @@ def from_messages(messages: Iterable[Any], image_token: str = PLACEHOLDER, syste
 
 
 def open_image(visual: Any) -> Image.Image:
-    """An RGB image from an image, a path, a URL, or the bytes of a file as datasets store them."""
+    """An upright RGB image from an image, a path, a URL, or the bytes of a file as datasets store them."""
     if isinstance(visual, dict) and isinstance(visual.get("bytes"), bytes):
-        visual = Image.open(io.BytesIO(visual["bytes"]))
+        return load_image(visual["bytes"], str(visual.get("path") or ""))
     elif isinstance(visual, dict) and isinstance(visual.get("path"), str):
         visual = visual["path"]
     if isinstance(visual, str):
         if visual.rpartition(".")[2].lower() in {"mp4", "avi", "mov", "mkv", "webm", "wav", "mp3", "flac"}:
             raise _not_an_image(visual)
-        visual = load_image(visual)
+        if Path(visual).is_file():
+            return load_image(visual)
+        visual = fetch_image(visual)
     if not isinstance(visual, Image.Image):
         raise _not_an_image(type(visual).__name__)
-    return visual.convert("RGB")
+    return upright_rgb(visual)
 
 
 def collate(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> BatchFeature:

@@ -1,5 +1,5 @@
 """The report of a run as one self-contained HTML page, and the same kind of page for a single image."""
 
-from vlm_prune.eval.report.page import write_report
+from vlm_prune.eval.report.page import export_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["export_report", "write_report"]

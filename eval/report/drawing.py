@@ -15,11 +15,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from vlm_prune.eval.report.inspection import Inspection
-from vlm_prune.eval.report.overlay import Box, plates
+from vlm_prune.eval.report.overlay import Box, outside, plates
 from vlm_prune.viz import PAPER, Pixels
 
 Places = npt.NDArray[np.floating[Any]]
 COLUMNS, SIDE = 4, 300
+STRIPE = 150
+"""Grey of the stripes over what the processor cut off."""
 
 
 def picture(
@@ -28,13 +30,16 @@ def picture(
     grids: Sequence[tuple[int, int]],
     kept: Sequence[Collection[int]],
 ) -> Pixels:
-    """``(height, width, 3)``: the image, faded where it is dropped or not seen; thumbnails stand to the right."""
+    """``(height, width, 3)``: the image, faded where it is dropped, striped where the processor cut it off; thumbnails
+    stand to the right.
+    """
     parts = []
     for plate in plates(boxes, image.size):
         left, top, right, bottom = plate.view
         scale = SIDE / (1 + plate.thumbnail) / max(right - left, bottom - top)
-        x = left + (np.arange(round((right - left) * scale)) + 0.5) / scale
-        y = top + (np.arange(round((bottom - top) * scale)) + 0.5) / scale
+        # of an image a thousand times as wide as high, a line of pixels is left
+        x = left + (np.arange(max(1, round((right - left) * scale))) + 0.5) / scale
+        y = top + (np.arange(max(1, round((bottom - top) * scale))) + 0.5) / scale
         lit, seen = np.zeros((2, len(y), len(x)), bool)
         for number in plate.tiles:
             (x0, y0, x1, y1), (rows, columns) = boxes[number], grids[number]
@@ -46,10 +51,17 @@ def picture(
             lit[np.ix_(down, along)] |= alive.reshape(rows, columns)[row][:, column]
             seen[np.ix_(down, along)] = True
         pixels, beyond = _resampled(image, x, y)
-        seen &= ~beyond  # padding stays white
-        faint = 0.12 * pixels.mean(-1, keepdims=True) + 0.88 * np.where(seen, PAPER, 255)[..., None]
+        faint = 0.12 * pixels.mean(-1, keepdims=True) + 0.88 * PAPER
+        faint = np.where((_stripes(len(y), len(x)) & ~seen)[..., None], STRIPE, faint)
+        faint = np.where(beyond[..., None], 255, faint)  # padding stays white
         parts.append(np.where(lit[..., None], pixels, faint).astype(np.uint8))
     return _beside(parts)
+
+
+def _stripes(height: int, width: int) -> npt.NDArray[np.bool_]:
+    """What marks a part that the processor cut off: a third of it, in diagonals."""
+    found: npt.NDArray[np.bool_] = (np.arange(height)[:, None] + np.arange(width)) % 9 < 3
+    return found
 
 
 def _resampled(image: Image.Image, x: Places, y: Places) -> tuple[Pixels, npt.NDArray[np.bool_]]:
@@ -76,7 +88,13 @@ def write_picture(found: Inspection, out: Path, dpi: int = 120) -> Path:
     columns = min(COLUMNS, len(drawn))
     rows = -(-len(drawn) // columns)
     lines = [f"Prompt: {found.prompt}", f"Unpruned: {found.before}", f"{found.receipt.policy}: {found.after}"]
-    lines = [line for text in (*lines, *found.remarks) for line in textwrap.wrap(text, 36 * max(columns, 2))]
+    told = ["Faded: dropped by the policy. Striped: cut off by the processor, never seen by the model."]
+    cropped = any(outside(s.boxes, p.view) for s in found.stages for p in plates(s.boxes, found.image.size))
+    lines = [
+        line
+        for text in (*lines, *(told if cropped else []), *found.remarks)
+        for line in textwrap.wrap(text, 36 * max(columns, 2))
+    ]
     wide = 2.3 * max(columns, 2)
     each = 2.3 * drawn[0].shape[0] / drawn[0].shape[1] + 0.3
     head, foot = 0.4, 0.165 * len(lines) + 0.2

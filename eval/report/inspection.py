@@ -10,17 +10,20 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vlm_prune import Receipt, pruned
 from vlm_prune.call.survivors import Grids, Units
-from vlm_prune.eval.measure import prompt_text, receipt_of
+from vlm_prune.eval.measure import model_inputs, prompt_text, receipt_of
 from vlm_prune.eval.models import MODELS, exit_gates, load_model
 from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
 from vlm_prune.eval.report.page import render
 from vlm_prune.eval.runs.folder import write_whole
 from vlm_prune.eval.runs.tiles import Tiles, boxes_of_grids
+
+LONGEST = 1600
+"""Side in pixels of the picture in a page, which is shown as wide as that."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,6 @@ def open_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         ) from error
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB, turned as its EXIF data says.
-
-    Raises:
-        ValueError: it is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read") from error
-
-
 def own_settings(policy: str, model: str) -> dict[str, Any]:
     """What a policy needs and a shipped model brings along: exit gates for DyVTE."""
     names = policy.split("+")
@@ -131,7 +121,7 @@ def inspect(
 
     ``options`` are those of `prune`: a budget, and settings of the policy. ``name`` is what to call the model.
     """
-    inputs = processor(images=[image], text=[prompt_text(processor, prompt)], return_tensors="pt").to(
+    inputs = model_inputs(processor, [image], [prompt_text(processor, prompt)], ["to inspect"]).to(
         model.device, model.dtype
     )
 
@@ -205,16 +195,25 @@ def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
 
 def write_page(found: Inspection, out: Path) -> Path:
     """The inspection as one self-contained HTML file."""
+    size = found.image.size
+    drawn = [plate for stage in found.stages for plate in plates(stage.boxes, size)]
+    views = [plate.view for plate in drawn]
+    stages = [
+        {"where": s.where, "count": s.count, "total": s.total, "plates": _plates(s, size)}
+        for s in found.stages
+    ]
     page = {
         "title": found.title,
         "found": found,
+        "dropped": any(stage.count < stage.total for stage in found.stages),
+        "cropped": any(plate["unseen"] for stage in stages for plate in stage["plates"]),
+        "padded": any(view != (0, 0, *size) for view in views),
+        "tiled": any(len(plate.tiles) > 1 for plate in drawn),
+        "hatch": f"{max(size) / 90:.6g}",
         "width": found.image.width,
         "height": found.image.height,
-        "source": data_uri(found.image),
-        "stages": [
-            {"where": s.where, "count": s.count, "total": s.total, "plates": _plates(s, found.image.size)}
-            for s in found.stages
-        ],
+        "source": data_uri(found.image, LONGEST),
+        "stages": stages,
         "receipt": str(found.receipt),
     }
     write_whole(out, render("inspect.html", page))
@@ -223,7 +222,8 @@ def write_page(found: Inspection, out: Path) -> Path:
 
 def _plates(stage: Stage, size: tuple[int, int]) -> list[dict[str, Any]]:
     """What the template draws of a stage: for each copy of the image its paths."""
-    drawn = []
+    drawn: list[dict[str, Any]] = []
+    whole = (0.0, 0.0, float(size[0]), float(size[1]))
     for plate in plates(stage.boxes, size):
         left, top, right, bottom = plate.view
         boxes = [stage.boxes[i] for i in plate.tiles]
@@ -236,6 +236,9 @@ def _plates(stage: Stage, size: tuple[int, int]) -> list[dict[str, Any]]:
                 "seams": "".join(map(outline, boxes)) if len(boxes) > 1 else "",
                 "veil": "".join(veils),
                 "thumbnail": plate.thumbnail,
+                # widths in proportion to shapes make plates that stand side by side equally high
+                "share": f"{(0.3 if plate.thumbnail else 1) * (right - left) / (bottom - top):.4g}",
+                "beyond": outline(plate.view) + outline(whole) if plate.view != whole else "",
             }
         )
     return drawn

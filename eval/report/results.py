@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune.eval.records import read_json
+from vlm_prune.eval.report.looks import Look, looks
 from vlm_prune.eval.runs.folder import Record, RunFolder
+from vlm_prune.eval.runs.standings import key_of
 
 TIME, KV = "prefill_ms", "kv_bytes"
 
@@ -34,6 +36,11 @@ class Measure:
     digits: int = 3
     scale: float = 1.0
     unit: str = ""
+
+    @property
+    def metric(self) -> str:
+        """Its name without the task."""
+        return self.key.rpartition("/")[2]
 
     def shown(self, value: float) -> str:
         """The figure as text, without its unit."""
@@ -75,6 +82,7 @@ class Entry:
         intervals: 95 % intervals of some of them.
         cells: task -> folder of the cell; ``samples`` how many it has.
         warnings: what the scoring had to say, by task.
+        key: model, policy and budget as `standings.key_of` has them.
     """
 
     number: int
@@ -90,10 +98,22 @@ class Entry:
     samples: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
 
+    key: tuple[str, str, str] = ("", "", "")
+
     @property
     def unpruned(self) -> bool:
         """Whether it answers as the stock model does: every token kept, nothing edited."""
         return self.tokens == self.dense and set(self.stages) <= {"encode"}
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it was told how much to keep."""
+        return self.budget != budget_text({})
+
+    @property
+    def name(self) -> str:
+        """The policy with its budget, if it has one."""
+        return f"{self.policy} {self.budget}" if self.has_budget else self.policy
 
     @property
     def inside(self) -> bool:
@@ -109,12 +129,24 @@ class Results:
         tasks: name -> kind, those with answers to score.
         measures: columns that some entry has, tasks first.
         failed: cells that did not finish, as ``failed.json`` tells.
+        rows: of the finished cells, as ``results.json`` has them.
     """
 
     entries: list[Entry]
     tasks: dict[str, str]
     measures: list[Measure]
     failed: list[Record]
+    rows: list[Record]
+
+    @property
+    def looks(self) -> dict[str, Look]:
+        """How each policy is drawn."""
+        return looks(self.policies)
+
+    def side_name(self, model: str, side: tuple[str, str]) -> str:
+        """A policy and its budget, as `standings` knows them, in words."""
+        entry = next(entry for entry in self.entries if entry.key == (model, *side))
+        return entry.name
 
     @property
     def models(self) -> list[str]:
@@ -167,6 +199,7 @@ def read_results(folder: RunFolder) -> Results:
         tasks,
         [m for m in (*measures, *COSTS) if m.key in known],
         _failures(folder.path / "failed.json"),
+        rows,
     )
 
 
@@ -177,7 +210,9 @@ def _failures(path: Path) -> list[Record]:
 def _entry(number: int, key: tuple[str, str, str], rows: Sequence[Record], times: dict[str, Record]) -> Entry:
     scored = [row for row in rows if row["kind"] in METRICS]
     first = (scored or rows)[0]
-    entry = Entry(number, *key, tuple(first["stages"]), first["tokens"], first["visual_tokens"])
+    entry = Entry(
+        number, *key, tuple(first["stages"]), first["tokens"], first["visual_tokens"], key=key_of(first)
+    )
     for row in scored:
         task = row["task"]
         entry.cells[task], entry.samples[task] = row["cell"], row["n"]

@@ -14,7 +14,6 @@ from typing import Any
 from vlm_prune.eval.report.overlay import data_uri, plates
 from vlm_prune.eval.report.results import Entry, Results
 from vlm_prune.eval.runs.folder import Record, RunFolder
-from vlm_prune.eval.runs.images import READING
 
 AGAIN = "Run the config again: it does this cell again and writes a new report"
 
@@ -146,7 +145,7 @@ def _image(folder: RunFolder, record: Record) -> dict[str, Any]:
     width, height = record["image"]["size"]
     try:
         source, missing = data_uri(folder.image(record)), ""
-    except READING:  # data sets move or break; the page says so, and shows the rest
+    except ValueError:  # data sets move or break; the page says so, and shows the rest
         source, missing = "", record["image"]["path"]
     return {"source": source, "missing": missing, "width": width, "height": height}
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import BatchFeature
 
 from vlm_prune.call.receipt import Receipt
-from vlm_prune.eval.measure import prompt_text, receipt_of
+from vlm_prune.eval.measure import model_inputs, prompt_text, receipt_of
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample
@@ -31,13 +33,7 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
 def ask(loaded: Loaded, batch: Sequence[Sample], max_new_tokens: int, folder: Path) -> list[Record]:
     """Greedy answers of a pruned model, as records without scores."""
     processor = loaded.processor
-    inputs = processor(
-        images=[sample.picture.load() for sample in batch],
-        text=[prompt_text(processor, sample.question) for sample in batch],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(loaded.model.device, loaded.model.dtype)
+    inputs = inputs_of(loaded, batch, padding=True, padding_side="left")
     output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     new = output[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(new, skip_special_tokens=True)
@@ -46,6 +42,17 @@ def ask(loaded: Loaded, batch: Sequence[Sample], max_new_tokens: int, folder: Pa
         record(sample, tiles, folder) | {"answer": text.strip()}
         for sample, text, tiles in zip(batch, texts, seen, strict=True)
     ]
+
+
+def inputs_of(loaded: Loaded, batch: Sequence[Sample], **options: Any) -> BatchFeature:
+    """What the model takes for a batch; ``options`` are the processor's."""
+    return model_inputs(
+        loaded.processor,
+        [sample.picture.load() for sample in batch],
+        [prompt_text(loaded.processor, sample.question) for sample in batch],
+        [sample.picture.named for sample in batch],
+        **options,
+    ).to(loaded.model.device, loaded.model.dtype)
 
 
 def record(sample: Sample, tiles: list[Record], folder: Path) -> Record:

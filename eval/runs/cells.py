@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_prune.eval.models import MODELS, exit_gates
@@ -21,7 +21,11 @@ NOT_FIGURES = ("label", "batch_size", "models", "data")
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination, with the samples that it asks."""
+    """One combination, with the samples that it asks.
+
+    Attributes:
+        skipped: why samples are not asked, one line each, where ``on_bad_image`` says so.
+    """
 
     model: ModelEntry
     entry: PolicyEntry
@@ -29,6 +33,7 @@ class Cell:
     task: Task
     samples: list[Sample]
     name: str
+    skipped: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -45,7 +50,29 @@ class Cell:
             "kind": self.task.kind,
             "stages": stages_of(self.entry.policy),
             "budget": self.budget,
+            "skipped": len(self.skipped),
         }
+
+    def remarks(self) -> list[str]:
+        """What its row has to say beside the scores."""
+        if not self.skipped:
+            return []
+        count = len(self.skipped) + len(self.samples)
+        return [f"{len(self.skipped)} of {count} samples are skipped, first: {self.skipped[0]}"]
+
+    def without(self, bad: Mapping[str, str]) -> Cell:
+        """The cell without the samples of bad images, by digest; its name stays.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        left = [sample for sample in self.samples if sample.picture.digest not in bad]
+        lost = tuple(bad[s.picture.digest] for s in self.samples if s.picture.digest in bad)
+        if not left:
+            raise ValueError(
+                f"task {self.task.name}: none of its {len(lost)} images can be read, first: {lost[0]}"
+            )
+        return replace(self, samples=left, skipped=lost)
 
     def __str__(self) -> str:
         budget = " ".join(f"{name}={value}" for name, value in self.budget.items())
@@ -65,7 +92,7 @@ def build_cells(config: RunConfig) -> list[Cell]:
         tasks = [task for task in config.tasks if task.models is None or model.name in task.models]
         for task in tasks:
             if _place(task, model) not in known:
-                samples = build_samples(task, model.name, config.seed)
+                samples = build_samples(task, model.name, config.seed, config.on_bad_image)
                 known[_place(task, model)] = samples, _digest([sample.digest() for sample in samples])
         for entry, budget in settings(config, model):
             for task in tasks:

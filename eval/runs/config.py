@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Per = Literal["tile", "image"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+OnBadImage = Literal["fail", "skip"]
 
 
 Budget = dict[str, Any]
@@ -61,6 +63,14 @@ class ModelEntry(Strict):
     revision: str | None = None
     trust_remote_code: bool = False
     processor: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("device_map", mode="before")
+    @classmethod
+    def _placed(cls, value: Any) -> Any:
+        flat = value.values() if isinstance(value, dict) else [value]
+        if value is None or all(isinstance(one, str | int) and not isinstance(one, bool) for one in flat):
+            return value
+        raise ValueError(f'"auto", a device, or a mapping of modules to devices is needed, got {value!r}')
 
     @property
     def name(self) -> str:
@@ -114,7 +124,7 @@ class Columns(Strict):
 
     Attributes:
         id: question_id, questionId or id; default the row's number.
-        image: image, image_path, image_id or file_name; a path below ``images``, or the image itself.
+        image: image, image_path, image_id, file_name or image_source; a path below ``images``, or the image itself.
         question: question, text or query.
         answer: label, answer or answers; for VQA a list of accepted answers, or of VQAv2's mappings with ``answer``.
         objects: objects: the names of what is in the image.
@@ -144,7 +154,7 @@ class TableData(Strict):
 
 
 class JsonlData(TableData):
-    """JSON lines (or a JSON list), one file or one a split.
+    """JSON lines (or a JSON list, or CSV), one file or one a split.
 
     Attributes:
         jsonl: the files. Of several, each is a split, called random, popular or adversarial if its name says so.
@@ -269,6 +279,19 @@ class TaskEntry(Strict):
         return self.label or self.kind
 
 
+def _asks(task: TaskEntry) -> None:
+    """Raises where a prompt asks the same of every sample."""
+    if "{question}" in task.prompt:
+        return
+    braces = re.findall(r"\{\w*\}", task.prompt)
+    found = f"{braces[0]} is not replaced" if braces else "every sample would be asked the same"
+    raise Misplaced(
+        f"{task.prompt[:60]!r} has no {{question}}, and {found}: write {{question}} where the sample's question goes, "
+        'such as "{question}\\nAnswer with one word."',
+        "prompt",
+    )
+
+
 class PopeTask(TaskEntry):
     """Does a model say an object is there when it is not?
 
@@ -285,6 +308,11 @@ class PopeTask(TaskEntry):
     @classmethod
     def _known(cls, parser: str) -> str:
         return choose("POPE parser", parser, PARSERS)
+
+    @model_validator(mode="after")
+    def _prompted(self) -> PopeTask:
+        _asks(self)
+        return self
 
 
 class ChairTask(TaskEntry):
@@ -306,17 +334,33 @@ class ChairTask(TaskEntry):
     def _known(cls, variant: str | None) -> str | None:
         return None if variant is None else choose("CHAIR variant", variant, VARIANTS)
 
+    @model_validator(mode="after")
+    def _prompted(self) -> ChairTask:
+        if "{question}" in self.prompt and isinstance(self.data, ScenesData | CocoData):
+            raise Misplaced(
+                f"{self.prompt[:60]!r} has {{question}}, and these data have no questions for captions: leave it out, "
+                "or give jsonl, disk or hub",
+                "prompt",
+            )
+        return self
+
 
 class VqaTask(TaskEntry):
     """Short answers against accepted ones.
 
     Attributes:
-        metric: ``exact``, right if it equals one of them; ``vqa``, VQAv2's: right to the share of annotators who agree.
+        metric: ``exact``, right if it equals one of them; ``vqa``, VQAv2's: right to the share of annotators who agree;
+            ``relaxed``, ChartQA's: numbers within 5 %; ``anls``, DocVQA's: by likeness of spelling.
     """
 
     task: Literal["vqa"]
     prompt: str = "{question}\nAnswer the question using a single word or phrase."
-    metric: Literal["exact", "vqa"] = "exact"
+    metric: Literal["exact", "vqa", "relaxed", "anls"] = "exact"
+
+    @model_validator(mode="after")
+    def _prompted(self) -> VqaTask:
+        _asks(self)
+        return self
 
 
 class SpeedTask(TaskEntry):
@@ -349,6 +393,8 @@ class RunConfig(Strict):
         seed: of scenes and of images and questions that are drawn.
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
         dtype: of weights and computation.
+        on_bad_image: ``fail``, a cell in which an image is missing or cannot be read fails; ``skip``, its samples are
+            left out, and counted.
         output: the run folder.
         plugins: modules of your own to import first; they register policies or families.
     """
@@ -363,6 +409,7 @@ class RunConfig(Strict):
     seed: int = 2026
     batch_size: Count = 16
     dtype: Dtype = "float32"
+    on_bad_image: OnBadImage = "fail"
     output: Path
 
     @field_validator("plugins")

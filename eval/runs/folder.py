@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlm_prune.eval.images import load_image
 from vlm_prune.eval.records import read_json, read_records
 
 Record = dict[str, Any]
@@ -37,9 +38,12 @@ class RunFolder:
         return read_records(self.cell(cell) / "samples.jsonl")
 
     def image(self, record: Record) -> Image.Image:
-        """The image of a record, as RGB."""
-        with Image.open(self.path / record["image"]["path"]) as image:
-            return image.convert("RGB")
+        """The image of a record, as the model saw it: upright, in RGB.
+
+        Raises:
+            ValueError: it is gone or broken.
+        """
+        return load_image(self.path / record["image"]["path"])
 
     def cell(self, name: str) -> Path:
         """The folder of a cell."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from vlm_prune.eval.coco import other_names
+from vlm_prune.eval.images import image_size, load_image, upright_rgb
 from vlm_prune.eval.runs.folder import write_whole
-
-READING = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises, by format, about a file that is cut off, broken or no image."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Picture:
         file: where it is, if it is a file.
         read: gives PNG, JPEG ... bytes, if it is not.
         where: what named it, such as a row of a file.
+        absent: what to say of a file that does not exist.
     """
 
     name: str
@@ -36,6 +35,7 @@ class Picture:
     file: Path | None = None
     read: Callable[[], bytes] | None = None
     where: str = ""
+    absent: str = ""
 
     @classmethod
     def of(
@@ -48,14 +48,18 @@ class Picture:
     ) -> Picture:
         """From what a data set holds: a path below ``folder``, an image, or a mapping with ``bytes`` or ``path``.
 
+        COCO's images are found under their names of 2014 and of 2017, whichever the folder has.
+
         ``again`` gives the bytes another time, so that they need not be kept until then.
 
+        A file that does not exist is an error when the image is loaded.
+
         Raises:
-            ValueError: there is no such file, or it is nothing of the kind.
+            ValueError: it is nothing of the kind.
         """
         if isinstance(value, Image.Image):
             kept = io.BytesIO()
-            value.convert("RGB").save(kept, "PNG")
+            upright_rgb(value).save(kept, "PNG")
             value = {"bytes": kept.getvalue()}
         if isinstance(value, dict) and value.get("bytes"):
             content: bytes = value["bytes"]
@@ -64,26 +68,48 @@ class Picture:
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str) or not path:
             raise ValueError(f"{where}: an image or the path of one is needed, got {str(value)[:80]!r}")
-        file = (folder or Path()) / path
+        below = folder or Path()
+        file = next((f for one in (path, *other_names(path)) if (f := below / one).is_file()), below / path)
+        absent = ""
         if not file.is_file():
             hint = "" if folder else " (images: names the folder of the images)"
-            raise ValueError(f"{where}: there is no image {file}{hint}")
-        return cls(name or path, _digest(str(file.resolve()).encode()), file.resolve(), where=where)
+            absent = f"{where}: there is no image {file}{hint}"
+        digest = _digest(str(file.resolve()).encode())
+        return cls(name or path, digest, file.resolve(), where=where, absent=absent)
 
     @cached_property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels, read from the head of the file."""
-        with self._opened() as image:
-            return image.size
+        return image_size(self._source(), self.named)
+
+    @property
+    def named(self) -> str:
+        """What errors call it."""
+        return f"{self.file or self.name} ({self.where})" if self.where else f"{self.file or self.name}"
 
     def load(self) -> Image.Image:
-        """The image, as RGB.
+        """The image, upright, as RGB.
 
         Raises:
-            ValueError: it is not whole, or no image; says which one.
+            ValueError: it is not there, not whole, or no image; says which one.
         """
-        with self._opened() as image:
-            return image.convert("RGB")
+        return load_image(self._source(), self.named)
+
+    def _source(self) -> Path | bytes:
+        if self.absent:
+            raise ValueError(self.absent)
+        if self.read is not None:
+            return self.read()
+        return self.file or Path(self.name)
+
+    @cached_property
+    def problem(self) -> str:
+        """Why it cannot be read; empty if it can."""
+        try:
+            self.load()
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def keep(self, folder: Path) -> str:
         """Where a record finds the image: its file, or a copy that is made in ``folder/images``."""
@@ -96,16 +122,6 @@ class Picture:
         if not path.exists():
             write_whole(path, content)
         return path.relative_to(folder).as_posix()
-
-    @contextmanager
-    def _opened(self) -> Iterator[Image.Image]:
-        source: Any = self.file if self.read is None else io.BytesIO(self.read())
-        try:
-            with Image.open(source) as image:
-                yield image
-        except READING as error:
-            named = f"{self.file or self.name} ({self.where})" if self.where else f"{self.file or self.name}"
-            raise ValueError(f"image {named} cannot be read: {error}") from error
 
 
 def _digest(what: bytes) -> str:

@@ -20,11 +20,13 @@ from vlm_prune.eval.runs.asking import ask, batches
 from vlm_prune.eval.runs.cells import Cell, build_cells
 from vlm_prune.eval.runs.config import RunConfig, SpeedTask
 from vlm_prune.eval.runs.folder import Record, RunFolder, write_json, write_lines, write_whole
+from vlm_prune.eval.runs.images import Picture
 from vlm_prune.eval.runs.models import Loaded, load
 from vlm_prune.eval.runs.parts import add_part, read_parts, read_remains, remove_parts
 from vlm_prune.eval.runs.processes import Processes
 from vlm_prune.eval.runs.scoring import Scorer
 from vlm_prune.eval.runs.speed import time_prompts
+from vlm_prune.eval.runs.standings import standings
 from vlm_prune.eval.runs.table import joined, markdown, tasks_of
 
 Advance = Callable[[int], None]
@@ -51,6 +53,8 @@ class Run:
         self.config, self.processes = config, processes
         self.folder = RunFolder(config.output)
         self.cells = build_cells(config)
+        if config.on_bad_image == "skip":
+            self.cells = self._readable()
         # the first process decides, should others not see its disk
         self.rows, self.broken = processes.gather(self._look())[0]
         self.missing = [
@@ -60,14 +64,26 @@ class Run:
         ]
         self.failed: dict[str, Record] = {}
 
+    def _readable(self) -> list[Cell]:
+        """The cells without samples whose image some process cannot read: batches have to be the same in all."""
+        pictures: dict[str, Picture] = {}
+        for sample in (sample for cell in self.cells for sample in cell.samples):
+            pictures.setdefault(sample.picture.digest, sample.picture)
+        mine = {digest: picture.problem for digest, picture in pictures.items() if picture.problem}
+        bad = {digest: why for found in self.processes.gather(mine) for digest, why in found.items()}
+        return [cell.without(bad) for cell in self.cells] if bad else self.cells
+
     def _look(self) -> tuple[dict[str, Record], dict[str, str]]:
         """The rows on disk, and why there is none for cells that were finished."""
         rows: dict[str, Record] = {}
         broken: dict[str, str] = {}
         for cell in self.cells:
             try:
-                if (row := self.folder.row(cell.name)) is not None:
-                    rows[cell.name] = row
+                if (row := self.folder.row(cell.name)) is None:
+                    continue
+                if (before := row.get("skipped", 0)) != len(cell.skipped):
+                    raise ValueError(f"{before} samples were skipped, {len(cell.skipped)} are now")
+                rows[cell.name] = row
             except ValueError as error:
                 broken[cell.name] = str(error)
         return rows, broken
@@ -92,7 +108,7 @@ class Run:
                     self._note([cell], failure)
                 self._write()
             del loaded
-        self._write()
+        self._write(judge=True)
 
     def _together(self, job: Callable[[], Any]) -> Any:
         """Do a job in every process. Raises in all of them if it failed in one."""
@@ -112,12 +128,14 @@ class Run:
         folder = self.folder.cell(cell.name)
         task = cell.task
         if isinstance(task, SpeedTask):
-            records, times = self._together(lambda: self._time(loaded, cell, task, advance))
+            timed = self._together(lambda: self._time(loaded, cell, task, advance))
+            records, times = self.processes.gather(timed)[0]  # the only process that has any
         else:
             mine, times = self._together(lambda: self._answer(loaded, cell, advance)), None
             known = {name: record for part in self.processes.gather(mine) for name, record in part.items()}
             records = [known[sample.id] for sample in cell.samples]
         row = self._together(lambda: cell.about() | Scorer(cell.task).row(records))
+        row["warnings"] = [*cell.remarks(), *row["warnings"]]
         if self.processes.first:
             write_lines(folder / "samples.jsonl", records)
             if times is not None:
@@ -168,21 +186,31 @@ class Run:
         return {name: read_json(path) for name, path in paths.items() if path.exists()}
 
     def lines(self) -> list[Record]:
-        """Rows and times side by side, see `table.joined`."""
-        return joined(self.finished_rows(), self.times(), self.config.seed)
+        """Rows and times side by side, and who beats whom, see `table.joined`."""
+        rows = self.finished_rows()
+        return joined(rows, self.times(), self.config.seed, standings(self.folder, rows))
 
-    def _write(self) -> None:
-        """Everything that is put together from the cells."""
+    def _write(self, judge: bool = False) -> None:
+        """Everything that is put together from the cells; to ``judge`` takes reading all samples."""
         if not self.processes.first:
             return
         path, rows, times = self.folder.path, self.finished_rows(), self.times()
         write_json(path / "results.json", rows)
         write_json(path / "times.json", times)
-        write_whole(path / "results.md", markdown(self.lines(), tasks_of(rows)))
-        if self.failed:
-            write_json(path / "failed.json", list(self.failed.values()))
-        else:
-            (path / "failed.json").unlink(missing_ok=True)
+        judged = standings(self.folder, rows) if judge else None
+        if judged is not None:
+            write_json(path / "paired.json", judged.records())
+        write_whole(
+            path / "results.md", markdown(joined(rows, times, self.config.seed, judged), tasks_of(rows))
+        )
+        skipped = {
+            f"{cell.model.name}, {cell.task.name}": cell.skipped for cell in self.cells if cell.skipped
+        }
+        for name, found in {"failed.json": list(self.failed.values()), "skipped.json": skipped}.items():
+            if found:
+                write_json(path / name, found)
+            else:
+                (path / name).unlink(missing_ok=True)
 
 
 def execute(config: RunConfig, console: Console, source: str | None = None, retime: bool = False) -> Run:
@@ -223,6 +251,14 @@ def _summary(run: Run, console: Console) -> None:
     for problem in run.failed.values():
         _say(console, ("failed", "red"), f" {problem['cell']}: {problem['error']}")
     rows = run.finished_rows()
+    skipped = {why: None for cell in run.cells for why in cell.skipped}
+    if skipped:
+        first = next(iter(skipped))
+        _say(
+            console,
+            ("skipped", "yellow"),
+            f" samples of {len(skipped)} images, see skipped.json; first {first}",
+        )
     if warned := [row for row in rows if row["warnings"]]:
         first = f"{warned[0]['cell']}: {warned[0]['warnings'][0]}"
         _say(console, f"{len(warned)} cells have warnings, see results.json; first {first}")

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vlm_prune.eval.chair import CaptionReader, Vocabulary, coco_truth, read_image_ids, sample_image_ids
-from vlm_prune.eval.coco import ImageId, image_id, instance_objects
+from vlm_prune.eval.coco import ImageId, image_id, instance_objects, other_names
 from vlm_prune.eval.pope_questions import build_questions, read_object_lists
-from vlm_prune.eval.runs.config import ChairTask, CocoData, PopeTask, ScenesData, SpeedTask, Task, VqaTask
+from vlm_prune.eval.runs.config import (
+    ChairTask,
+    CocoData,
+    OnBadImage,
+    PopeTask,
+    ScenesData,
+    SpeedTask,
+    Task,
+    VqaTask,
+)
 from vlm_prune.eval.runs.images import Picture
 from vlm_prune.eval.runs.tables import Row, table_rows
 from vlm_prune.eval.scenes import PLURALS, Scene, make_scenes, pope_questions
@@ -40,10 +50,14 @@ class Sample:
         return [self.id, self.split, self.picture.digest, self.question, self.label]
 
 
-def build_samples(task: Task, model: str, seed: int) -> list[Sample]:
+def build_samples(task: Task, model: str, seed: int, on_bad_image: OnBadImage = "fail") -> list[Sample]:
     """All samples of a task, in their order.
 
-    ``model`` is the model's label: scenes may have another size for it.
+    Args:
+        task: what is asked of which data.
+        model: the model's label: scenes may have another size for it.
+        seed: of what is drawn.
+        on_bad_image: ``skip`` lets images be missing; a speed task takes the next image instead.
 
     Raises:
         ValueError: data are missing, or are not what the task needs.
@@ -58,9 +72,12 @@ def build_samples(task: Task, model: str, seed: int) -> list[Sample]:
         first: dict[str, Sample] = {}
         for sample in found:
             first.setdefault(sample.picture.digest, sample)
-        found = list(first.values())[: task.prompts]
+        whole = (s for s in first.values() if on_bad_image == "fail" or not s.picture.problem)
+        found = list(islice(whole, task.prompts))
     if not found:
         raise ValueError(f"task {task.name}: the data hold no samples")
+    if on_bad_image == "fail" and (absent := [s.picture.absent for s in found if s.picture.absent]):
+        raise ValueError(absent[0])
     if twice := [name for name, count in Counter(sample.id for sample in found).items() if count > 1]:
         raise ValueError(f"task {task.name}: {len(twice)} ids stand in several rows, first {twice[0]!r}")
     return found
@@ -119,7 +136,7 @@ def _of_coco(task: Task, data: CocoData, seed: int) -> Iterator[Sample]:
     instances, _ = _coco_files(data.coco)
     listed = {image: name for path in instances for image, (name, _) in instance_objects(path).items()}
     there = _files(data.images)
-    names = {image: name for image, name in listed.items() if data.image_ids or name in there}
+    names = {image: name for image, name in listed.items() if data.image_ids or there(name)}
     ids = _coco_ids(data, names, seed)
     truth: dict[ImageId, Any] = dict.fromkeys(ids)
     if isinstance(task, ChairTask):
@@ -139,7 +156,7 @@ def _coco_questions(task: PopeTask, data: CocoData, seed: int) -> Iterator[Sampl
         objects |= read_object_lists(path, next((c for c in captions if _part(c) == _part(path)), None))
     if not data.image_ids:
         there = _files(data.images)
-        objects = {name: found for name, found in objects.items() if name in there}
+        objects = {name: found for name, found in objects.items() if there(name)}
     else:
         wanted = set(read_image_ids(data.image_ids))
         objects = {name: found for name, found in objects.items() if image_id(name) in wanted}
@@ -151,11 +168,12 @@ def _coco_questions(task: PopeTask, data: CocoData, seed: int) -> Iterator[Sampl
             yield Sample(name, split, picture, asked(task, row["text"]), row["label"])
 
 
-def _files(folder: Path) -> set[str]:
-    """The images that can be drawn: annotations often list more than one folder has."""
+def _files(folder: Path) -> Callable[[str], bool]:
+    """Whether a folder has an image, under any of its names: annotations often list more than one folder has."""
     if not folder.is_dir():
         raise ValueError(f"images: {folder} is no folder")
-    return {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
+    return lambda name: not names.isdisjoint((name, *other_names(name)))
 
 
 def _part(path: Path) -> str:

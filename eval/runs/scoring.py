@@ -13,7 +13,7 @@ from vlm_prune.eval.runs.config import ChairTask, PopeTask, SpeedTask, Task, Vqa
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.samples import caption_reader
 from vlm_prune.eval.tiny.metrics import bootstrap
-from vlm_prune.eval.vqa import exact_accuracy, normalised, vqa_accuracy
+from vlm_prune.eval.vqa import METRICS, normalised
 
 WORDS = {True: "yes", False: "no", None: None}
 SPEED = ("kv_bytes", "kv_bytes_dense", "flops", "flops_dense")
@@ -36,8 +36,9 @@ class Scorer:
         elif isinstance(task, ChairTask):
             scores = self._caption(answer, label)
         elif isinstance(task, VqaTask):
-            metric = exact_accuracy if task.metric == "exact" else vqa_accuracy
-            scores = {"accuracy": metric(answer, label), "read": normalised(answer)}
+            plain = task.metric in ("exact", "vqa")
+            read = normalised(answer) if plain else " ".join(answer.split())
+            scores = {"accuracy": METRICS[task.metric](answer, label), "read": read}
         return {**record, "scores": scores}
 
     def _caption(self, caption: str, objects: list[str]) -> dict[str, Any]:

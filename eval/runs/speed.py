@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from vlm_prune import pruned
-from vlm_prune.eval.measure import prompt_text, receipt_of
-from vlm_prune.eval.runs.asking import record, tiles_of
+from vlm_prune.eval.measure import receipt_of
+from vlm_prune.eval.runs.asking import inputs_of, record, tiles_of
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample
@@ -39,14 +39,7 @@ def time_prompts(
     and who begins changes from round to round, so that drift and neighbours on the machine hit both alike. The first
     round warms up and is thrown away. Times are medians over rounds and prompts.
     """
-    inputs = [
-        loaded.processor(
-            images=[sample.picture.load()],
-            text=[prompt_text(loaded.processor, sample.question)],
-            return_tensors="pt",
-        ).to(loaded.model.device, loaded.model.dtype)
-        for sample in samples
-    ]
+    inputs = [inputs_of(loaded, [sample]) for sample in samples]
     settings: list[tuple[str, str, dict[str, Any]]] = [("", policy, options), ("dense_", "none", {})]
     times: dict[str, list[float]] = {before + step: [] for before, _, _ in settings for step in STEPS}
     records: list[Record] = []

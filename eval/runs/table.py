@@ -9,6 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.eval.paired import LEVEL
+from vlm_prune.eval.runs.standings import JUDGED, Standings, key_of
+
 Line = dict[str, Any]
 
 NAMES = {
@@ -22,19 +25,30 @@ NAMES = {
 
 COUNTS = {"pope": "n_questions", "chair": "n_captions"}
 
+VERDICTS = ("beats", "ties", "loses")
+JUDGED_HOW = (
+    "Beats / ties / loses: against each other policy at the same budget, and the unpruned model, on the same samples "
+    f"(McNemar's exact test where a sample is right or wrong, else a paired bootstrap over images), at {LEVEL:.0%} "
+    "after Holm's correction over all pairs of the model, task and budget."
+)
+
 Task = tuple[str, str]
 """Label and kind."""
 
 USUAL: tuple[Task, ...] = (("pope", "pope"), ("chair", "chair"), ("speed", "speed"))
 
 
-def joined(rows: Sequence[Line], times: Mapping[str, Line], seed: int) -> list[Line]:
+def joined(
+    rows: Sequence[Line], times: Mapping[str, Line], seed: int, judged: Standings | None = None
+) -> list[Line]:
     """Lines from rows and times: model, policy, stages, budget, ratio, tokens, seed, and the metrics of all tasks.
 
     A metric is called ``<task>_<metric>`` (``pope_f1``), its interval ``<task>_<metric>_interval``, their number
     ``n_<task>``. Tasks without a label of their own have the usual names: ``chair_s``, ``caption_length``,
     ``n_questions``, ``n_captions``, and for speed no prefix. ``ratio`` is the budget as a share: 1 unpruned,
-    ``None`` where it was given in tokens or not at all.
+    ``None`` where it was given in tokens or not at all. Of ``judged``, ``<task>_<metric>_standing`` counts how often
+    a policy beats, ties and loses, ``<task>_<metric>_to_unpruned`` is its verdict over the unpruned model, and
+    ``same_as`` names the policy that answers and keeps the same.
     """
     lines: dict[tuple[str, str, str], Line] = {}
     for row in rows:
@@ -66,7 +80,30 @@ def joined(rows: Sequence[Line], times: Mapping[str, Line], seed: int) -> list[L
             line |= {_name(task, kind, name): value for name, value in spent.items()}
         else:
             line[COUNTS[kind] if task == kind in COUNTS else f"n_{task}"] = row["n"]
+            if row.get("skipped"):
+                line[f"skipped_{task}"] = row["skipped"]
+            if judged is not None:
+                line |= _standing(row, judged)
     return list(lines.values())
+
+
+def _standing(row: Line, judged: Standings) -> Line:
+    """What a row's policy is worth beside the others."""
+    model, *side = key_of(row)
+    found: Line = {}
+    for figure in JUDGED[row["kind"]]:
+        name = _name(row["task"], row["kind"], figure.name)
+        met = judged.met(model, row["task"], figure.name, (side[0], side[1]))
+        if met:
+            said = list(met.values())
+            found[f"{name}_standing"] = {word: said.count(word) for word in VERDICTS}
+        if (
+            to_stock := next((said for other, said in met.items() if other in judged.stock), None)
+        ) is not None:
+            found[f"{name}_to_unpruned"] = to_stock
+    if (twin := judged.idle.get(key_of(row))) is not None:
+        found["same_as"] = {"policy": twin[0], "budget": json.loads(twin[1])}
+    return found
 
 
 def _name(task: str, kind: str, metric: str) -> str:
@@ -102,6 +139,11 @@ def markdown(lines: Sequence[Line], tasks: Sequence[Task] = USUAL) -> str:
                 "",
                 f"{_escaped(' and '.join(counts))} a row, seed {some[0]['seed']}; intervals by bootstrap over images.",
             ]
+        if any(name.endswith("_standing") for line in some for name in line):
+            text += ["", JUDGED_HOW]
+        if idle := [line for line in some if "same_as" in line]:
+            text += ["", "Did not act, or not differently: the same answers and kept tokens.", ""]
+            text += [f"- {_escaped(_full(line))} as {_escaped(_full(line['same_as']))}" for line in idle]
         text += [""]
     return "\n".join(text)
 
@@ -118,22 +160,39 @@ def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Lin
     shown = {
         "pope": (
             ("POPE F1", "f1", _rate), ("95 %", "f1_interval", _interval), ("adv. acc.", "adversarial_accuracy", _rate),
+            *_verdicts("accuracy", "accuracy"),
         ),
         "chair": (
             ("CHAIRs", "chair_s", _rate), ("95 %", "chair_s_interval", _interval), ("CHAIRi", "chair_i", _rate),
             ("recall", "recall", _rate), ("95 %", "recall_interval", _interval),
             ("length", "length", "{:.1f}".format), ("repeats", "repetition", _rate),
+            *_verdicts("f1", "object F1"),
         ),
-        "vqa": (("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval)),
+        "vqa": (
+            ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval),
+            *_verdicts("accuracy", "accuracy"),
+        ),
         "speed": (("prefill", "prefill_ratio", "{:.2f}".format), ("KV", "kv_ratio", "{:.2f}".format)),
     }[kind]  # fmt: skip
     found = []
     for head, metric, form in shown:
-        stem = metric.removesuffix("_interval")
+        stem = re.sub("_(interval|standing|to_unpruned)$", "", metric)
         name = _name(label, kind, stem) + metric[len(stem) :]
         if any(name in line for line in lines):
             found.append((before + head if head != "95 %" else head, _cell(name, form)))
     return found
+
+
+def _verdicts(metric: str, title: str) -> tuple[tuple[str, str, Callable[[Any], str]], ...]:
+    """Columns of a metric's standing."""
+    return (
+        (
+            f"{title}: beats / ties / loses",
+            f"{metric}_standing",
+            lambda said: " / ".join(map(str, said.values())),
+        ),
+        ("to unpruned", f"{metric}_to_unpruned", str),
+    )
 
 
 def _cell(name: str, form: Callable[[Any], str]) -> Callable[[Line], str]:
@@ -149,7 +208,14 @@ def _count(task: Task, line: Line) -> str:
     splits = [
         name.split("_")[1] for name in line if re.fullmatch(rf"{re.escape(label)}_[^_]+_accuracy", name)
     ]
-    return f"{count} {what}" + (f" ({', '.join(splits)})" if splits else "")
+    skipped = [f"{line[f'skipped_{label}']} skipped"] if f"skipped_{label}" in line else []
+    notes = ", ".join([*splits, *skipped])
+    return f"{count} {what}" + (f" ({notes})" if notes else "")
+
+
+def _full(line: Line) -> str:
+    budget = _budget({"ratio": line["budget"].get("ratio"), **line})
+    return " ".join(filter(None, (line["policy"], "" if line["policy"] == "none" else budget)))
 
 
 def _policy(line: Line) -> str:

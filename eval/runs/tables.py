@@ -16,7 +16,7 @@ from vlm_prune.eval.runs.images import Picture
 
 USUAL = {
     "id": ("question_id", "questionId", "id"),
-    "image": ("image", "image_path", "image_id", "file_name"),
+    "image": ("image", "image_path", "image_id", "file_name", "image_source"),
     "question": ("question", "text", "query"),
     "answer": ("label", "answer", "answers"),
     "objects": ("objects",),

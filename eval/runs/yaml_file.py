@@ -136,10 +136,51 @@ def _explain(error: Any) -> tuple[Loc, str]:
         message = f'there is no such value as "{given}". {_choice(given, names)}'
     elif isinstance(context.get("error"), Misplaced):
         place += context["error"].loc
-    elif kind not in ("missing", "value_error"):
-        message += f", got {_short(given)}"
+    elif kind != "value_error":
+        message = _wrong(kind, given, context) or f"{message}, got {_short(given)}"
     where = ".".join(map(str, place))
     return place, f"{where}: {message}" if where else message
+
+
+NEEDED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a number",
+    "string": "a text",
+    "bool": "true or false",
+    "list": "a list, such as [a, b],",
+    "tuple": "a list, such as [128, 128],",
+    "dict": "a mapping, such as {key: value},",
+    "model": "a mapping, such as {key: value},",
+    "path": "a path",
+}
+"""What a field holds, by the first word of pydantic's kind of error."""
+
+LIMITS = {
+    "greater_than_equal": ("{ge} or more", "ge"),
+    "less_than_equal": ("{le} or less", "le"),
+    "greater_than": ("more than {gt}", "gt"),
+    "less_than": ("less than {lt}", "lt"),
+}
+
+
+def _wrong(kind: str, given: Any, context: dict[str, Any]) -> str:
+    """What a value is, and what would be right; empty for a kind of error that no field has."""
+    if kind == "missing":
+        return "this is missing, and has to be given"
+    if kind in LIMITS:
+        text, name = LIMITS[kind]
+        return f"{text.format(**{name: _plain(context[name])})} is needed, got {_short(given)}"
+    if kind == "too_short":
+        return f"at least {context['min_length']} is needed, got {_short(given)}"
+    if kind == "too_long":
+        return f"at most {context['max_length']} can be given, got {_short(given)}"
+    needed = NEEDED.get(kind.split("_")[0])
+    return f"{needed} is needed, got {_short(given)}" if needed else ""
+
+
+def _plain(number: float) -> str:
+    return f"{number:g}"
 
 
 def _choice(given: Any, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """DyVTE against its released code: the gate alone, prompts that leave, and the labels that gates are trained on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def released_gates(golden: Golden) -> ExitGates:
     return ExitGates.from_released(golden.prefixed("w/")).float()
 
 
+@dataclass(frozen=True)
 class Noting(DyVTE):
     """DyVTE that notes what its gates saw and said, and what the layers were given."""
 

@@ -1,4 +1,7 @@
-"""MustDrop against its released code: merging, filter, vision tower, the decoder's cuts, and a complete LLaVA-1.5.
+"""MustDrop against its released code: merging, filter, vision tower, the decoder's cuts, and complete models.
+
+The released code lays the crops of a LLaVA-NeXT image out flat, in the order of the batch, without newlines and without
+taking padding off. That is the prompt of a stock LLaVA with one image a crop, and is compared as such.
 
 Decoding is compared where nothing was dropped. Otherwise the released code gives new tokens the position F (rows
 left) in layers whose cached keys stand at their positions before the trim, which is not reproduced.
@@ -6,9 +9,9 @@ left) in layers whose cached keys stand at their positions before the trim, whic
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -120,6 +123,7 @@ def check_vision(golden: Golden) -> None:
     assert torch.equal(key_set(golden["cls_attn"], ratio), keys[:, : official.shape[1]])
 
 
+@dataclass(frozen=True)
 class KeysGiven(MustDrop):
     """MustDrop whose key set comes from the case, as no tower ran; notes what it dropped."""
 
@@ -150,6 +154,7 @@ def keys(official: torch.Tensor) -> Iterator[None]:
 
 def check_stages(golden: Golden) -> None:
     """The tokens kept and the key set at each cut, in the coordinates of what stood there before it."""
+    assert len(SEEN) == len([name for name in golden.arrays if name.endswith("_kept_rel")])
     for number, (kept, key) in enumerate(SEEN):
         assert torch.equal(kept, golden[f"stage{number}_kept_rel"]), f"stage {number}"
         assert torch.equal(key, golden[f"stage{number}_key_rel"]), f"stage {number}"
@@ -185,12 +190,11 @@ def check_prefill(golden: Golden) -> None:
 
 @torch.no_grad()
 def check_model(golden: Golden) -> None:
-    if golden["images"].dim() == 5:
-        pytest.skip("LLaVA-NeXT has no adapter yet")
+    images = golden["images"].flatten(end_dim=-4)  # (1, crops, 3, side, side) for LLaVA-NeXT
     weights = golden.prefixed("w/")
     tower = {n: x for n, x in weights.items() if n.startswith("vision_tower.")}
     projector = {n: x for n, x in weights.items() if n.startswith("model.mm_projector.")}
-    model = model_like(golden["images"], tower, weights)
+    model = model_like(images, tower, weights)
     load_llm(model, {n: x for n, x in weights.items() if n not in tower and n not in projector})
     names = {"0": "linear_1", "2": "linear_2"}
     state = {n.removeprefix("model.mm_projector."): x for n, x in projector.items()}
@@ -201,18 +205,22 @@ def check_model(golden: Golden) -> None:
     limits = float(golden["global_thr"]), float(golden["individual_thr"])
     prune(model, MustDrop(compat="official", positions="compact", thresholds=limits))
 
-    units = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
-    ids = [t for i in golden["input_ids"][0].tolist() for t in ([VISUAL] * units if i == -200 else [i])]
-    output = model.model(input_ids=torch.tensor([ids]), pixel_values=golden["images"])
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    crops, every = len(images), len(images) * side * side
+    ids = [t for i in golden["input_ids"][0].tolist() for t in ([VISUAL] * every if i == -200 else [i])]
+    output = model.model(input_ids=torch.tensor([ids]), pixel_values=images)
     start, count = int(golden["v_token_start"]), int(golden["img_seq"])
     rows = golden["final_token_abs"]
-    rows = torch.where(rows < start + count, rows, rows + units - count)
+    crop, within = (rows - start) // (count // crops), (rows - start) % (count // crops)
+    visual = (rows >= start) & (rows < start + count)
+    behind = torch.where(rows < start, rows, rows + every - count)
+    rows = torch.where(visual, start + crop * side * side + within, behind)
     hidden = output.last_hidden_state
     torch.testing.assert_close(hidden[:, rows], golden["prefill_final_hidden"], atol=2e-4, rtol=1e-4)
     assert (hidden[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist() == rows.tolist()
     receipt = model.pruning.receipt
     # the released meter counts a layer's visual tokens after the cut behind it
-    text = len(ids) - units
+    text = len(ids) - every
     counts = [n - text for n in receipt.decoder_tokens]
     assert [*counts[1:], counts[-1]] == golden["num_token_per_layer"].tolist()
     assert cache_of(output).layers[0].keys.shape[2] == int(golden["cache_len_layer0"])

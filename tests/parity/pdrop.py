@@ -1,5 +1,6 @@
 """PyramidDrop against its released code: the tokens of every stage, what leaves the decoder, its caches, decoding."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from vlm_prune.versions import CACHE, cache_of
 cases = npz_cases
 
 
+@dataclass(frozen=True)
 class Watched(PyramidDrop):
     """PyramidDrop that notes the scores of visual rows, and which of them stay, at every cut."""
 

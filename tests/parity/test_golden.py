@@ -34,6 +34,16 @@ def test_golden_folder_is_there():
     assert GOLDEN.is_dir(), f"no golden data at {GOLDEN}: set VLM_PRUNE_GOLDEN to the folder that holds it"
 
 
+@pytest.mark.parametrize("method", [m for m in _methods() if (GOLDEN / m).is_dir()])
+def test_every_folder_of_a_known_method_has_cases(method):
+    assert importlib.import_module(f"tests.parity.{method}").cases(GOLDEN / method)
+
+
+@pytest.mark.parametrize("method", _methods())
+def test_some_cases_of_every_method_are_in_this_repository(method):
+    assert importlib.import_module(f"tests.parity.{method}").cases(DEFAULT / method)
+
+
 @pytest.mark.parametrize(("module", "case"), list(_cases()))
 def test_case(module, case):
     module.check(case)

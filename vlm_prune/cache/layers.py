@@ -342,8 +342,8 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None,
     PRUNED.add(decoder)  # which may be a copy of one that was pruned
     alike: dict[tuple[int, int, int], int] = {}
     for index, rows in enumerate(layer_rows):
-        if index < len(cache.layers) and not storage.has_rows(cache.layers[index]):
-            continue  # a state has no rows: what went through it is all it knows
+        if index < len(cache.layers) and not storage.holds_rows(cache.layers[index]):
+            continue  # a state is all that went through it, and who borrows keys of another layer knows nothing
         layer = wrap(cache, index)
         before = layer.logical - rows.count
         like = alike.setdefault((id(rows), layer.like, before), index)

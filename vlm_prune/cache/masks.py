@@ -32,7 +32,7 @@ class Held(Protocol):
 
 
 def is_prepared(mask: Any) -> bool:
-    """Whether a mask says for each query what it may look at, in any of the forms that stock code hands to a decoder."""
+    """Whether a mask says for each query what it may look at, in any form that stock code hands to a decoder."""
     return isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
 
 

@@ -1,10 +1,10 @@
 """Stock cache layers of every kind that can hold a pruned sequence: what they hold, how to replace it, what it weighs.
 
-Growing layers (``DynamicLayer``) hold tensors as long as the sequence. Static ones hold slots for the longest one,
-filled from the left. Quantised ones hold codes, and the last rows as they are. Sliding ones of either kind hold the rows
-of a window only, and indexed ones a second kind of keys. Linear-attention layers hold no rows but a state of one size
-(or of a convolution), which a shortened sequence simply runs through; layers that borrow the keys of another hold
-nothing.
+Growing layers (``DynamicLayer``) hold tensors as long as the sequence. Static ones hold slots for the longest
+sequence, filled from the left. Quantised ones hold codes, and the last rows as they are. Sliding ones of either kind
+hold the rows of a window only, and indexed ones a second kind of keys. Linear-attention layers hold no rows but a state
+of one size (or of a convolution), which a shortened sequence simply runs through; layers that borrow the keys of
+another hold nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +40,22 @@ KNOWN = (*PLAIN, *SLIDING, *INDEXED, *STATE, *NOTHING, *BOTH)
 indexer, linear attention, none of its own, and linear attention beside another."""
 
 
+def is_known(kind: type) -> bool:
+    """Whether layers of this class keep what is known here: those of transformers, and others that append all rows."""
+    if kind in KNOWN:
+        return True
+    appends = DynamicLayer if issubclass(kind, DynamicLayer) else StaticLayer
+    return all(getattr(kind, name, None) is getattr(appends, name) for name in ("update", "get_mask_sizes"))
+
+
 def has_rows(layer: Any) -> bool:
     """Whether a layer holds a key for each token, or for each of a window."""
     return isinstance(layer, CacheLayerMixin)
+
+
+def holds_rows(layer: Any) -> bool:
+    """Whether a layer that a prompt went through holds rows of it."""
+    return has_rows(layer) and bool(layer.is_initialized)
 
 
 def is_sliding(layer: Any) -> bool:
@@ -72,7 +85,7 @@ def check_cache(cache: Cache | None, config: Any) -> None:
     for number, layer in enumerate(cache.layers):
         inner = getattr(layer, "inner", layer)
         stock = fit[number] if number < len(fit) else DynamicLayer
-        known = type(inner) in KNOWN or is_quantised(inner)
+        known = is_known(type(inner)) or is_quantised(inner)
         if not known or (is_sliding(inner) and not getattr(stock, "is_sliding", False)):
             raise UnsupportedCallError(
                 f"A pruned model cannot use a cache of {type(inner).__name__} layers here, where this decoder has "

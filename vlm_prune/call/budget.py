@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..contract.numbers import is_whole, plain_number
 from ..errors import BudgetError
 
 if TYPE_CHECKING:
@@ -29,23 +30,26 @@ class Budget:
     @classmethod
     def checked(
         cls,
-        tokens: int | None,
-        ratio: float | None,
+        tokens: Any,
+        ratio: Any,
         default: float,
         available: int | None,
         tile: str,
         extra: int = 0,
         joint: bool = False,
     ) -> Budget:
-        """Validate what the user asked for.
+        """Validate what the user asked for: Python's numbers, or those of numpy and of tensors without dimensions.
 
         ``available`` is the number of tokens a tile of the usual size has, ``None`` if tiles have any size.
         """
         if tokens is not None and ratio is not None:
             raise BudgetError(f"Both tokens={tokens} and ratio={ratio} were given: give one of them.")
         if tokens is not None:
-            if type(tokens) is not int:
-                raise BudgetError(f"tokens={tokens!r}: a whole number of tokens per {tile} is needed.")
+            tokens = plain_number(tokens)
+            if not is_whole(tokens):
+                raise BudgetError(
+                    f"tokens={tokens!r}: a whole number of tokens per {tile} is needed; a share is ratio=0.25."
+                )
             if available is None and tokens < 1:
                 raise BudgetError(f"tokens={tokens}: at least one token per {tile} has to be kept.")
             if available is not None and not 1 + extra <= tokens <= available + extra:
@@ -54,7 +58,7 @@ class Budget:
                     f"per {tile} too. Choose {1 + extra} to {available + extra}, or give ratio= instead."
                 )
             return cls(tokens=tokens, extra=extra, joint=joint)
-        ratio = default if ratio is None else ratio
+        ratio = default if ratio is None else plain_number(ratio)
         if not _is_share(ratio):
             raise BudgetError(f"ratio={ratio!r}: choose a share above 0 and up to 1, such as 0.25.")
         return cls(ratio=float(ratio), extra=extra, joint=joint)

@@ -1,12 +1,16 @@
 """State of a batch of tiles on its way from the tower to behind the projector.
 
-It lives in a context variable while they are encoded, never on a module. ``generate`` encodes images before it calls
-forward, so an `EncodeCall` rides on the tower's output object, which stock code hands from the one to the other.
+It lives in a context variable while they are encoded, never on a module, and belongs to one pruned model: a tower that
+is called by itself, or by another model that shares it, finds no `Encoding` of its own and is a stock tower.
+``generate`` encodes images before it calls forward, so an `EncodeCall` rides on the tower's output object, which stock
+code hands from the one to the other.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,8 +25,7 @@ if TYPE_CHECKING:
     from ..contract.anatomy import Arrangement
     from .assembly import Packing
 
-_encode: ContextVar[EncodeCall | None] = ContextVar("vlm_prune_encode", default=None)
-_arrangement: ContextVar[Arrangement | None] = ContextVar("vlm_prune_arrangement", default=None)
+_encodings: ContextVar[tuple[Encoding, ...]] = ContextVar("vlm_prune_encodings", default=())
 _riding: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("vlm_prune_riding", default=())
 
 RIDE = "vlm_prune"
@@ -57,6 +60,7 @@ class Offer:
         target: tokens wanted of each tile.
         content_key: int64 ``(tiles,)``, see `FeaturesView`.
         carry: values ``(tiles, tokens)`` that the encode stage left.
+        tower: see `EntryView`.
     """
 
     features: torch.Tensor
@@ -66,6 +70,7 @@ class Offer:
     target: int
     content_key: torch.Tensor
     carry: dict[str, torch.Tensor]
+    tower: torch.Tensor | None = None
 
 
 @dataclass
@@ -85,9 +90,10 @@ class EncodeCall:
         carry: ``(rows for the language model,)``, what the policy left for the decoder's stages; 0 at holes.
         arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
         packings: what comes of it, image by image.
-        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
         offers: what the decoder's entry is to choose among, if a policy does so there.
+        entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
         drops_newlines: whether a newline goes as soon as a token of its image is dropped.
+        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
     """
 
     grids: list[tuple[int, int]]
@@ -104,9 +110,10 @@ class EncodeCall:
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     arrangement: Arrangement | None = None
     packings: list[Packing] = field(default_factory=list)
-    trusted: bool = True
     offers: list[Offer] = field(default_factory=list)
+    entering: torch.Tensor | None = None
     drops_newlines: bool = False
+    trusted: bool = True
 
     @property
     def tiles(self) -> int:
@@ -263,21 +270,50 @@ def _alike(known: Any, features: Any) -> bool:
     )
 
 
-def current_encode() -> EncodeCall | None:
-    """The encode call under way in this thread, if any."""
-    return _encode.get()
+@dataclass(eq=False)
+class Encoding:
+    """A feature method of a pruned model under way: only during one does its tower prune.
+
+    Attributes:
+        owner: whose method it is.
+        arrangement: how the tiles that go through the tower will be arranged, if they will.
+        call: those tiles, from the tower's entry until their features are complete.
+        nested: calls of the tower under way inside its own, which are somebody else's.
+    """
+
+    owner: Any
+    arrangement: Arrangement | None = None
+    call: EncodeCall | None = None
+    nested: int = 0
+
+    @property
+    def mine(self) -> EncodeCall | None:
+        """`call`, for what a module computes now; ``None`` while it works for somebody else."""
+        return None if self.nested else self.call
 
 
-def set_encode(call: EncodeCall | None) -> None:
-    """Begin (or, with ``None``, end) an encode call."""
-    _encode.set(call)
+@contextmanager
+def encoding(owner: Any, arrangement: Arrangement | None = None) -> Iterator[Encoding]:
+    """Within the block, the tower of the model that ``owner`` prunes does so; nothing is left behind it."""
+    under_way = Encoding(owner, arrangement)
+    token = _encodings.set((*_encodings.get(), under_way))
+    try:
+        yield under_way
+    finally:
+        _encodings.reset(token)
 
 
-def current_arrangement() -> Arrangement | None:
-    """How the tiles that go through the tower now in this thread will be arranged, if they will."""
-    return _arrangement.get()
+def current_encoding(owner: Any) -> Encoding | None:
+    """The innermost `encoding` of ``owner`` in this thread, if any."""
+    for under_way in reversed(_encodings.get()):
+        if under_way.owner is owner:
+            return under_way
+    return None
 
 
-def set_arrangement(arrangement: Arrangement | None) -> None:
-    """Say so, or with ``None`` end it."""
-    _arrangement.set(arrangement)
+def current_encode(owner: Any = None) -> EncodeCall | None:
+    """The encode call under way in this thread, if any: that of ``owner``, or the innermost of all."""
+    for under_way in reversed(_encodings.get()):
+        if owner is None or under_way.owner is owner:
+            return under_way.mine
+    return None

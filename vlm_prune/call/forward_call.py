@@ -1,7 +1,12 @@
-"""State of one forward of the model. It lives in a context variable while the forward runs, never on a module."""
+"""State of one forward of a pruned model. It lives in a context variable while it runs, never on a module.
+
+Forwards of several models can be inside each other (a hook that asks another model), so they stand on a stack, and each
+model's hooks look for the innermost one of their own.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +18,7 @@ import torch
 from ..errors import UnsupportedCallError
 from ..kernels import to_device
 from . import stream
-from .encode_call import EncodeCall, Span, current_encode, set_encode
+from .encode_call import EncodeCall, Span
 from .row_counts import Census
 from .survivors import DecoderTrace
 from .timing import Stopwatch
@@ -22,8 +27,7 @@ if TYPE_CHECKING:
     from .deepstack import Deepstack
     from .rows import Rows
 
-_forward: ContextVar[ForwardCall | None] = ContextVar("vlm_prune_forward", default=None)
-_live_rows: ContextVar[Rows | None] = ContextVar("vlm_prune_live_rows", default=None)
+_forwards: ContextVar[tuple[ForwardCall, ...]] = ContextVar("vlm_prune_forwards", default=())
 
 RESUME = "vlm_prune_call"
 """Keyword by which layers find the call they belong to where no context variable says so: in a compiled step, and when
@@ -58,7 +62,8 @@ class ForwardCall:
         deepstack: features that stock code adds behind the decoder's first layers.
         census: what `count` found, if anyone asked.
         left: visual tokens of each sequence that are left by now; ``None`` while nobody asked.
-        owner: whose forward this is; ``outer`` is the call of another model around it.
+        wrapped: a cache whose layers the decoder sees as stock ones for the moment, and these layers.
+        owner: whose forward this is.
     """
 
     unknown_features: bool = False
@@ -85,8 +90,8 @@ class ForwardCall:
     census: Census | None = None
     left: list[int] | None = None
     stopwatch: Stopwatch | None = None
+    wrapped: tuple[Any, list[Any]] | None = None
     owner: Any = None
-    outer: ForwardCall | None = None
 
     def may_have_holes(self, embeds: torch.Tensor) -> bool:
         """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
@@ -102,6 +107,18 @@ class ForwardCall:
     def has_visual_tokens(self) -> bool:
         """Whether this forward brings visual tokens along."""
         return bool(self.encoded) or (self.unknown_features and bool(self.image_masks))
+
+    def unwrap(self, cache: Any) -> None:
+        """Let the decoder see the stock layers inside those of a pruned cache, which count the rows there are."""
+        self.wrapped = (cache, list(cache.layers))
+        cache.layers[:] = [getattr(layer, "inner", layer) for layer in cache.layers]
+
+    def wrap_again(self) -> None:
+        """Undo `unwrap`."""
+        if self.wrapped is not None:
+            cache, layers = self.wrapped
+            cache.layers[:] = layers
+            self.wrapped = None
 
     def add_encoded(self, call: EncodeCall) -> None:
         """Note tiles that were encoded inside this forward."""
@@ -258,14 +275,12 @@ class ForwardCall:
             self.left = list(self.census.visual)
 
 
-def current_forward() -> ForwardCall | None:
-    """The forward under way in this thread, if any."""
-    return _forward.get()
-
-
-def nothing_under_way() -> bool:
-    """Whether no call is under way in this thread, so that there is none to end."""
-    return _forward.get() is None and current_encode() is None
+def current_forward(owner: Any = None) -> ForwardCall | None:
+    """The forward under way in this thread, if any: that of ``owner``, or the innermost of all."""
+    for call in reversed(_forwards.get()):
+        if owner is None or call.owner is owner:
+            return call
+    return None
 
 
 @contextmanager
@@ -274,51 +289,52 @@ def resumed(call: ForwardCall | None) -> Iterator[None]:
     if call is None:
         yield
         return
-    token = _forward.set(call)
+    token = _forwards.set((*_forwards.get(), call))
     try:
         yield
     finally:
-        _forward.reset(token)
+        _forwards.reset(token)
 
 
-def leave_live_rows(rows: Rows) -> None:
-    """Tell the loss of this forward which rows are left."""
-    _live_rows.set(rows)
+def begin_forward(call: ForwardCall, module: Any) -> None:
+    """Make ``call``, a forward of ``module``, the current one."""
+    outer = _forwards.get()
+    if current_forward(call.owner) is not None and not _inside_itself(module):
+        outer = _without(call.owner)  # that one was interrupted: Ctrl-C runs no hooks
+    _forwards.set((*outer, call))
 
 
-def take_live_rows() -> Rows | None:
-    """The rows left by the forward that just ended in this thread; ``None`` if it dropped none."""
-    rows = _live_rows.get()
-    _live_rows.set(None)
-    return rows
+def next_forward(call: ForwardCall, owner: Any) -> None:
+    """Go on with ``call`` in place of the current one of ``owner``."""
+    if end_forward(owner) is not None:
+        call.owner = owner
+    _forwards.set((*_forwards.get(), call))
 
 
-def begin_forward(call: ForwardCall) -> None:
-    """Make ``call`` the current one."""
-    _live_rows.set(None)
-    outer = _forward.get()
-    # a forward is never inside another of the same model: that one was interrupted, and Ctrl-C runs no hooks
-    call.outer = outer if outer is None or outer.owner is not call.owner else outer.outer
-    _forward.set(call)
+def end_forward(owner: Any) -> ForwardCall | None:
+    """End the current forward of ``owner`` and return it; those around it are current again."""
+    calls = _forwards.get()
+    for number in reversed(range(len(calls))):
+        if calls[number].owner is owner:
+            calls[number].wrap_again()  # where an exception kept the decoder from it
+            _forwards.set(calls[:number])
+            return calls[number]
+    return None
 
 
-def next_forward(call: ForwardCall) -> None:
-    """Go on with ``call`` in place of the current one."""
-    if (before := _forward.get()) is not None:
-        call.owner, call.outer = before.owner, before.outer
-    _forward.set(call)
+def forget_calls(owner: Any) -> None:
+    """End everything of ``owner`` that an interrupt may have left under way in this thread."""
+    _forwards.set(_without(owner))
 
 
-def end_forward() -> ForwardCall | None:
-    """End the current forward and return it; the one around it, if any, is current again."""
-    call = _forward.get()
-    if call is not None:
-        _forward.set(call.outer)
-    return call
+def _without(owner: Any) -> tuple[ForwardCall, ...]:
+    return tuple(call for call in _forwards.get() if call.owner is not owner)
 
 
-def forget_calls() -> None:
-    """End everything that an interrupt may have left under way in this thread."""
-    _forward.set(None)
-    set_encode(None)
-    _live_rows.set(None)
+def _inside_itself(module: Any) -> bool:
+    """Whether a module that is being called is called from inside another call of itself."""
+    frame, calls = sys._getframe(), 0
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            calls += 1
+    return calls > 1

@@ -56,6 +56,8 @@ class Policy:
     """Whether it chooses among all tokens of an image, before the decoder's first layer. Follows from `stages`."""
     enters: ClassVar[bool] = False
     """Whether it does so at the decoder's entry. Follows from `stages`."""
+    keeps_all: ClassVar[bool] = False
+    """Whether it keeps every token, so that no number of them can be asked for."""
     exceeds: ClassVar[bool] = False
     """Whether it may keep more tokens than the budget says, by a rule of its own (a threshold)."""
     default_ratio: ClassVar[float] = 1.0
@@ -73,6 +75,10 @@ class Policy:
     """Whether its budget is one of a whole image although it cuts each tile by itself, to `tile_target` units."""
     drops_newlines: ClassVar[bool] = False
     """Whether newline tokens go with the first dropped token, and not only with the last one of their line."""
+    reads_tower: ClassVar[bool] = False
+    """Whether `entry` looks at what entered the projector, where the engine sees that."""
+    calls_projector: ClassVar[bool] = False
+    """Whether `encode_final` calls the projector itself, before it."""
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
     reads_ahead: ClassVar[bool] = False
@@ -99,9 +105,9 @@ class Policy:
 
     @property
     def needs_tower(self) -> bool:
-        """Whether it needs a tower whose layers can be hooked: it looks at them, cuts there, or shows it less."""
+        """Whether it needs a tower whose layers, and whose projector, can be hooked."""
         looks = bool(self.tower_layers(23)) or type(self).tower_grid is not Policy.tower_grid
-        return looks or self.per_image or self.single_patches
+        return looks or self.per_image or self.single_patches or self.calls_projector
 
     def tile_target(self, target: int) -> int:
         """Units to keep of each tile of an image of which ``target`` shall be left in the end, if `per_image`."""

@@ -105,6 +105,8 @@ class FeaturesView:
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower; ``None`` once
             tiles are arranged to images.
         carry: what the policy left in `TowerView.carry`.
+        project: the projector as a plain function of ``(batch, units, channels)`` like ``features``, in their dtype;
+            ``None`` after it, and where the model's projector is not known.
     """
 
     features: torch.Tensor
@@ -113,6 +115,7 @@ class FeaturesView:
     content_key: torch.Tensor
     pixels: torch.Tensor | None
     carry: dict[str, torch.Tensor]
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def of(self, tiles: torch.Tensor, target: int) -> FeaturesView:
         """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
@@ -127,11 +130,15 @@ class EntryView(FeaturesView):
         text: embeddings of the text rows of each tile's sequence ``(batch, text rows, channels)``, in order.
         text_valid: bool ``(batch, text rows)``, which of them exist.
         question: bool ``(batch, text rows)``, those after the sequence's last visual token; all of them where none is.
+        tower: what entered the projector for each token ``(batch, units, channels)``, if the policy reads it; ``None``
+            where the engine knows finished features only. Of patches that a packed tower's merger takes together it is
+            the mean; where stock code arranges tiles to images, it is arranged as the features are.
     """
 
     text: torch.Tensor = field(kw_only=True)
     text_valid: torch.Tensor = field(kw_only=True)
     question: torch.Tensor = field(kw_only=True)
+    tower: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass

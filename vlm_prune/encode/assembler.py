@@ -1,4 +1,4 @@
-"""Feature methods of models that arrange tiles to images: what is chosen, and what else is dropped, behind that.
+"""Feature methods of a pruned model: while one is under way its tower prunes; and what is chosen after arranging.
 
 Tokens are chosen *late*, behind the arranging, where the stock code resizes the grid, so that its tokens are not the
 tower's any more, or where all tiles of an image share one budget. A newline whose line of tokens is all gone goes too.
@@ -7,6 +7,7 @@ tower's any more, or where all tiles of an image share one budget. A newline who
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,38 +15,56 @@ import torch
 
 from ..call import stream
 from ..call.assembly import Group, Packing
-from ..call.encode_call import EncodeCall, Offer, current_encode, set_arrangement, set_encode
+from ..call.encode_call import EncodeCall, Offer, encoding
 from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
 from .stage import EncodeStage, content_key
 
+FEATURE_METHODS = ("get_image_features", "get_video_features")
+"""What transformers calls the methods of a base module that turn pixels into features."""
 
-class Arranger:
+
+class FeatureMethod:
     """Stands in for one feature method of a model's base module until `remove` is called."""
 
-    def __init__(self, base: Any, feature: FeatureCall, encoder: EncodeStage):
-        self.base, self.feature, self.encoder = base, feature, encoder
+    def __init__(self, base: Any, method: str, encoder: EncodeStage):
+        self.base, self.method, self.encoder = base, method, encoder
         # generate reads off the signature which arguments are the method's
-        self.__signature__ = inspect.signature(getattr(base, feature.method))
-        object.__setattr__(base, feature.method, self)
+        self.__signature__ = inspect.signature(getattr(base, method))
+        object.__setattr__(base, method, self)
 
     def remove(self) -> None:
         """Give the module its own method back."""
-        object.__delattr__(self.base, self.feature.method)
+        object.__delattr__(self.base, self.method)
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        """The method itself."""
+        return partial(getattr(type(self.base), self.method), self.base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
-        stock = partial(getattr(type(self.base), self.feature.method), self.base)
+        with encoding(self.encoder.session):
+            return self.stock(*args, **kwargs)
+
+
+class Arranger(FeatureMethod):
+    """Stands in for a feature method that arranges tiles to images."""
+
+    def __init__(self, base: Any, feature: FeatureCall, encoder: EncodeStage):
+        super().__init__(base, feature.method, encoder)
+        self.feature = feature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the stock method returns, with holes where tokens are dropped."""
         given = self.__signature__.bind(*args, **kwargs).arguments
-        set_arrangement(self.feature.arrange({**given.pop("kwargs", {}), **given}))
-        try:
-            output = stock(*args, **kwargs)
-            call = current_encode()
+        arrangement = self.feature.arrange({**given.pop("kwargs", {}), **given})
+        with encoding(self.encoder.session, arrangement) as under_way:
+            output = self.stock(*args, **kwargs)
+            call = under_way.call
             if call is None:
-                raise RuntimeError(
-                    f"{self.feature.method} did not go through the vision tower and the projector"
-                )
+                raise RuntimeError(f"{self.method} did not go through the vision tower and the projector")
             as_tuple = isinstance(output, tuple)  # return_dict=False
             features = output[1] if as_tuple else output.pooler_output
             pairs = zip(features, call.packings, strict=True)
@@ -53,9 +72,6 @@ class Arranger:
             rows = [
                 x[: like[..., 0].numel()].view(like.shape) for x, like in zip(rows, features, strict=True)
             ]
-        finally:
-            set_arrangement(None)
-            set_encode(None)
         self.encoder.end(call)
         rows = torch.stack(rows) if isinstance(features, torch.Tensor) else rows
         if as_tuple:
@@ -113,8 +129,11 @@ class Arranger:
         carry: dict[str, list[torch.Tensor]],
     ) -> None:
         """Let the decoder's entry choose among the tokens of one image."""
-        packing = call.packings[image]
+        packing, tower = call.packings[image], None
         first = sum(len(p.source) for p in call.packings[:image])
+        if call.entering is not None and call.arrangement is not None:
+            entering = call.entering
+            tower = call.arrangement.pack(entering, entering.new_zeros(entering.shape[-1]))[image]
         for number, group in enumerate(packing.choices):
             places = group.rows.to(rows.device)
             target = self._target(packing, group)
@@ -129,6 +148,7 @@ class Arranger:
                     target=target,
                     content_key=_member_keys(keys, len(places), number),
                     carry={name: x[image][places] for name, x in carry.items()},
+                    tower=None if tower is None else tower[places.to(tower.device)],
                 )
             )
 

@@ -78,19 +78,32 @@ class FeatureEncoder(EncodeStage):
         )
         if not call.whole:
             rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in features])
-            opened = self._choose(call, rows, tile_keys(pixels, len(sizes), rows.device))
+            keys = tile_keys(pixels, len(sizes), rows.device)
+            opened = self._choose(call, rows, keys)
+            if self.composition.entry is not None:
+                self._offer(call, rows, keys)
             parts = opened.split([x.shape[:-1].numel() for x in features])
             features = [part.view(x.shape) for part, x in zip(parts, features, strict=True)]
         call.record_tower(list, list)
         return call, features
+
+    def _offer(self, call: EncodeCall, rows: torch.Tensor, keys: torch.Tensor) -> None:
+        """Let the decoder's entry choose among the tokens of each tile."""
+        first = 0
+        for number, tile in enumerate(rows.split(call.units)):
+            places = torch.arange(first, first + len(tile), device=rows.device)[None]
+            first += len(tile)
+            if call.targets[number] < len(tile):
+                key = keys[number : number + 1]
+                call.offers.append(
+                    Offer(tile[None], places, [number], call.grids[number], call.targets[number], key, {})
+                )
 
     def _choose(self, call: EncodeCall, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Ask about tile after tile of ``rows`` ``(all tokens, channels)``; returns them with holes."""
         keeps, tiles = [], []
         for number, tile in enumerate(rows.split(call.units)):
             target = call.targets[number]
-            if self.composition.entry is not None and target < len(tile):
-                self._offer(call, number, tile, keys)
             view = FeaturesView(tile[None], call.grids[number], target, keys[number : number + 1], None, {})
             keep = self.ask_final(view) if target < len(tile) else None
             if keep is None:
@@ -102,21 +115,6 @@ class FeatureEncoder(EncodeStage):
             tiles.append(opened)
         call.keeps = keeps
         return torch.cat(tiles)
-
-    def _offer(self, call: EncodeCall, number: int, tile: torch.Tensor, keys: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the features of a ``tile`` ``(tokens, channels)``."""
-        first = sum(call.units[:number])
-        call.offers.append(
-            Offer(
-                features=tile[None],
-                rows=torch.arange(first, first + len(tile), device=tile.device)[None],
-                spans=[number],
-                grid=call.grids[number],
-                target=call.targets[number],
-                content_key=keys[number : number + 1],
-                carry={},
-            )
-        )
 
 
 class FeatureReader:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..call import stream
 from ..call.assembly import read_packing
-from ..call.encode_call import EncodeCall, Offer, current_arrangement, current_encode, let_ride, set_encode
+from ..call.encode_call import EncodeCall, Offer, current_encoding, let_ride
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import Tower
@@ -26,6 +26,7 @@ from ..errors import UnsupportedCallError
 from ..kernels import gather_rows, to_device
 from ..sites import Site
 from .fixed_state import TowerState
+from .projection import Projection
 from .shrink import grid_places, shrink
 from .stage import EncodeStage, content_key
 
@@ -57,9 +58,12 @@ class Encoder(EncodeStage):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin an encode call."""
+        if not self.enters():
+            return None
         self.check_recompute()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
-        arrangement, merge = current_arrangement(), self.tower.merge
+        under_way, merge = current_encoding(self.session), self.tower.merge
+        arrangement = None if under_way is None else under_way.arrangement
         merge = merge if arrangement is None else merge * arrangement.merge
         patches = self.tower.patch_grid(*pixels.shape[-2:])
         grid = (patches[0] // merge, patches[1] // merge)
@@ -87,7 +91,7 @@ class Encoder(EncodeStage):
         small = next((shape for shape in shapes if shape is not None), None)
         if small is not None and self.tower.resizing:
             self._check_at_hand()
-        set_encode(call)
+        self.begin(call)
         if small is None:
             return None
         pixels = self._shrink(call, small)
@@ -140,12 +144,12 @@ class Encoder(EncodeStage):
         return valid
 
     def _state(self) -> TowerState | None:
-        call = current_encode()
+        call = self.under_way()
         return call.state if call is not None else None
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind layer ``number``: ask the policies that want to be asked here, and cut."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -203,11 +207,11 @@ class Encoder(EncodeStage):
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
-        call = current_encode()
+        call = self.leaves()
         if call is None:
             return
         if output is None:  # an exception is on its way
-            set_encode(None)
+            self.forget()
             return
         state: TowerState | None = call.state
         let_ride(output, call)
@@ -230,7 +234,7 @@ class Encoder(EncodeStage):
 
     def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Ask the policies that choose behind the tower; hand the projector the live rows only."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         features: torch.Tensor = args[0]
@@ -257,7 +261,13 @@ class Encoder(EncodeStage):
         state.follow(features.device)
         pixels, groups = call.pixels.to(features.device), call.groups(early)
         view = FeaturesView(
-            features, call.grids[0], max(groups), content_key(pixels), pixels, dict(state.carry)
+            features,
+            call.grids[0],
+            max(groups),
+            content_key(pixels),
+            pixels,
+            dict(state.carry),
+            None if after_projector else Projection(self.projector),
         )
         if len(early) == call.tiles and len(groups) == 1:
             keep = self.ask_final(view, after_projector)
@@ -295,27 +305,29 @@ class Encoder(EncodeStage):
             call.offers.append(
                 Offer(
                     features=output.index_select(0, some)[:, call.extra :],
-                    rows=rows[tiles].to(output.device),
+                    rows=rows[tiles].to(output.device, non_blocking=True),
                     spans=[images[tile] for tile in tiles],
                     grid=call.grids[0],
                     target=target,
                     content_key=keys.to(output.device)[some],
                     carry={name: x.to(output.device)[some] for name, x in carry.items()},
+                    tower=None if call.entering is None else call.entering.index_select(0, some),
                 )
             )
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
         """Re-open the holes behind the projector; the encode call ends here."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         if call.arrangement is None or output is None:
-            set_encode(None)
+            self.forget()
         if output is None:
             return None
         projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
-        if self.composition.entry is not None:
+        if (entry := self.composition.entry) is not None:
+            call.entering = args[0][:, call.extra :] if entry.reads_tower else None
             self._offer(call, output)
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None

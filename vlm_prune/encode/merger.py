@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, Offer, current_encode
+from ..call.encode_call import EncodeCall, Offer
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
 from .packed_state import PackedState, Tile, pick
+from .projection import Projection
 from .stage import EncodeStage, content_key
 
 
@@ -23,7 +24,7 @@ class Merger:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Ask the policies that choose behind the tower; hand the merger the live units only."""
-        call = current_encode()
+        call = self.stage.under_way()
         if call is None:
             return None
         # some towers (GLM) have made units of their patches by now
@@ -33,33 +34,35 @@ class Merger:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """Ask the policies that choose behind the merger; re-open the holes."""
-        call = current_encode()
+        call = self.stage.under_way()
         if call is None:
             return None
         live = self._choose(call, output, 1, after_projector=True)
-        if self.stage.composition.entry is not None:
-            self._offer(call, output)
+        if (entry := self.stage.composition.entry) is not None:
+            patches = args[0].reshape(len(output), self.group, -1)
+            self._offer(call, output, patches.mean(1) if entry.reads_tower else None)
         return call.state.reopen(output if live is None else live)
 
-    def _offer(self, call: EncodeCall, output: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the merged features of each image."""
+    def _offer(self, call: EncodeCall, output: torch.Tensor, tower: torch.Tensor | None) -> None:
+        """Let the decoder's entry choose among the merged features of each image; ``tower`` is of what went in."""
         begin = 0
         for i, (tile, units, target) in enumerate(
             zip(call.state.tiles, call.units, call.targets, strict=True)
         ):
-            mine, first = output[begin : begin + units], begin
+            mine, first = slice(begin, begin + units), begin
             begin += units
             if target < units:
-                number = torch.arange(first, begin, device=output.device)
+                number, raster = torch.arange(first, begin, device=output.device), self._raster(tile)
                 call.offers.append(
                     Offer(
-                        features=pick(mine[None], self._raster(tile), 1),
+                        features=pick(output[None, mine], raster, 1),
                         rows=number[None],
                         spans=[i],
                         grid=call.grids[i],
                         target=target,
                         content_key=content_key(call.state.given(i)),
                         carry=dict(tile.carry),
+                        tower=None if tower is None else pick(tower[None, mine], raster, 1),
                     )
                 )
 
@@ -72,7 +75,7 @@ class Merger:
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
         """Re-open the holes in what goes to the decoder's first layers."""
-        call = current_encode()
+        call = self.stage.under_way()
         return None if call is None else call.state.reopen(output)
 
     def _choose(
@@ -81,6 +84,7 @@ class Merger:
         """What is left of ``features``, ``group`` rows per unit, if a policy drops any at this side of the merger."""
         state: PackedState = call.state
         pieces, begin, dropped = [], 0, False
+        project = None if after_projector else Projection(self.stage.projector, group)
         for i, tile in enumerate(state.tiles):
             units = tile.count // self.group
             mine = features[begin : begin + units * group].reshape(units, -1)
@@ -94,6 +98,7 @@ class Merger:
                     content_key(state.given(i)),
                     state.picture(i),
                     tile.carry,
+                    project,
                 )
                 keep = self.stage.ask_final(view, after_projector)
                 if keep is not None:

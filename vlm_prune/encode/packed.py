@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, current_encode, let_ride, set_encode
+from ..call.encode_call import EncodeCall, let_ride
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import PackedTower
@@ -75,6 +75,8 @@ class PackedEncoder(EncodeStage):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin an encode call."""
+        if not self.enters():
+            return None
         self.check_recompute()
         given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
         pixels: torch.Tensor = given["hidden_states"]
@@ -88,7 +90,7 @@ class PackedEncoder(EncodeStage):
             stopwatch=Stopwatch(pixels.device),
             receipt=self.session.new_receipt(grids, targets),
         )
-        set_encode(call)
+        self.begin(call)
         shown = [self._shown(grid, target) for grid, target in zip(grids, targets, strict=True)]
         call.state = self._begin(call, shown)
         if shown == grids:
@@ -131,7 +133,7 @@ class PackedEncoder(EncodeStage):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a block: sequence ends and rotary tables of the patches that are left."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         state: PackedState = call.state
@@ -149,7 +151,7 @@ class PackedEncoder(EncodeStage):
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> None:
         """Keep what a block's attention computed with; stock code calls it once per image or window."""
-        call = current_encode()
+        call = self.under_way()
         if call is not None and (self.observes or not call.whole):
             groups = query.shape[1] // key.shape[1]  # heads that share keys, in EXAONE's tower
             if groups > 1:
@@ -158,7 +160,7 @@ class PackedEncoder(EncodeStage):
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind block ``number``: ask the policies about each tile, and cut."""
-        call = current_encode()
+        call = self.under_way()
         if call is None:
             return None
         state: PackedState = call.state
@@ -228,10 +230,10 @@ class PackedEncoder(EncodeStage):
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The encode call ends here; it rides on the output object."""
-        call = current_encode()
+        call = self.leaves()
         if call is None:
             return
-        set_encode(None)
+        self.forget()
         if output is None:  # an exception is on its way
             return
         state: PackedState = call.state

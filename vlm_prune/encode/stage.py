@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..call.encode_call import EncodeCall
+from ..call.encode_call import EncodeCall, current_encode, current_encoding
 from ..call.forward_call import current_forward
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower, PackedTower, Tower
@@ -45,6 +45,38 @@ class EncodeStage:
             (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
         )
         self.sites: list[Site] = []
+
+    def under_way(self) -> EncodeCall | None:
+        """The tiles that are being encoded for this model now, if any."""
+        return current_encode(self.session)
+
+    def begin(self, call: EncodeCall) -> None:
+        """Tiles are on their way; only called where `enters`."""
+        if (under_way := current_encoding(self.session)) is not None:
+            under_way.call = call
+
+    def enters(self) -> bool:
+        """Whether the tower, which is being called, is to prune: not if it is called by itself, or by somebody else."""
+        under_way = current_encoding(self.session)
+        if under_way is None:
+            return False
+        if under_way.call is not None:  # a model that shares the tower is called by a hook inside it
+            under_way.nested += 1
+            return False
+        return True
+
+    def leaves(self) -> EncodeCall | None:
+        """The tiles that leave the tower; ``None`` if it worked for somebody else."""
+        under_way = current_encoding(self.session)
+        if under_way is not None and under_way.nested:
+            under_way.nested -= 1
+            return None
+        return self.under_way()
+
+    def forget(self) -> None:
+        """The tiles under way have arrived, or will not."""
+        if (under_way := current_encoding(self.session)) is not None:
+            under_way.call = None
 
     @property
     def shares_late(self) -> bool:
@@ -91,7 +123,7 @@ class EncodeStage:
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
         self.session.publish(call.receipt)
-        if (forward := current_forward()) is not None:
+        if (forward := current_forward(self.session)) is not None:
             forward.add_encoded(call)
 
     def ask_final(self, view: FeaturesView, after_projector: bool | None = None) -> Keep | None:

@@ -19,7 +19,8 @@ from .look_ahead import SeenError
 class DecoderAttention:
     """Shows the attention of layers ``pruned`` to their policies, and lets those of layers ``modulated`` edit it.
 
-    ``depth`` is the number of decoder layers. What decoding steps compute with is shown to ``eviction``.
+    ``depth`` is the number of decoder layers, ``session`` what the calls of their model belong to. What decoding steps
+    compute with is shown to ``eviction``.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class DecoderAttention:
         pruned: Container[int],
         modulated: Mapping[int, Sequence[Policy]],
         eviction: Eviction,
+        session: Any,
     ):
-        self.depth, self.pruned, self.modulated, self.eviction = depth, pruned, modulated, eviction
+        self.depth, self.pruned, self.modulated = depth, pruned, modulated
+        self.eviction, self.session = eviction, session
 
     def see(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -39,7 +42,7 @@ class DecoderAttention:
         Raises:
             SeenError: nothing else was wanted of the call.
         """
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None or call.probing:
             return
         if call.rows is not None and not call.looking and layer not in self.pruned:
@@ -66,7 +69,7 @@ class DecoderAttention:
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Let the policies edit the head outputs ``(batch, queries, heads, head_dim)`` of one layer."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None:
             return output
         if call.probing:

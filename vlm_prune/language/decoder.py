@@ -18,7 +18,7 @@ from ..cache.masks import behind, is_prepared, join_masks, padding_mask, past_ma
 from ..cache.storage import check_cache
 from ..call import stream
 from ..call.deepstack import Deepstack, shorten
-from ..call.forward_call import RESUME, ForwardCall, current_forward, leave_live_rows, next_forward
+from ..call.forward_call import RESUME, ForwardCall, current_forward, next_forward
 from ..call.receipt import JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
@@ -26,7 +26,7 @@ from ..errors import UnsupportedCallError
 from ..versions import cache_of
 from .drafts import join, split
 from .entry import Entry
-from .kinds import MaskMaker
+from .kinds import MaskMaker, forgets, layer_kinds
 from .layers import DecoderLayers
 
 SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
@@ -39,7 +39,7 @@ class Decoder:
     ``positions`` is the rule for the RoPE positions of tokens kept by the encode stage ("original" or "compact").
     ``layers`` are the hooks of the policies that act inside the decoder, ``entry`` asks the one that chooses at its
     entry; ``None`` if none does. ``masks`` makes the masks of a model whose image tokens look at each other, ``None``
-    if the decoder makes its own.
+    if the decoder makes its own. ``session`` is what the calls of its model belong to.
     """
 
     def __init__(
@@ -48,11 +48,14 @@ class Decoder:
         depth: int,
         positions: str,
         layers: DecoderLayers | None,
+        session: Any,
         entry: Entry | None = None,
         masks: MaskMaker | None = None,
     ):
-        self.module, self.depth, self.positions, self.layers = module, depth, positions, layers
-        self.entry, self.masks = entry, masks
+        self.module, self.depth, self.positions, self.session = module, depth, positions, session
+        self.layers, self.entry, self.masks = layers, entry, masks
+        kinds = layer_kinds(module.config)
+        self.chunked, self.indexed = "chunked_attention" in kinds, "indexed_attention" in kinds
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
@@ -69,7 +72,7 @@ class Decoder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
-        under_way = current_forward()
+        under_way = current_forward(self.session)
         call = (
             under_way or ForwardCall()
         )  # a decoder called on its own, or a compiled step, brings no visual tokens
@@ -101,6 +104,7 @@ class Decoder:
             return (args, kwargs) if call.prompt is not None else None
         if not (holes or choosing or inside):
             self._continue(call, kwargs, past)
+            self._unwrap(call, kwargs, past)
             if under_way is None and self.layers is not None:
                 kwargs[RESUME] = call
             return args, kwargs
@@ -119,6 +123,7 @@ class Decoder:
             kwargs["attention_mask"] = self.masks(
                 kwargs["inputs_embeds"], joined, past, _types(rows, blocks, past)
             )
+        self._unwrap(call, kwargs, past)
         if inside and self.layers is not None:
             self.layers.begin(call, kwargs)
         return args, kwargs
@@ -135,8 +140,13 @@ class Decoder:
         mask = kwargs.get("attention_mask")
         if is_prepared(mask) and call.owner is not None and not is_prepared(call.given):
             mask = call.given
-        mask = padding_mask(mask, past, blocks=call.types is not None)
-        return None if mask is None else mask.to(kwargs["inputs_embeds"].device)
+        mask, embeds = padding_mask(mask, past, blocks=call.types is not None), kwargs["inputs_embeds"]
+        if (
+            mask is None and self.chunked
+        ):  # chunks begin behind what is masked out, and so behind what is missing
+            logical = int(past.get_seq_length()) if past is not None else 0
+            mask = embeds.new_ones(len(embeds), logical + embeds.shape[1], dtype=torch.bool)
+        return None if mask is None else mask.to(embeds.device)
 
     def _compute_prompt(
         self, call: ForwardCall, kwargs: dict[str, Any]
@@ -146,7 +156,7 @@ class Decoder:
         call.image_masks = [mask[:, : -call.drafts] for mask in call.image_masks]
         call.drafts = 0
         step = ForwardCall(prompt=self.module(**prompt))
-        next_forward(step)
+        next_forward(step, self.session)
         return drafts, step
 
     def _continue(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache) -> None:
@@ -168,6 +178,20 @@ class Decoder:
             kwargs["attention_mask"] = slots_of(slots, layer, layer)
         elif layer.seen is not None:
             kwargs["attention_mask"] = behind(layer.seen, call.mask, lambda: layer.logical + length)
+
+    def _unwrap(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> None:
+        """Show stock cache layers to a decoder whose indexers ask them how many rows they hold.
+
+        All of its layers hold the same rows, since none may be dropped between them.
+        """
+        first, mask = first_layer(past), kwargs.get("attention_mask")
+        if first is None or not self.indexed or call.owner is None or is_prepared(mask):
+            return
+        if kwargs.get("position_ids") is None:
+            length, device = kwargs["inputs_embeds"].shape[1], kwargs["inputs_embeds"].device
+            kwargs["position_ids"] = torch.arange(length, device=device)[None] + first.get_seq_length()
+        kwargs["attention_mask"] = None if mask is None else mask[:, first.missing :]
+        call.unwrap(past)
 
     def _fit(
         self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
@@ -222,7 +246,15 @@ class Decoder:
             return rows
 
         census, gone = call.count(), ~alive if self.positions == "compact" else None
+        if logical and not census.even and forgets(self.module.config):
+            raise UnsupportedCallError(
+                f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "
+                f"{max(census.live)}) behind what their cache holds. They would be filled up in the middle, where "
+                "windows and linear-attention states of this decoder count what is not there. Call it with one "
+                "sequence at a time, with images of the same number and budget for each, or without the cache."
+            )
         rows, kwargs["inputs_embeds"], order = rows.close(embeds, live, census.width, not census.even, gone)
+        kwargs.update(_cut_along(kwargs, embeds, order))
         if features:
             masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
             self._note_deepstack(call, kwargs, *masks)
@@ -240,9 +272,10 @@ class Decoder:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Restore the full length and note in the cache what is missing."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None or call.probing:
             return None
+        call.wrap_again()
         length = output.last_hidden_state.shape[1]
         counts = [length] * self.depth
         cache: Cache | None = cache_of(output)
@@ -251,10 +284,14 @@ class Decoder:
             by_layer = call.layer_rows or [call.entered] * self.depth
             counts = [r.count for r in by_layer]
             if not rows.whole:
-                output.last_hidden_state = rows.restore(live := output.last_hidden_state)
-                # the next token follows from the last row that is left, also where the prompt ends with a dropped one
-                output.last_hidden_state[:, -1] = live[:, -1]
-                leave_live_rows(rows)
+                live = output.last_hidden_state
+                if (
+                    live.shape[1] == rows.count
+                ):  # some decoders compute the last rows only, if no more are asked for
+                    output.last_hidden_state = rows.restore(live)
+                    # the next token follows from the last row that is left, even if the prompt ends with a dropped one
+                    output.last_hidden_state[:, -1] = live[:, -1]
+                self.session.leave_live_rows(rows)
                 if output.hidden_states is not None:
                     states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
                     output.hidden_states = tuple(h if h is None else r.restore(h) for h, r in states)
@@ -272,6 +309,25 @@ class Decoder:
         if len(call.encoded) > 1 and call.owner is not None:
             call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
         return output if call.prompt is None else join(call.prompt, output)
+
+
+OF_THEIR_OWN = (
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
+"""Arguments of a decoder that follow its rows in a way of their own."""
+
+
+def _cut_along(kwargs: dict[str, Any], embeds: torch.Tensor, order: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The other arguments with something for each row ``(batch, length, ...)``, such as inputs of single layers."""
+    return {
+        name: stream.compact(x, order.to(x.device))
+        for name, x in kwargs.items()
+        if name not in OF_THEIR_OWN and isinstance(x, torch.Tensor) and x.shape[:2] == embeds.shape[:2]
+    }
 
 
 def _types(rows: Rows, types: torch.Tensor, past: Cache | None) -> torch.Tensor:

@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 
-_expected: ContextVar[int] = ContextVar("vlm_prune_drafts", default=0)
+_expected: ContextVar[tuple[Any, int] | None] = ContextVar("vlm_prune_drafts", default=None)
 
 
-def expect_drafts(count: int) -> None:
-    """The forward that begins now brings ``count`` drafts behind its prompt."""
-    if count or _expected.get():
-        _expected.set(count)
+def expect_drafts(count: int, owner: Any) -> None:
+    """The forward of ``owner`` that begins now brings ``count`` drafts behind its prompt."""
+    if count or _expected.get() is not None:
+        _expected.set((owner, count) if count else None)
 
 
-def take_drafts() -> int:
-    """How many drafts the forward brings that has just begun."""
-    count = _expected.get()
-    expect_drafts(0)
-    return count
+def take_drafts(owner: Any) -> int:
+    """How many drafts the forward of ``owner`` brings that has just begun."""
+    found = _expected.get()
+    if found is None or found[0] is not owner:
+        return 0
+    _expected.set(None)
+    return found[1]
 
 
 def split(kwargs: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:

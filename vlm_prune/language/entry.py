@@ -94,6 +94,7 @@ class Entry:
             text=text,
             text_valid=valid,
             question=question,
+            tower=None if offer.tower is None else offer.tower.to(text.device),
         )
         with torch.autocast(text.device.type, enabled=False):
             keep = self.policy.entry(view)

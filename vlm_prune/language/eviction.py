@@ -23,17 +23,19 @@ VISUAL = "visual"
 class Eviction:
     """The policies of a composition that drop rows of the KV cache.
 
+    ``keyed`` says of each decoder layer whether its cache holds rows at all, and not a state.
+
     Attributes:
         layers: decoder layer -> those that evict from its cache, with their budgets.
         steps: whether any of them does so while decoding, too.
         attention: what the layers' attention computes with in the decoding step under way.
     """
 
-    def __init__(self, depth: int, policies: Sequence[tuple[Policy, Budget]]):
-        self.depth = depth
+    def __init__(self, keyed: Sequence[bool], policies: Sequence[tuple[Policy, Budget]]):
+        self.depth = depth = len(keyed)
         self.layers: dict[int, list[tuple[Policy, Budget]]] = {}
         for policy, budget in policies:
-            for layer in policy.evicted_layers(depth):
+            for layer in filter(keyed.__getitem__, policy.evicted_layers(depth)):
                 self.layers.setdefault(layer, []).append((policy, budget))
         evicting = {id(p): p for entries in self.layers.values() for p, _ in entries}.values()
         self.steps = any(type(p).evicts_at is not Policy.evicts_at for p in evicting)

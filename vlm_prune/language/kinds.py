@@ -7,6 +7,7 @@ left. Layers with a state are given the padding mask alone, which keeps filled-u
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,15 @@ import torch
 from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..cache.storage import KNOWN
-from ..errors import UnsupportedModelError
+from ..cache.storage import is_known
+from ..errors import PolicyError, UnsupportedModelError
 from ..versions import CACHE
 from .checks import TOKEN_TYPES
 
 FULL = "full_attention"
 STATES = ("linear_attention", "conv")
-WINDOWS = ("sliding_attention", "chunked_attention")
+BY_POSITION = "minimax_m3_sparse"
+"""Layers that take a key's position for its number."""
 
 
 def layer_kinds(config: Any) -> list[str]:
@@ -64,13 +66,30 @@ def layer_mask(
     return made
 
 
+def shared_between_layers(decoder: Any, layers: list[Any]) -> str | None:
+    """Why no token may be dropped between the layers of a decoder, as half a sentence; ``None`` if any may."""
+    config = decoder.config
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "each has inputs of its own for every token of the prompt"
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_source_layers", None):
+        return "some borrow the keys and values of earlier ones"
+    if "prev_topk_indices" in inspect.signature(layers[0].forward).parameters:
+        return "they hand on which tokens their attention has chosen"
+    if own := sorted(set(layer_kinds(config)) - set(masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING)):
+        return f"what masks its {' and '.join(own)} layers need is known to the decoder alone"
+    if getattr(config, "hc_mult", None) or getattr(config, "altup_num_inputs", None):
+        return "they hand on several streams of hidden states"
+    return None
+
+
 MaskMaker = Callable[..., Any]
 """``(hidden, padding mask, cache, token types)`` -> the masks of a decoder, as its model makes them."""
 
 
 def mask_maker(model: Any) -> MaskMaker | None:
-    """How a model makes the masks of its decoder, where token types matter; ``None`` if it leaves them to the decoder."""
-    if not hasattr(type(model), "create_masks_for_generate"):
+    """How a model makes the masks of its decoder by token types; ``None`` if these do not matter."""
+    made = getattr(type(model), "create_masks_for_generate", None)
+    if made is None or not set(TOKEN_TYPES) & set(inspect.signature(made).parameters):
         return None
 
     def make(
@@ -90,10 +109,15 @@ def mask_maker(model: Any) -> MaskMaker | None:
     return make
 
 
-def check_decoder(decoder: Any) -> None:
-    """Raise if a layer of the decoder remembers tokens in a way that is not known here."""
+def check_decoder(decoder: Any, positions: str) -> None:
+    """Raise if a layer of the decoder remembers tokens in a way that is not known here, or not with these positions."""
+    if BY_POSITION in layer_kinds(decoder.config) and positions == "original":
+        raise PolicyError(
+            f'positions="original": {type(decoder).__name__} finds blocks of keys by their position, so that what is '
+            'left of a prompt has to be renumbered. Give positions="compact".'
+        )
     for layer in DynamicCache(config=decoder.config).layers:
-        if type(layer) not in KNOWN:
+        if not is_known(type(layer)):
             raise UnsupportedModelError(
                 f"The language model {type(decoder).__name__} has cache layers of kind {type(layer).__name__}, of "
                 "which it is not known what they keep of a shortened prompt: decoders of full, sliding, chunked, "

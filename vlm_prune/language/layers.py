@@ -27,13 +27,13 @@ from ..call.rows import Rows
 from ..composition import Composition
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, PrefillView
-from ..errors import UnsupportedCallError
+from ..errors import PolicyError, UnsupportedCallError
 from ..sites import Site
 from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
 from .eviction import Eviction
-from .kinds import STATES, layer_kinds, layer_mask
+from .kinds import FULL, STATES, layer_kinds, layer_mask, shared_between_layers
 from .look_ahead import look_ahead
 from .standard import check_attention, check_cuts
 
@@ -41,11 +41,20 @@ from .standard import check_attention, check_cuts
 class DecoderLayers:
     """The hooks on single decoder layers for policies that act in prefill, on the cache, or on attention.
 
-    After the first ``deepstack`` layers stock code adds features to visual rows.
+    After the first ``deepstack`` layers stock code adds features to visual rows. ``session`` is what the calls of their
+    model belong to. ``blocks`` says that tokens of an image may look at each other.
     """
 
-    def __init__(self, decoder: Any, layers: list[Any], composition: Composition, deepstack: int = 0):
-        self.decoder, self.layers, self.deepstack = decoder, layers, deepstack
+    def __init__(
+        self,
+        decoder: Any,
+        layers: list[Any],
+        composition: Composition,
+        deepstack: int,
+        session: Any,
+        blocks: bool = False,
+    ):
+        self.decoder, self.layers, self.deepstack, self.session = decoder, layers, deepstack, session
         self.policies = policies = [(policy, composition.share(policy)) for policy in composition.policies]
         self.depth, self.kinds = len(layers), layer_kinds(decoder.config)
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
@@ -65,10 +74,11 @@ class DecoderLayers:
             for number, asked in self.pruned.items()
             if any(policy.reads_ahead for policy, _ in asked)
         }
-        self.eviction = Eviction(self.depth, policies)
+        self.eviction = Eviction([kind not in STATES for kind in self.kinds], policies)
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
+        self._check(blocks)
         watched = {*self.pruned, *self.observed}
-        self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction)
+        self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction, session)
         self.sites: list[Site] = []
         if cutting := [policy.name for asked in self.pruned.values() for policy, _ in asked]:
             check_cuts(decoder, layers, cutting[0])
@@ -85,6 +95,37 @@ class DecoderLayers:
         if self.eviction.steps:
             names += [policy.name for policy, _ in self.eviction.layers.get(number, [])]
         return names
+
+    def _check(self, blocks: bool) -> None:
+        """Raise if a policy wants of a layer what layers of its kind, or those behind it, do not allow."""
+        whole = shared_between_layers(self.decoder, self.layers)
+        full = [
+            n for n, kind in enumerate(self.kinds) if kind == FULL and hasattr(self.layers[n], "self_attn")
+        ]
+        for policy, _ in self.policies:
+            cut, edited = policy.prefill_layers(self.depth), policy.modulate_layers(self.depth)
+            if (cut or edited) and whole is not None:
+                raise PolicyError(
+                    f"{policy.name} acts between the layers of {type(self.decoder).__name__}, which need all tokens: "
+                    f"{whole}. Choose a policy of the encode stage, which shortens the prompt before the first layer."
+                )
+            if cut and blocks:
+                raise PolicyError(
+                    f"{policy.name} drops tokens between the layers of {type(self.decoder).__name__}, where those of "
+                    "an image look at each other by a mask that the model makes for all layers at once. Choose a "
+                    "policy of the encode stage, which shortens the prompt before that."
+                )
+            looked_at = {
+                *edited,
+                *policy.observed_layers(self.depth),
+                *(cut if policy.reads_attention else ()),
+            }
+            if other := sorted(looked_at - set(full)):
+                kinds = sorted({self.kinds[n].replace("_", " ") for n in other})
+                raise PolicyError(
+                    f"{policy.name} looks at attention in layers {other} of {type(self.decoder).__name__}, which are "
+                    f"of {' and '.join(kinds)}. It can in layers of full attention only, which are {full}."
+                )
 
     def __bool__(self) -> bool:
         return bool(self.pruned or self.modulated or self.eviction)
@@ -146,7 +187,7 @@ class DecoderLayers:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before layer ``number``: note its rows, give it the mask and positions it needs."""
-        under_way = current_forward()
+        under_way = current_forward(self.session)
         call = under_way or kwargs.get(RESUME)
         if call is None or call.probing:
             return None
@@ -261,7 +302,7 @@ class DecoderLayers:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
-        call = current_forward()
+        call = current_forward(self.session)
         if call is None or call.probing or call.rows is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -342,15 +383,17 @@ class DecoderLayers:
         layer, cache, home = self.layers[number + 1], cache_of(kwargs), hidden.device
         if call.deepstack is not None:
             hidden = call.deepstack.foreseen(number, hidden)
-        hidden = hidden.to(next(layer.parameters()).device)
+        weights = next(layer.parameters()).device
+        there = home if weights.type == "meta" else weights  # accelerate fetches weights that are on disk
         held = next(iter(getattr(cache, "layers", ())[number + 1 : number + 2]), None)
         pruned, positions = _pruned_layer(cache, number + 1), call.rows.positions
         if pruned is not None and pruned.shift is not None:
             positions = positions - pruned.shift[:, None]
-        _, places = stream.split_positions(positions.to(hidden.device))
+        _, places = stream.split_positions(positions.to(home))
+        rotary = tuple(x.to(there) for x in self.decoder.rotary_emb(hidden, places))
         here, call.observed, call.looking = call.observed, {"layer": pruned}, True
         try:
-            look_ahead(layer, hidden, self.decoder.rotary_emb(hidden, places), held)
+            look_ahead(layer, hidden.to(there), rotary, held)
             seen: AttentionView = call.observed["attention"]
         finally:
             call.observed, call.looking = here, False

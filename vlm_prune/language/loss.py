@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..call import stream
-from ..call.forward_call import take_live_rows
 
 
 class Loss:
@@ -16,14 +15,14 @@ class Loss:
     The loss function and no hook on the model, because PEFT calls ``model.forward`` past the hooks.
     """
 
-    def __init__(self, model: Any):
-        self.model, self.stock = model, model.loss_function
+    def __init__(self, model: Any, session: Any):
+        self.model, self.session, self.stock = model, session, model.loss_function
         self.before = vars(model).get("_loss_function")  # where the setter of `loss_function` puts it
         model.loss_function = self
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The stock loss, with the next *live* row's label as each row's target."""
-        rows = take_live_rows()
+        rows = self.session.take_live_rows()
         if rows is not None:
             shifted = kwargs.get("shift_labels")
             if shifted is None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..call.encode_call import current_encode, set_encode
 from ..contract.policy import Policy
 from ..encode.merger import Merger
 from ..encode.packed import PackedEncoder
@@ -72,7 +71,7 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
 
         ``max_seqlen`` stays, as an upper bound.
         """
-        if current_encode() is None:
+        if self.under_way() is None:
             return None
         if kwargs.get("sequence_lengths") is not None:
             raise UnsupportedCallError(
@@ -89,7 +88,7 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
 
     def show(self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Queries, keys and values ``(1, patches, heads of this rank, head size)`` go to `see_attention`."""
-        if current_encode() is not None:
+        if self.under_way() is not None:
             states = torch.stack([kwargs[name].flatten(2) for name in ("query", "key", "value")])
             query, key, value = self.all_heads(states, module.head_size)
             self.see_attention(number, query, key, value, module.scale)
@@ -101,7 +100,7 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The encode call ends here: dropped units are holes in the output, in raster order."""
-        set_encode(None)
+        self.forget()
 
 
 def _first(args: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

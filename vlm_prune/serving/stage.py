@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..call.budget import Budget
+from ..call.encode_call import encoding
 from ..composition import Composition
 from ..contract.policy import Policy
 from .towers import PackedParts, Parts
@@ -44,6 +45,7 @@ class ServedStage:
 
     active: bool = False
     budget: Budget
+    session: Any
 
     def __init__(self, parts: Parts | PackedParts, gather: Gather, policy: Policy):
         alone = Composition((policy,), (policy,), Budget(ratio=1.0))
@@ -55,7 +57,8 @@ class ServedStage:
         """Within the block, the tower keeps this many units of each tile. Outside of it, it is a stock tower."""
         self.active, self.budget = True, Budget(tokens=units)
         try:
-            yield
+            with encoding(self.session):
+                yield
         finally:
             self.active = False
 

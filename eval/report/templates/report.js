@@ -56,13 +56,31 @@
     mark();
   });
 
+  // one group of columns at a time, from the start where not all of them have room
+  const group = find("group");
+  if (group) {
+    const spans = [...table.tHead.rows[1].cells].map((cell) => cell.dataset.group);
+    const pick = () => {
+      for (const cell of table.tHead.rows[0].cells) cell.hidden = Boolean(group.value && cell.dataset.group && cell.dataset.group !== group.value);
+      for (const row of [table.tHead.rows[1], ...rows]) {
+        [...row.cells].forEach((cell, i) => { cell.hidden = Boolean(group.value && spans[i] && spans[i] !== group.value); });
+      }
+    };
+    const box = table.parentElement;
+    if (box.scrollWidth > box.clientWidth + 1) group.selectedIndex = 1;
+    group.addEventListener("change", pick);
+    pick();
+  }
+
   // --- the policies in the figures ---
 
   for (const button of document.querySelectorAll(".chips button")) {
     button.addEventListener("click", () => {
       const on = button.getAttribute("aria-pressed") !== "true";
       button.setAttribute("aria-pressed", on);
-      for (const element of document.querySelectorAll(`svg .s${button.dataset.series}`)) element.classList.toggle("lit", on);
+      for (const element of document.querySelectorAll(`.chart .s${button.dataset.series}`)) element.classList.toggle("lit", on);
+      const some = document.querySelector('.chips [aria-pressed="true"]') !== null;
+      for (const panels of document.querySelectorAll(".panels")) panels.classList.toggle("picked", some);
     });
   }
 
@@ -119,6 +137,12 @@
     svg.append(draw("path", { class: "edge", d: outline(picture.view) }));
     const name = picture.thumbnail ? "Thumbnail" : "Image";
     svg.setAttribute("aria-label", `${name}: ${kept} of ${all} patches kept, the others faded`);
+    return svg;
+  };
+
+  const sign = (policy) => {
+    const svg = draw("svg", { class: "mark", viewBox: "-1.25 -1.25 2.5 2.5", "aria-hidden": "true" });
+    svg.append(draw("path", { d: data.looks[policy].path, style: `fill:${data.looks[policy].colour}` }));
     return svg;
   };
 
@@ -185,7 +209,7 @@
 
     find("answers").replaceChildren(...given().filter((one) => one.given[number]).map((one) => {
       const other = data.entries[one.entry], said = one.given[number];
-      const button = make("button", { type: "button" }, other.policy);
+      const button = make("button", { type: "button" }, sign(other.policy), ` ${other.policy}`);
       const same = before && one !== before && said.text === before.given[number].text;
       const row = make("tr", one === after ? { "aria-current": "true" } : {},
         make("th", { scope: "row", class: "name" }, button), make("td", {}, other.budget), make("td", { class: "figure" }, String(said.tokens[0])),
