@@ -99,8 +99,8 @@ def find_decoder(model: Any, base: Any) -> Any:
         decoder = getattr(decoder, "model", decoder) if inner is decoder else inner
     if decoder is base:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be pruned: one module encodes its images and runs the decoder's layers, so no "
-            "row can leave between the two."
+            f"{type(model).__name__} cannot be pruned: one module encodes its images and runs the decoder's layers, so "
+            "no row can leave between the two."
         )
     layers = getattr(decoder, "layers", None)
     if (

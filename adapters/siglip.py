@@ -1,0 +1,40 @@
+"""A SigLIP tower whose patches a projector takes one by one, each to one token: PaliGemma and DeepSeek-VL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..contract.anatomy import Anatomy, Tower, square
+from .features import find_decoder
+from .versions import flat_tower
+
+
+def anatomy(model: Any) -> Anatomy:
+    """The parts of a ``PaliGemma-`` or ``DeepseekVLForConditionalGeneration``."""
+    base, config = model.model, model.config
+    tower = base.vision_tower if hasattr(base, "vision_tower") else base.vision_model
+    vision, decoder = config.vision_config, find_decoder(model, base)
+    if vision.model_type != "siglip_vision_model":
+        raise ValueError(f"a {vision.model_type!r} tower: this adapter knows SigLIP only.")
+    patch, layers = vision.patch_size, list(flat_tower(tower).encoder.layers)
+    return Anatomy(
+        family=config.model_type,
+        base=base,
+        tower=Tower(
+            module=tower,
+            layers=layers,
+            attentions=[layer.self_attn for layer in layers],
+            patch_grid=lambda height, width: (height // patch, width // patch),
+            image_size=square(vision.image_size),
+            feature_layers=(len(layers) - 1,),
+            has_cls=False,
+            keeps_cls=False,
+            merge=1,
+            resizing={"interpolate_pos_encoding": True},
+        ),
+        projector=base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.aligner,
+        decoder=decoder,
+        decoder_layers=list(decoder.layers),
+        image_tokens=(config.image_token_id,),
+        tile="image",
+    )
