@@ -107,6 +107,7 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "qwen3_omni_moe_thinker": "vlm_prune.adapters.qwen_vl:anatomy",
     "deepseek_vl": "vlm_prune.adapters.siglip:anatomy",
     "paligemma": "vlm_prune.adapters.siglip:anatomy",
+    "gemma3": "vlm_prune.adapters.siglip:anatomy",
     "exaone4_5": "vlm_prune.adapters.qwen_vl:anatomy",
     "glm5_next": "vlm_prune.adapters.qwen_vl:anatomy",
     "hyperclovax_vision_v2": "vlm_prune.adapters.qwen_vl:anatomy",
