@@ -45,7 +45,8 @@ def effective_rank(features: torch.Tensor, exact: bool = True) -> torch.Tensor:
 
 
 def _rank_of(gram: torch.Tensor, least: float) -> torch.Tensor:
-    singular = torch.linalg.eigvalsh(gram).clamp(min=least).sqrt()
+    # the solver raises where features overflowed; then any choice will do, and what is kept shows it
+    singular = torch.linalg.eigvalsh(gram.nan_to_num(posinf=0.0, neginf=0.0)).clamp(min=least).sqrt()
     share = singular / (singular.sum(-1, keepdim=True) + 1e-12)
     return (-(share * (share + 1e-12).log()).sum(-1)).exp()
 

@@ -232,8 +232,9 @@ class FlowCutQwen(FlowCut):
 
     Twice the wanted tokens leave the tower, in which single patches are dropped, the last time behind its last block.
     The merger then makes one token of every four of them, whichever these are, and the tokens take the first places of
-    the image. Half of them are dropped in the decoder. The released code takes one image a prompt; here each image is
-    treated as if it were alone.
+    the image. Half of them are dropped in the decoder, behind its second layer: with ``tokens=5`` ten enter it, which
+    `Receipt.kept` lists, and five are left from its third layer on. The released code takes one image a prompt; here
+    each image is treated as if it were alone.
     """
 
     single_patches: ClassVar[bool] = True

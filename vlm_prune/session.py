@@ -23,7 +23,7 @@ from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
-from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_forward
+from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_forward, count_placeholders
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
 from .language.entry import Entry
@@ -70,6 +70,8 @@ class Pruning:
             self._encoder = PackedEncoder(tower, anatomy.projector, composition, self)
         else:
             self._encoder = Encoder(tower, anatomy.projector, composition, self)
+        if anatomy.features:
+            self._encoder.check_shared()
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
         check_decoder(anatomy.decoder, composition.positions)
         masks = mask_maker(model)
@@ -273,6 +275,8 @@ class Pruning:
         call.types = next((kwargs[name] for name in TOKEN_TYPES if kwargs.get(name) is not None), None)
         if self._layers is not None:
             self._layers.check_recompute()
+        if self._anatomy.features:
+            call.placeholders = count_placeholders(self._anatomy, kwargs)
         given = kwargs.get("mm_encoder_outputs") or {}
         # videos have placeholders of their own, where there are two kinds; images are encoded first
         videos = len(self._anatomy.image_tokens) - 1

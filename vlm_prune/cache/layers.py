@@ -8,12 +8,10 @@ masks sliding windows. A static layer has slots instead, and is made with fewer 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..call.rows import Rows
@@ -21,9 +19,6 @@ from ..errors import UnsupportedCallError
 from ..kernels import gather_kv, live_order
 from . import storage
 from .masks import join_masks, past_mask
-
-PRUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Decoders that are pruned now. No other knows the positions and masks of what a pruned cache holds."""
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -39,7 +34,9 @@ class PrunedLayer(CacheLayerMixin):
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
-        decoder: the decoder that pruned what it holds.
+        short: whether this layer, or another one of its cache, holds less than the caller passed.
+        admitted: whether the rows that come next are those of a pruned decoder. Only such a one knows the positions and
+            masks of what is left here.
         state: what policies keep with this layer between calls; tensors with the batch first.
         like: number of the first layer that holds the same tokens and remembers the same of them; -1 if nothing.
         spared: slots that a static layer was made without; ``None`` if it cannot be made smaller.
@@ -62,7 +59,7 @@ class PrunedLayer(CacheLayerMixin):
         self.shift: torch.Tensor | None = None
         self.prefilled = self.decoded_from = 0
         self.turn: Rows | None = None
-        self.decoder: weakref.ref[nn.Module] | None = None
+        self.short = self.admitted = False
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
 
@@ -139,14 +136,15 @@ class PrunedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows; as the stock layer. Raises if the decoder is not pruned any more."""
-        short = self.missing or self.seen is not None
-        if short and not torch.compiler.is_compiling() and self.decoder and self.decoder() not in PRUNED:
-            raise UnsupportedCallError(
-                "This cache holds a prompt whose visual tokens were pruned. The model is not pruned any more, and "
-                "knows neither positions nor mask of what is left. Go on inside the `with pruned(...)` block, prune "
-                "the model again, or start with a new cache."
-            )
+        """Append rows; as the stock layer. Raises if they are not those of a pruned decoder."""
+        if not torch.compiler.is_compiling():
+            if self.short and not self.admitted:
+                raise UnsupportedCallError(
+                    "This cache holds a prompt whose visual tokens were pruned. The model that goes on with it is not "
+                    "pruned, or not any more, and knows neither positions nor mask of what is left. Go on inside the "
+                    "`with pruned(...)` block, prune this model, or start with a new cache."
+                )
+            self.admitted = False
         return self.inner.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> Any:
@@ -332,14 +330,20 @@ def spare_slots(cache: Cache | None, index: int, rows: Rows, trimmed: bool = Fal
         wrap(cache, index).shorten(rows.length - rows.count)
 
 
-def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None, decoder: nn.Module) -> None:
-    """Note in every layer of the cache which rows of the turn that just went through ``decoder`` really exist.
+def admit(layers: list[PrunedLayer]) -> None:
+    """A pruned decoder begins to compute: what it appends next to each of these layers is welcome."""
+    if not torch.compiler.is_compiling():
+        for layer in layers:
+            layer.admitted = True
+
+
+def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None) -> None:
+    """Note in every layer of the cache which rows of the turn that just went through really exist.
 
     ``mask`` is the caller's attention mask. A turn of which nothing was dropped leaves a stock cache stock.
     """
     if all(rows.whole for rows in layer_rows) and not pruned_layers(cache):
         return
-    PRUNED.add(decoder)  # which may be a copy of one that was pruned
     alike: dict[tuple[int, int, int], int] = {}
     for index, rows in enumerate(layer_rows):
         if index < len(cache.layers) and not storage.holds_rows(cache.layers[index]):
@@ -359,8 +363,12 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None,
                 layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
             layer.prefilled = layer.decoded_from = before + rows.length
             layer.turn = rows
-        layer.like, layer.decoder = like, weakref.ref(decoder)
+        layer.like = like
         layer.describe_slots()
+    layers = pruned_layers(cache)
+    short = any(layer.missing or layer.seen is not None for layer in layers)
+    for layer in layers:
+        layer.short = short
 
 
 def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:

@@ -41,6 +41,7 @@ class ForwardCall:
     Attributes:
         encoded: the tiles that this forward consumes.
         unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
+        placeholders: for each kind of placeholder, how many there are in the prompts, if that was counted.
         kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
         image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
             the decoder.
@@ -48,6 +49,8 @@ class ForwardCall:
         given: the mask that the model was called with, from which some make those of their decoder.
         types: int ``(batch, tokens)``, what kind of token each is, where the model was told; some let those of an
             image look at each other.
+        positions: what the decoder's rotary embeddings are to be made of, where stock code is not told, see
+            `language.decoder.Decoder`.
         rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
         fitted: masks and positions made for layers that differ from it.
@@ -69,10 +72,12 @@ class ForwardCall:
     unknown_features: bool = False
     encoded: list[EncodeCall] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    placeholders: list[int] = field(default_factory=list)
     image_masks: list[torch.Tensor] = field(default_factory=list)
     mask: torch.Tensor | None = None
     given: Any = None
     types: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     rows: Rows | None = None
     entered: Rows | None = None
     layer_rows: list[Rows] = field(default_factory=list)
@@ -97,7 +102,7 @@ class ForwardCall:
         """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
         if self.encoded:
             return any(call.dropped != 0 for call in self.encoded)
-        return self.unknown_features and bool(embeds[..., 0].isnan().any())
+        return self.unknown_features and bool(stream.find_holes(embeds).any())
 
     @property
     def image_mask(self) -> torch.Tensor | None:
@@ -172,10 +177,19 @@ class ForwardCall:
         """No sequence of a prefill has more rows of text than this."""
         return None if self.rows is None or self.rows.visual is None else max(self.count().text)
 
-    def count(self, live: torch.Tensor | None = None, alive: torch.Tensor | None = None) -> Census:
-        """The census of this prefill. One sequence with a fixed budget is counted on the host; else this waits once.
+    def count(
+        self,
+        live: torch.Tensor | None = None,
+        alive: torch.Tensor | None = None,
+        overflow: torch.Tensor | None = None,
+    ) -> Census:
+        """The census of this prefill. One sequence with a fixed budget is counted on the host; else it waits once.
 
-        ``live`` and ``alive`` ``(batch, length)`` as for `Census.take`, needed only where there are holes.
+        ``live``, ``alive`` and ``overflow`` ``(batch, length)`` as for `Census.take`, needed only where holes are.
+
+        Raises:
+            UnsupportedCallError: features overflowed, and this waits anyway. Else they go on to the logits, as in the
+                stock model.
         """
         if self.census is None:
             if live is None:
@@ -187,11 +201,12 @@ class ForwardCall:
             if planned is not None and trusted and len(live) == 1 and (planned or alive is None):
                 self.census = self._plan(live.shape[1], planned)
             else:
-                self.census = Census.take(self.image_masks, live, alive)
-            if planned and alive is not None and self.census.holes % planned:
+                self.census = Census.take(self.image_masks, live, alive, overflow)
+            if self.census.overflowed:
                 raise UnsupportedCallError(
-                    f"The image features hold {self.census.holes} rows of NaN where {planned} tokens were dropped: the "
-                    "vision tower or projector overflowed (float16?). Load the model in bfloat16 or float32."
+                    f"The image features hold {self.census.overflowed} rows of NaN that no policy dropped: the pixels "
+                    "hold NaN or inf, or the vision tower or projector overflowed (float16?). Load the model in "
+                    "bfloat16 or float32."
                 )
             if planned and alive is not None and not self.census.holes:
                 raise UnsupportedCallError(
@@ -273,6 +288,22 @@ class ForwardCall:
         elif self.census is not None:
             self.census = self.census.without(lost)
             self.left = list(self.census.visual)
+
+
+def check_rows(call: ForwardCall, rows: list[int]) -> None:
+    """Raise if the prompts have no place for each of the ``rows`` of each image that this forward is about to encode.
+
+    As `check_forward` does for models that do not assemble their images; nothing has been computed yet.
+    """
+    if not call.placeholders or not call.kinds:
+        return
+    found, need = call.placeholders[call.kinds[0]], sum(rows)
+    if found != need:
+        raise UnsupportedCallError(
+            f"input_ids hold {found} placeholders, but the {len(rows)} images or videos of this call need {need} "
+            f"({', '.join(map(str, rows[:8]))}). Let the processor write the prompt, with one <image> for every image, "
+            "and do not cut it off inside one; pruning does not change how many placeholders there are."
+        )
 
 
 def current_forward(owner: Any = None) -> ForwardCall | None:

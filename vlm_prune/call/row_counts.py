@@ -16,6 +16,7 @@ class Census:
         live: rows that are neither holes nor padding. Padding of a single sequence counts, since it stays.
         visual: those of them that are visual tokens.
         holes: rows of all sequences that the encode stage dropped.
+        overflowed: rows that are NaN and no holes.
         placeholders: for each kind of placeholder, how many each sequence has, holes included.
     """
 
@@ -23,19 +24,26 @@ class Census:
     visual: list[int]
     holes: int
     placeholders: list[list[int]]
+    overflowed: int = 0
 
     @classmethod
     def take(
-        cls, masks: Sequence[torch.Tensor], live: torch.Tensor, alive: torch.Tensor | None = None
+        cls,
+        masks: Sequence[torch.Tensor],
+        live: torch.Tensor,
+        alive: torch.Tensor | None = None,
+        overflow: torch.Tensor | None = None,
     ) -> Census:
         """Ask the device, once. ``masks`` are the placeholders of each kind; all are bool ``(batch, length)``.
 
-        ``live`` is False at padding and holes, ``alive`` at holes alone; ``None`` says that there are none.
+        ``live`` is False at padding and holes, ``alive`` at holes alone; ``overflow`` is True at rows of NaN that are
+        no holes. ``None`` says that there are none.
         """
         visual = torch.stack([mask & live for mask in masks]).any(0) if masks else torch.zeros_like(live)
         holes = torch.zeros_like(live) if alive is None else ~alive
-        counts = torch.stack([x.sum(-1) for x in (live, visual, holes, *masks)]).tolist()
-        return cls(counts[0], counts[1], sum(counts[2]), counts[3:])
+        broken = torch.zeros_like(live) if overflow is None else overflow
+        counts = torch.stack([x.sum(-1) for x in (live, visual, holes, broken, *masks)]).tolist()
+        return cls(counts[0], counts[1], sum(counts[2]), counts[4:], sum(counts[3]))
 
     def without(self, lost: list[int]) -> Census:
         """The same after ``lost`` visual tokens of each sequence were dropped."""

@@ -1,7 +1,8 @@
 """The token stream as pure tensor functions: opening holes, closing them, and undoing it.
 
-A dropped visual token is a *hole*: a row of NaN where its features would be. Stock code carries holes along like any
-features; the language model's entry closes them (`Rows.close`) and its exit restores the full length (`restore`).
+A dropped visual token is a *hole*: a row of NaN, inf and -inf in an order of its own where its features would be. Stock
+code carries holes along like any features; the language model's entry closes them (`Rows.close`) and its exit restores
+the full length (`restore`). Features that overflowed are no holes, and go on to be seen.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels import live_order, place_rows
+from ..kernels import hole, live_order, place_rows
 
 __all__ = [
     "compact",
     "find_holes",
     "live_order",
     "open_holes",
+    "punch",
     "restore",
     "retarget",
     "split_positions",
@@ -27,16 +29,26 @@ __all__ = [
 def open_holes(
     rows: torch.Tensor, index: torch.Tensor, length: int, valid: torch.Tensor | None
 ) -> torch.Tensor:
-    """Put ``rows`` ``(batch, kept, channels)`` back at ``index`` ``(batch, kept)`` among ``length`` rows of NaN.
+    """Put ``rows`` ``(batch, kept, channels)`` back at ``index`` ``(batch, kept)`` among holes, ``length`` rows in all.
 
     Where ``valid`` ``(batch, kept)`` is False the row stays a hole; such entries of ``index`` must name dropped rows.
     """
     return place_rows(rows, index, valid, length, torch.nan)
 
 
+MARKS = 32
+"""Channels by which a hole is known: chance makes one of a row in which all of them overflowed once in 2**31."""
+
+
 def find_holes(embeds: torch.Tensor) -> torch.Tensor:
     """Which rows of ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""
-    return embeds[..., 0].isnan()
+    first, others = embeds[..., 0], embeds[..., 1:MARKS]
+    return first.isnan() & (others == hole(embeds[..., :MARKS])[1:]).all(-1)
+
+
+def punch(rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """``rows`` ``(..., channels)``, holes where ``alive`` ``(...)`` is False."""
+    return torch.where(alive[..., None], rows, hole(rows))
 
 
 def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ class Arranger(FeatureMethod):
             if not call.whole:
                 if not any(policy.drops_newlines for policy in self.encoder.policies):
                     alive = alive | packing.ends_line(alive)
-                rows = rows.masked_fill(~alive[:, None], torch.nan)
+                rows = stream.punch(rows, alive)
             features[i] = rows
         call.carry = {name: torch.cat(x) for name, x in carry.items()}
         grids = [grid for packing in call.packings for grid in packing.grids]
@@ -177,6 +177,11 @@ class Arranger(FeatureMethod):
             alive[index.flatten()] = chosen.flatten()
             if keep.rows is not None:
                 rows = rows.index_copy(0, index.flatten(), keep.rows.flatten(0, 1).to(rows.dtype))
+            # NaN ranks last with most policies: what overflowed would be dropped, and nobody would notice
+            overflow = (view.features * 0).sum((1, 2))[:, None, None]
+            rows = rows.index_add(
+                0, places.flatten(), overflow.expand(*places.shape, rows.shape[1]).flatten(0, 1)
+            )
         return rows, alive
 
     def _target(self, packing: Packing, group: Group) -> int:

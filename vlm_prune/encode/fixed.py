@@ -17,6 +17,7 @@ from torch import nn
 from ..call import stream
 from ..call.assembly import read_packing
 from ..call.encode_call import EncodeCall, Offer, current_encoding, let_ride
+from ..call.forward_call import check_rows, current_forward
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import Tower
@@ -81,6 +82,8 @@ class Encoder(EncodeStage):
         if arrangement is not None:
             call.packings = read_packing(arrangement, grid, self.shares_late)
             self._check_late(call)
+            if (forward := current_forward(self.session)) is not None:
+                check_rows(forward, [span.rows for span in call.spans])
         if not call.whole or self.observes:
             units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
             slots = None

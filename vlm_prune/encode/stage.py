@@ -13,7 +13,7 @@ from ..composition import Composition
 from ..contract.anatomy import FeatureTower, PackedTower, Tower
 from ..contract.policy import Keep, Policy
 from ..contract.views import FeaturesView, TowerView
-from ..errors import PolicyError, UnsupportedCallError
+from ..errors import BudgetError, PolicyError, UnsupportedCallError
 from ..sites import Site
 
 
@@ -33,7 +33,8 @@ class EncodeStage:
         composition: Composition,
         session: Any,
     ):
-        self.projector, self.composition, self.session = projector, composition, session
+        self.projector: Any = projector  # None where the engine knows finished features only
+        self.composition, self.session = composition, session
         self.policies, self.budget = composition.policies, composition.share(composition.encoder)
         self.layers = tower.layers
         self.asked: dict[int, list[Policy]] = {}
@@ -82,6 +83,17 @@ class EncodeStage:
     def shares_late(self) -> bool:
         """Whether the tiles of an image compete for one budget, so that tokens are chosen when it is complete."""
         return self.budget.joint and not any(policy.per_image for policy in self.policies)
+
+    def check_shared(self) -> None:
+        """Raise if tokens have to be chosen among all tiles of an image by a policy that cannot."""
+        unable = [policy.name for policy in self.policies if "encode" in policy.stages and not policy.late]
+        if self.shares_late and self.budget.ratio != 1 and unable:
+            able = ", ".join(self.session.names_late())
+            raise BudgetError(
+                f'per="image": {unable[0]} chooses among the tokens of the vision tower, tile by tile, and cannot '
+                f'choose among those of a complete image. Give the budget per="tile", or choose a policy that can '
+                f"({able})."
+            )
 
     def tile_targets(self, available: int, images: list[int]) -> list[int]:
         """Units to keep of each tile, of ``available`` each; ``images`` are the tiles of each image.

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from . import reference
-from .reference import live_order
+from .reference import hole, live_order
 
 __all__ = [
     "attention_mass",
     "close_holes",
     "gather_kv",
     "gather_rows",
+    "hole",
     "live_order",
     "merge_rows",
     "overwrite_rows",
@@ -81,7 +82,7 @@ def place_rows(
         index: int64 ``(batch, some)``, their places, all different within a sequence.
         valid: bool ``(batch, some)``; a row where it is False is not put anywhere.
         length: rows of the result.
-        fill: what stands in all other rows.
+        fill: what stands in all other rows; NaN makes them `hole` s.
     """
     if (ops := _kernels(rows)) is None:
         return reference.place_rows(rows, index, valid, length, fill)

@@ -7,6 +7,8 @@ strides; index and flag tensors, which are small, are made contiguous first. Lau
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -58,7 +60,7 @@ def gather_rows(
 @triton.jit
 def place_kernel(
     rows, index, valid, out, fill, some, length, channels, r_batch, r_row, r_channel,
-    HAS_VALID: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SCAN: tl.constexpr,
+    HAS_VALID: tl.constexpr, HOLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Program (block of result rows of one sequence, block of channels): looks up who goes there, or writes fill."""
     blocks = tl.cdiv(length, ROWS)
@@ -76,6 +78,9 @@ def place_kernel(
         source = tl.maximum(source, tl.max(tl.where(here, j[None, :], -1), axis=1))
     where = rows + b * r_batch + source[:, None].to(tl.int64) * r_row + c[None, :].to(tl.int64) * r_channel
     value = tl.load(where, mask=(source >= 0)[:, None] & (c < channels)[None, :], other=fill)
+    if HOLES:  # as `reference.hole`
+        edge = tl.where(c % 2 == 1, float("inf"), float("-inf"))
+        value = tl.where((source < 0)[:, None], tl.where(c == 0, fill, edge)[None, :], value)
     place = out + (b * length + spot[:, None]) * channels + c[None, :]
     tl.store(place, value, mask=(spot < length)[:, None] & (c < channels)[None, :])
 
@@ -92,7 +97,8 @@ def place_rows(
         flags = index if valid is None else valid.contiguous()
         place_kernel[grid](
             rows, index.contiguous(), flags, out, fill, some, length, channels, *rows.stride(),
-            HAS_VALID=valid is not None, ROWS=ROWS, COLS=cols, SCAN=min(256, triton.next_power_of_2(max(some, 16))),
+            HAS_VALID=valid is not None, HOLES=math.isnan(fill), ROWS=ROWS, COLS=cols,
+            SCAN=min(256, triton.next_power_of_2(max(some, 16))),
         )  # fmt: skip
     return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,6 +26,18 @@ _library.define(
 )
 _library.define("overwrite_rows(Tensor output, Tensor rows, Tensor new, Tensor changed) -> Tensor")
 
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher whose kernel runs where its first argument is: Triton launches on the current device by itself."""
+
+    @wraps(launch)
+    def guarded(x: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *args)
+
+    return guarded
+
+
 for _name, _kernels in (
     ("gather_rows", moves),
     ("place_rows", moves),
@@ -33,7 +47,7 @@ for _name, _kernels in (
     ("merge_rows", sums),
     ("attention_mass", sums),
 ):
-    _library.impl(_name, getattr(_kernels, _name), "CUDA")
+    _library.impl(_name, on_its_device(getattr(_kernels, _name)), "CUDA")
     _library.impl(_name, getattr(reference, _name), "CPU")
 
 _ops = torch.ops.vlm_prune

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 CHUNK = 128
@@ -27,13 +29,25 @@ def gather_rows(
     return rows if valid is None else rows.masked_fill(~valid[..., None], fill)
 
 
+def hole(like: torch.Tensor) -> torch.Tensor:
+    """The row that marks a hole, ``(channels,)``, for rows ``(..., channels)``: NaN, and then inf and -inf in turns.
+
+    All of it is lost on no way that rows go (casts, copies, other devices, scaling), and no overflow looks like it.
+    """
+    row = like.new_full(like.shape[-1:], torch.inf)
+    row[2::2] = -torch.inf
+    row[:1] = torch.nan
+    return row
+
+
 def place_rows(
     rows: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, length: int, fill: float
 ) -> torch.Tensor:
     """See `vlm_prune.kernels.place_rows`."""
+    other = hole(rows) if math.isnan(fill) else rows.new_full(rows.shape[-1:], fill)
     if valid is not None:
-        rows = rows.masked_fill(~valid[..., None], fill)
-    full = rows.new_full((rows.shape[0], length, rows.shape[2]), fill)
+        rows = torch.where(valid[..., None], rows, other)
+    full = other.expand(rows.shape[0], length, -1)
     return full.scatter(1, index[..., None].expand_as(rows), rows)
 
 

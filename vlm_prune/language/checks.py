@@ -81,12 +81,20 @@ def runs_again(layer: nn.Module) -> bool:
     return bool(on) and torch.is_grad_enabled()
 
 
-def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise if the prompt has no place for each visual token; on a GPU, stock code's own check does, a little later."""
+def count_placeholders(anatomy: Anatomy, kwargs: dict[str, Any]) -> list[int]:
+    """How many placeholders of each kind the prompts hold; empty where stock code's own check does without counting."""
     ids = kwargs.get("input_ids")
     if ids is None or ids.device.type != "cpu":  # else counting would wait for the device
-        return
+        return []
     if os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK") == "1":  # switches stock code's own check off, too
+        return []
+    return [int((ids == token).sum()) for token in anatomy.image_tokens]
+
+
+def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise if the prompt has no place for each visual token; on a GPU, stock code's own check does, a little later."""
+    counts = count_placeholders(anatomy, kwargs)
+    if not counts:
         return
     outputs = [ride_of(output) for output in given.values() if output is not None]
     rides = [ride for ride in outputs if ride is not None]
@@ -96,7 +104,7 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
         need = [span.rows for ride in rides for span in ride.spans]
     if need is None:
         return
-    found, total = int(torch.isin(ids, ids.new_tensor(anatomy.image_tokens)).sum()), sum(need)
+    found, total = sum(counts), sum(need)
     # generate repeats prompts for beams, but encodes their images once
     if found != total and (fresh is not None or not found or found % total):
         tiles = f"{len(need)} {anatomy.tile}{'s' if len(need) > 1 else ''}"

@@ -7,13 +7,14 @@ follow; the hook behind it restores the full length and tells the cache. What ha
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..cache.layers import PRUNED, PrunedLayer, first_layer, kv_bytes, pruned_layers, record_turn, spare_slots
+from ..cache.layers import PrunedLayer, admit, first_layer, kv_bytes, pruned_layers, record_turn, spare_slots
 from ..cache.masks import behind, is_prepared, join_masks, padding_mask, past_mask, slot_mask, slots_of
 from ..cache.storage import check_cache
 from ..call import stream
@@ -29,8 +30,14 @@ from .entry import Entry
 from .kinds import MaskMaker, forgets, layer_kinds
 from .layers import DecoderLayers
 
-SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
-"""Arguments of a decoder that the engine shortens by rules of their own."""
+OF_THEIR_OWN = (
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
+"""Arguments of a decoder that follow its rows in a way of their own."""
 
 
 class Decoder:
@@ -56,17 +63,27 @@ class Decoder:
         self.layers, self.entry, self.masks = layers, entry, masks
         kinds = layer_kinds(module.config)
         self.chunked, self.indexed = "chunked_attention" in kinds, "indexed_attention" in kinds
+        self.rotary = [child for name, child in module.named_children() if name.startswith("rotary_emb")]
+        self.ends: weakref.WeakKeyDictionary[Cache, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; their handles go to ``handles``."""
-        handles.append(self)
-        PRUNED.add(self.module)
         handles.append(self.module.register_forward_pre_hook(self.enter, with_kwargs=True))
         handles.append(self.module.register_forward_hook(self.leave))
+        handles += [child.register_forward_pre_hook(self.place, with_kwargs=True) for child in self.rotary]
 
-    def remove(self) -> None:
-        """The decoder is not pruned any more; its hooks have handles of their own."""
-        PRUNED.discard(self.module)
+    def place(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let the rotary embeddings be those of the rows that are left.
+
+        They are the only ones who are told. To the rest of stock code positions with gaps would look like several
+        sequences in a row: flash attention, and masks made without a cache, would then keep these apart.
+        """
+        call = current_forward(self.session)
+        if call is None or call.probing or call.positions is None:
+            return None
+        return (args[0], call.positions, *args[2:]), {k: x for k, x in kwargs.items() if k != "position_ids"}
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -95,6 +112,7 @@ class Decoder:
                 "can be dropped. unprune(model) to go on with the stock model, and please report it."
             )
         continued = pruned_layers(past)
+        admit(continued)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
         holes = call.may_have_holes(embeds)
@@ -117,7 +135,7 @@ class Decoder:
         call.rows = call.entered = rows
         for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
             spare_slots(past, layer, rows)
-        self._fit(kwargs, rows, first_layer(past), mask)
+        self._fit(call, kwargs, rows, first_layer(past), mask)
         if blocks is not None and self.masks is not None:
             joined = kwargs["attention_mask"]
             kwargs["attention_mask"] = self.masks(
@@ -194,19 +212,24 @@ class Decoder:
         call.unwrap(past)
 
     def _fit(
-        self, kwargs: dict[str, Any], rows: Rows, layer: PrunedLayer | None, mask: torch.Tensor | None
+        self,
+        call: ForwardCall,
+        kwargs: dict[str, Any],
+        rows: Rows,
+        layer: PrunedLayer | None,
+        mask: torch.Tensor | None,
     ) -> None:
         """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
         past: Cache | None = cache_of(kwargs)
         logical = int(past.get_seq_length()) if past is not None else 0
-        kwargs["position_ids"] = rows.positions
+        positions = rows.positions
         if layer is not None and layer.shift is not None:
-            kwargs["position_ids"] = rows.positions - layer.shift[:, None]
-        joined = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
-        if joined is None and not _caches(kwargs, self.module):
-            # without cache and mask, stock code takes a jump in the positions for the start of a packed sequence
-            joined = rows.order.new_ones(rows.order.shape)
-        kwargs["attention_mask"] = joined
+            positions = positions - layer.shift[:, None]
+        _, call.positions = stream.split_positions(positions)
+        kwargs["position_ids"] = call.positions
+        if positions.dim() == 2 and self.rotary:
+            kwargs["position_ids"] = None
+        kwargs["attention_mask"] = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
 
     def _rows(
         self, call: ForwardCall, kwargs: dict[str, Any], holes: bool, choosing: bool, inside: bool
@@ -229,7 +252,8 @@ class Decoder:
             alive = chosen if alive is None else alive & chosen
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if alive is not None:
-            call.count(live, alive)
+            overflow = embeds[..., 0].isnan() & alive if batch > 1 and holes else None
+            call.count(live, alive, overflow)
         rows = Rows(
             length=length,
             order=torch.arange(length, device=embeds.device).expand(batch, -1),
@@ -258,10 +282,6 @@ class Decoder:
         if features:
             masks = shorten(kwargs["visual_pos_masks"], features, order, rows.valid)
             self._note_deepstack(call, kwargs, *masks)
-        # what else a family hands its decoder for each row: embeddings per layer, kinds of tokens
-        for name, x in kwargs.items():
-            if name not in SHORTENED and isinstance(x, torch.Tensor) and x.shape[:2] == (batch, length):
-                kwargs[name] = stream.compact(x, order)
         return rows
 
     def _note_deepstack(
@@ -269,6 +289,17 @@ class Decoder:
     ) -> None:
         kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"] = visual, features
         call.deepstack = Deepstack(visual, features)
+
+    def _end(self, last: torch.Tensor, rows: Rows, cache: Cache | None) -> torch.Tensor:
+        """What the next token of each sequence follows from: ``last`` ``(batch, channels)`` of this turn.
+
+        Of a prompt that comes in chunks, nothing may be left of the last one: then it is what the chunk before ended
+        with.
+        """
+        before = self.ends.get(cache) if cache is not None else None
+        if rows.valid is None or before is None or before.shape != last.shape:
+            return last
+        return torch.where(rows.valid[:, -1:].to(last.device), last, before.to(last.device, last.dtype))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Restore the full length and note in the cache what is missing."""
@@ -285,12 +316,10 @@ class Decoder:
             counts = [r.count for r in by_layer]
             if not rows.whole:
                 live = output.last_hidden_state
-                if (
-                    live.shape[1] == rows.count
-                ):  # some decoders compute the last rows only, if no more are asked for
+                if live.shape[1] == rows.count:  # some decoders compute the last rows only
                     output.last_hidden_state = rows.restore(live)
                     # the next token follows from the last row that is left, even if the prompt ends with a dropped one
-                    output.last_hidden_state[:, -1] = live[:, -1]
+                    output.last_hidden_state[:, -1] = self._end(live[:, -1], rows, cache)
                 self.session.leave_live_rows(rows)
                 if output.hidden_states is not None:
                     states = zip(output.hidden_states, [call.entered, *by_layer[1:], rows], strict=True)
@@ -298,9 +327,12 @@ class Decoder:
             if cache is not None:
                 if self.layers is not None:
                     by_layer = self.layers.evict(call, cache, by_layer, rows)
-                record_turn(cache, by_layer, call.mask, self.module)
+                record_turn(cache, by_layer, call.mask)
         elif self.layers is not None and cache is not None:
             self.layers.eviction.after_step(call, cache)
+        if cache is not None and not torch.compiler.is_compiling():
+            end = output.last_hidden_state[:, -1].detach()
+            self.ends[cache] = end.clone() if length > 1 else end
         weight = None if cache is None or not call.encoded else kv_bytes(cache)
         for number, encoded in enumerate(call.encoded):
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, weight)
@@ -309,16 +341,6 @@ class Decoder:
         if len(call.encoded) > 1 and call.owner is not None:
             call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
         return output if call.prompt is None else join(call.prompt, output)
-
-
-OF_THEIR_OWN = (
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "visual_pos_masks",
-    "deepstack_visual_embeds",
-)
-"""Arguments of a decoder that follow its rows in a way of their own."""
 
 
 def _cut_along(kwargs: dict[str, Any], embeds: torch.Tensor, order: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -337,8 +359,3 @@ def _types(rows: Rows, types: torch.Tensor, past: Cache | None) -> torch.Tensor:
     return torch.nn.functional.pad(
         left if rows.valid is None else left.masked_fill(~rows.valid, 0), (logical, 0)
     )
-
-
-def _caches(kwargs: dict[str, Any], module: Any) -> bool:
-    use = kwargs.get("use_cache")
-    return bool(module.config.use_cache if use is None else use)

@@ -193,6 +193,7 @@ class DecoderLayers:
             return None
         hidden: torch.Tensor = args[0]
         call.observed = {"hidden": hidden}
+        call.positions = None  # stock code has made its rotary embeddings by now
         cache: Cache | None = cache_of(kwargs)
         if call.rows is not None:
             call.layer_rows.append(call.rows)
@@ -247,12 +248,11 @@ class DecoderLayers:
                 positions = positions + first.shift[:, None]
             if layer is not None and layer.shift is not None:
                 positions = positions - layer.shift[:, None]
-        text, places = (
-            (None, None) if positions is None else stream.split_positions(positions.to(hidden.device))
-        )
+        places = None if positions is None else stream.split_positions(positions.to(hidden.device))[1]
         mask = kwargs.get("attention_mask")
-        if mask is None or mask.dim() != 4 or call.rows is not None or layer is None or not is_static(layer):
-            mask = self._mask(call, number, hidden, layer, text, cache_of(kwargs))
+        slots = isinstance(mask, torch.Tensor) and mask.dim() == 4
+        if not slots or call.rows is not None or layer is None or not is_static(layer):
+            mask = self._mask(call, number, hidden, layer, cache_of(kwargs))
         else:
             mask = slots_of(mask, layer, first)
         if mask is not None:
@@ -261,7 +261,7 @@ class DecoderLayers:
             return {"attention_mask": mask}
         return {
             "attention_mask": mask,
-            "position_ids": text,
+            "position_ids": None,  # only the rotary embeddings are told, see `Decoder.place`
             "position_embeddings": self._rotary(number, hidden, places),
         }
 
@@ -278,7 +278,6 @@ class DecoderLayers:
         number: int,
         hidden: torch.Tensor,
         layer: PrunedLayer | None,
-        positions: torch.Tensor | None,
         past: Cache | None,
     ) -> torch.Tensor | None:
         kind, config = self.kinds[number], self.decoder.config
@@ -293,10 +292,8 @@ class DecoderLayers:
             now = call.rows.mask
         mask = join_masks(past_mask(layer, call.mask, logical), now, logical, count)
         cache = None if past is None else Cache(layers=[stored])
-        if cache is None and mask is None:
-            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         mask = None if mask is None else mask.to(hidden.device)
-        return layer_mask(config, kind, hidden, mask, cache, positions)
+        return layer_mask(config, kind, hidden, mask, cache, None)
 
     def leave_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -437,6 +434,12 @@ class DecoderLayers:
         call.left = left
         if not dropped:
             return hidden
+        if not min(counts):
+            names = " and ".join(policy.name for policy, _ in self.pruned[number])
+            raise UnsupportedCallError(
+                f"Of a prompt of this call nothing is left behind decoder layer {number}: it holds images alone, and "
+                f"{names} drops all visual tokens there. Put text into the prompt, or choose a policy that keeps some."
+            )
         call.observed.pop("attention", None)
         if call.deepstack is not None and call.deepstack.stock:
             call.deepstack.take_over()

@@ -29,9 +29,10 @@ class EarlierTurns:
         rows = stored_rows(self.layer)
         if rows == 0:
             return keys, values
-        earlier = read(getattr(self.layer, "inner", self.layer), rows)
-        return tuple(
-            torch.cat([old.to(new.device), new], 2) for old, new in zip(earlier, (keys, values), strict=True)
+        old_keys, old_values = read(getattr(self.layer, "inner", self.layer), rows)
+        return (
+            torch.cat([old_keys.to(keys.device), keys], 2),
+            torch.cat([old_values.to(values.device), values], 2),
         )
 
 

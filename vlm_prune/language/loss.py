@@ -1,4 +1,9 @@
-"""The loss of a pruned model: a row whose successor was dropped learns to predict the one behind it."""
+"""The loss of a pruned model: a row whose successor was dropped learns to predict the one behind it.
+
+Trainers that sum a loss over several batches count the targets of all of them before any goes through the model
+(``num_items_in_batch``), those of tokens that will be dropped too. A batch knows its own targets only, so it takes from
+that count the share that it loses itself: exact for one batch, and for several that lose equal shares.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,12 @@ from typing import Any
 import torch
 
 from ..call import stream
+
+
+def share_left(before: torch.Tensor, left: torch.Tensor, ignore: int = -100) -> torch.Tensor:
+    """Which share of the targets ``before`` is ``left``: a number; 1 where there are none."""
+    targets = (before != ignore).sum()
+    return torch.where(targets > 0, (left != ignore).sum() / targets.clamp(min=1), 1.0)
 
 
 class Loss:
@@ -28,7 +39,9 @@ class Loss:
             if shifted is None:
                 shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
             valid = None if rows.valid is None else rows.valid.to(shifted.device)
-            kwargs["shift_labels"] = stream.retarget(shifted, rows.order.to(shifted.device), valid)
+            kwargs["shift_labels"] = left = stream.retarget(shifted, rows.order.to(shifted.device), valid)
+            if (counted := kwargs.get("num_items_in_batch")) is not None:
+                kwargs["num_items_in_batch"] = counted * share_left(shifted, left)
         return self.stock(logits, labels, *args, **kwargs)
 
     def remove(self) -> None:
