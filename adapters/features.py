@@ -76,6 +76,7 @@ def anatomy(model: Any) -> Anatomy:
         image_tokens=tuple(dict.fromkeys(int(tokens[kind]) for kind in known)),  # type: ignore[arg-type]
         tile="tile",
         mrope=hasattr(base, "get_rope_index"),
+        computes_on=True,
     )
 
 

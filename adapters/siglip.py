@@ -41,4 +41,5 @@ def anatomy(model: Any) -> Anatomy:
         decoder_layers=list(decoder.layers),
         image_tokens=(config.image_token_id,),
         tile="image",
+        computes_on=merge > 1,
     )
