@@ -80,6 +80,7 @@ class Pruning:
         )
         self._layers = layers if layers else None
         entry = None if composition.entry is None else Entry(composition.entry)
+        self.marked = not anatomy.computes_on
         self._decoder = Decoder(
             anatomy.decoder,
             len(anatomy.decoder_layers),

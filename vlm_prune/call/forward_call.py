@@ -98,11 +98,15 @@ class ForwardCall:
     wrapped: tuple[Any, list[Any]] | None = None
     owner: Any = None
 
+    def holes(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Which rows of ``embeds`` ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""
+        return stream.find_holes(embeds, getattr(self.owner, "marked", True))
+
     def may_have_holes(self, embeds: torch.Tensor) -> bool:
         """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
         if self.encoded:
             return any(call.dropped != 0 for call in self.encoded)
-        return self.unknown_features and bool(stream.find_holes(embeds).any())
+        return self.unknown_features and bool(self.holes(embeds).any())
 
     @property
     def image_mask(self) -> torch.Tensor | None:

@@ -211,6 +211,7 @@ class Anatomy:
             one than images, it comes last.
         tile: what one row of ``pixel_values`` is to the user ("image", "tile").
         mrope: whether a visual token's position is its place in the image, not in the sequence.
+        computes_on: whether stock code may compute with features after the place where dropped ones become holes.
         features: the methods of ``base`` that arrange tiles; empty where rows are simply one tile after another.
     """
 
@@ -223,6 +224,7 @@ class Anatomy:
     image_tokens: tuple[int, ...]
     tile: str
     mrope: bool = False
+    computes_on: bool = False
     features: tuple[FeatureCall, ...] = ()
 
 

@@ -103,6 +103,12 @@ class Policy:
         if self.positions not in ("original", "compact", None):
             raise ValueError(f'positions={self.positions!r}: choose "original" or "compact"')
 
+    @property
+    def needs_tower(self) -> bool:
+        """Whether it needs a tower whose layers, and whose projector, can be hooked."""
+        looks = bool(self.tower_layers(23)) or type(self).tower_grid is not Policy.tower_grid
+        return looks or self.per_image or self.single_patches or self.calls_projector
+
     def tile_target(self, target: int) -> int:
         """Units to keep of each tile of an image of which ``target`` shall be left in the end, if `per_image`."""
         raise NotImplementedError(f"{self.name} has a budget per image, but does not share it out")

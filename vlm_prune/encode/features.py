@@ -19,7 +19,6 @@ from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower
 from ..contract.keep import Keep
-from ..contract.policy import Policy
 from ..contract.views import FeaturesView
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows
@@ -38,11 +37,11 @@ class FeatureEncoder(EncodeStage):
 
     def __init__(self, tower: FeatureTower, base: Any, composition: Composition, session: Any):
         for policy in composition.policies:
-            if needs_tower(policy):
+            if policy.needs_tower:
                 raise UnsupportedModelError(
-                    f"{policy.name} looks into the vision tower, and of a {session.family} vlm_prune knows only the "
-                    "features that leave it. Choose a policy that decides behind the tower (divprune, random, "
-                    "uniform) or inside the decoder (fastv, vhr, ...)."
+                    f"{policy.name} looks into the vision tower, and all that vlm_prune knows of {session.family} is "
+                    "what leaves it. Choose a policy that decides after the tower (divprune, random, uniform) or "
+                    "inside the decoder (fastv, vhr)."
                 )
         super().__init__(tower, None, composition, session)
         self.tower, self.base = tower, base
@@ -105,8 +104,6 @@ class FeatureEncoder(EncodeStage):
         keeps, tiles = [], []
         for number, tile in enumerate(rows.split(call.units)):
             target = call.targets[number]
-            if self.composition.entry is not None and target < len(tile):
-                self._offer(call, number, tile, keys)
             view = FeaturesView(tile[None], call.grids[number], target, keys[number : number + 1], None, {})
             keep = self.ask_final(view) if target < len(tile) else None
             if keep is None:
@@ -118,21 +115,6 @@ class FeatureEncoder(EncodeStage):
             tiles.append(opened)
         call.keeps = keeps
         return torch.cat(tiles)
-
-    def _offer(self, call: EncodeCall, number: int, tile: torch.Tensor, keys: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the features of a ``tile`` ``(tokens, channels)``."""
-        first = sum(call.units[:number])
-        call.offers.append(
-            Offer(
-                features=tile[None],
-                rows=torch.arange(first, first + len(tile), device=tile.device)[None],
-                spans=[number],
-                grid=call.grids[number],
-                target=call.targets[number],
-                content_key=keys[number : number + 1],
-                carry={},
-            )
-        )
 
 
 class FeatureReader:
@@ -161,12 +143,6 @@ class FeatureReader:
             let_ride(output, call)
         self.encoder.end(call)
         return output
-
-
-def needs_tower(policy: Policy) -> bool:
-    """Whether a policy can only work with a tower whose layers, and whose projector, can be hooked."""
-    reads = bool(policy.tower_layers(23)) or type(policy).tower_grid is not Policy.tower_grid
-    return reads or policy.per_image or policy.single_patches or policy.calls_projector
 
 
 def field_of(output: ModelOutput) -> str:

@@ -252,7 +252,7 @@ class Decoder:
             positions = torch.arange(logical, logical + length, device=embeds.device)[None]
             padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
-        alive = ~stream.find_holes(embeds) if holes else None
+        alive = ~call.holes(embeds) if holes else None
         if choosing and self.entry is not None:
             chosen = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
