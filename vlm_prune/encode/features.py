@@ -6,7 +6,6 @@ the policies about each tile, and re-opens holes in what it returns.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, Offer, let_ride
+from ..call.encode_call import EncodeCall, Offer, encoding, let_ride
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower
@@ -22,6 +21,7 @@ from ..contract.keep import Keep
 from ..contract.views import FeaturesView
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows
+from .assembler import FeatureMethod
 from .stage import EncodeStage, content_key
 
 MEDIA = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
@@ -49,7 +49,7 @@ class FeatureEncoder(EncodeStage):
     def install(self, handles: list[Any]) -> None:
         """Stand in for the feature methods; what has to be undone goes to ``handles`` at once."""
         for method in self.tower.methods:
-            handles.append(FeatureReader(self, method))
+            handles.append(FeatureReader(self.base, method, self))
 
     def choose(
         self, given: Mapping[str, Any], features: list[torch.Tensor]
@@ -117,31 +117,24 @@ class FeatureEncoder(EncodeStage):
         return torch.cat(tiles)
 
 
-class FeatureReader:
-    """Stands in for one feature method of a model's base module until `remove` is called."""
+class FeatureReader(FeatureMethod):
+    """Stands in for a feature method into whose tower the engine does not look."""
 
-    def __init__(self, encoder: FeatureEncoder, method: str):
-        self.encoder, self.base, self.method = encoder, encoder.base, method
-        # generate reads off the signature which arguments are the method's
-        self.__signature__ = inspect.signature(getattr(self.base, method))
-        object.__setattr__(self.base, method, self)
-
-    def remove(self) -> None:
-        """Give the module its own method back."""
-        object.__delattr__(self.base, self.method)
+    encoder: FeatureEncoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
-        output = getattr(type(self.base), self.method)(self.base, *args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
-        features = features_of(output)
-        several = [features] if isinstance(features, torch.Tensor) else list(features)
-        call, opened = self.encoder.choose({**given.pop("kwargs", {}), **given}, several)
-        if call.keeps is not None:
-            output = _replaced(output, features, opened)
-        if isinstance(output, ModelOutput):
-            let_ride(output, call)
-        self.encoder.end(call)
+        with encoding(self.encoder.session, forward=self._forward()):
+            output = self.stock(*args, **kwargs)
+            features = features_of(output)
+            several = [features] if isinstance(features, torch.Tensor) else list(features)
+            call, opened = self.encoder.choose({**given.pop("kwargs", {}), **given}, several)
+            if call.keeps is not None:
+                output = _replaced(output, features, opened)
+            if isinstance(output, ModelOutput):
+                let_ride(output, call)
+            self.encoder.end(call)
         return output
 
 
