@@ -112,7 +112,7 @@ class Decoder:
                 "can be dropped. unprune(model) to go on with the stock model, and please report it."
             )
         continued = pruned_layers(past)
-        if self.layers is None and any(layer.like > 0 for layer in continued):
+        if self.layers is None and len({layer.like for layer in continued}) > 1:
             raise UnsupportedCallError(
                 "This cache holds a prompt of which each decoder layer holds other tokens, because a policy dropped "
                 "some inside the decoder. This model is pruned by a policy of the encode stage alone, which cannot go "
