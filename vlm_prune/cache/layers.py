@@ -279,7 +279,7 @@ class PrunedLayer(CacheLayerMixin):
         self._batch(lambda x: x[indices.to(x.device)])
 
 
-class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):
+class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
     """A `PrunedLayer` around a layer that has a linear-attention state beside its rows."""
 
     def __init__(self, inner: CacheLayerMixin):
@@ -287,11 +287,17 @@ class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the stock layer."""
-        return self.inner.update_conv_state(*args, **kwargs)
+        states: torch.Tensor = self.inner.update_conv_state(*args, **kwargs)
+        return states
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the stock layer."""
-        return self.inner.update_recurrent_state(*args, **kwargs)
+        states: torch.Tensor = self.inner.update_recurrent_state(*args, **kwargs)
+        return states
+
+    def activate_past_recording(self) -> None:
+        """As the stock layer."""
+        self.inner.activate_past_recording()
 
 
 def first_layer(cache: Cache | None) -> PrunedLayer | None:

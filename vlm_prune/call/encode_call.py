@@ -278,12 +278,18 @@ class Encoding:
         owner: whose method it is.
         arrangement: how the tiles that go through the tower will be arranged, if they will.
         call: those tiles, from the tower's entry until their features are complete.
+        forward: the forward that called the method, if one did.
+        once: whether the method calls its tower once; who calls it then is somebody else.
+        done: whether it has.
         nested: calls of the tower under way inside its own, which are somebody else's.
     """
 
     owner: Any
     arrangement: Arrangement | None = None
+    forward: Any = None
+    once: bool = True
     call: EncodeCall | None = None
+    done: bool = False
     nested: int = 0
 
     @property
@@ -293,9 +299,11 @@ class Encoding:
 
 
 @contextmanager
-def encoding(owner: Any, arrangement: Arrangement | None = None) -> Iterator[Encoding]:
+def encoding(
+    owner: Any, arrangement: Arrangement | None = None, forward: Any = None, once: bool = True
+) -> Iterator[Encoding]:
     """Within the block, the tower of the model that ``owner`` prunes does so; nothing is left behind it."""
-    under_way = Encoding(owner, arrangement)
+    under_way = Encoding(owner, arrangement, forward, once)
     token = _encodings.set((*_encodings.get(), under_way))
     try:
         yield under_way

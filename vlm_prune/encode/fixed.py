@@ -17,7 +17,7 @@ from torch import nn
 from ..call import stream
 from ..call.assembly import read_packing
 from ..call.encode_call import EncodeCall, Offer, current_encoding, let_ride
-from ..call.forward_call import check_rows, current_forward
+from ..call.forward_call import check_rows
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import Tower
@@ -62,6 +62,7 @@ class Encoder(EncodeStage):
         if not self.enters():
             return None
         self.check_recompute()
+        self._check_attention()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         under_way, merge = current_encoding(self.session), self.tower.merge
         arrangement = None if under_way is None else under_way.arrangement
@@ -82,8 +83,8 @@ class Encoder(EncodeStage):
         if arrangement is not None:
             call.packings = read_packing(arrangement, grid, self.shares_late)
             self._check_late(call)
-            if (forward := current_forward(self.session)) is not None:
-                check_rows(forward, [span.rows for span in call.spans])
+            if under_way is not None and under_way.forward is not None:
+                check_rows(under_way.forward, [span.rows for span in call.spans])
         if not call.whole or self.observes:
             units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
             slots = None
@@ -100,6 +101,15 @@ class Encoder(EncodeStage):
         pixels = self._shrink(call, small)
         kwargs = {**kwargs, **self.tower.resizing}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _check_attention(self) -> None:
+        """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
+        if any(site.stock_config._attn_implementation == "flex_attention" for site in self.sites):
+            raise UnsupportedCallError(
+                "The vision tower runs on flex attention, and this policy acts between its layers, where tiles may "
+                'keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", "text_config": '
+                '"flex_attention"}), or choose a policy that reads no attention of the tower, such as uniform.'
+            )
 
     def _check_at_hand(self) -> None:
         """Raise if position embeddings, which stock code reads without calling their module, are offloaded."""

@@ -116,6 +116,12 @@ class Decoder:
                 "can be dropped. unprune(model) to go on with the stock model, and please report it."
             )
         continued = pruned_layers(past)
+        if self.layers is None and any(layer.like > 0 for layer in continued):
+            raise UnsupportedCallError(
+                "This cache holds a prompt of which each decoder layer holds other tokens, because a policy dropped "
+                "some inside the decoder. This model is pruned by a policy of the encode stage alone, which cannot go "
+                "on with it: prune it by the policy that made the cache, or start with a new one."
+            )
         admit(continued)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)

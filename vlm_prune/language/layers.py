@@ -250,11 +250,11 @@ class DecoderLayers:
                 positions = positions - layer.shift[:, None]
         places = None if positions is None else stream.split_positions(positions.to(hidden.device))[1]
         mask = kwargs.get("attention_mask")
-        slots = isinstance(mask, torch.Tensor) and mask.dim() == 4
-        if not slots or call.rows is not None or layer is None or not is_static(layer):
+        slots = mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
+        if slots is None or call.rows is not None or layer is None or not is_static(layer):
             mask = self._mask(call, number, hidden, layer, cache_of(kwargs))
         else:
-            mask = slots_of(mask, layer, first)
+            mask = slots_of(slots, layer, first)
         if mask is not None:
             mask = mask.to(hidden.device)
         if not moved:
