@@ -7,6 +7,7 @@ the policies about each tile, and re-opens holes in what it returns.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, Offer, let_ride
+from ..call.encode_call import EncodeCall, Offer, encoding, let_ride
+from ..call.forward_call import current_forward
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower
@@ -141,7 +143,11 @@ class FeatureReader:
             output = _replaced(output, features, opened)
         if isinstance(output, ModelOutput):
             let_ride(output, call)
-        self.encoder.end(call)
+        # a forward takes what it asked for itself, not what is encoded somewhere inside it
+        caller = sys._getframe(1).f_locals.get("self")
+        forward = current_forward(self.encoder.session) if caller is self.base else None
+        with encoding(self.encoder.session, forward=forward):
+            self.encoder.end(call)
         return output
 
 
