@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from vlm_prune import PruningError, prune, pruned, unprune
 from vlm_prune.adapters.features import tile_sizes
@@ -208,3 +209,27 @@ def test_other_ways_in_are_refused_with_their_sentence(family):
 def test_tiles_are_read_off_inputs_and_shapes(given, shapes, grids):
     given = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in given.items()}
     assert tile_sizes(given, shapes) == grids
+
+
+def test_llava_with_a_pixtral_tower_prunes_images_of_two_sizes():
+    """The LLaVA adapter knows CLIP's and SigLIP's tower; of another one the features are known."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**sizes, patch_size=PATCH, image_size=SIDE, head_dim=8),
+        text_config=LlamaConfig(**sizes, vocab_size=128),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, *[IMAGE] * 64, 7, *[IMAGE] * 32, 8, 9]])
+    pixels = {
+        "pixel_values": torch.randn(2, 3, SIDE, SIDE),
+        "image_sizes": torch.tensor([[32, 32], [16, 32]]),
+    }
+    stock = model(input_ids=ids, **pixels).logits
+    with pruned(model, "uniform", ratio=0.25):
+        assert model(input_ids=ids, **pixels).logits.isfinite().all()
+        assert [len(units) for units in model.pruning.receipt.kept] == [16, 8]
+        assert set(model.pruning.receipt.decoder_tokens) == {5 + 24}
+    assert torch.equal(model(input_ids=ids, **pixels).logits, stock)

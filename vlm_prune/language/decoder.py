@@ -64,6 +64,10 @@ class Decoder:
         kinds = layer_kinds(module.config)
         self.chunked, self.indexed = "chunked_attention" in kinds, "indexed_attention" in kinds
         self.rotary = [child for name, child in module.named_children() if name.startswith("rotary_emb")]
+        # Mistral's newest scale queries by their position as well
+        rope = getattr(module.config, "rope_parameters", None) or {}
+        scaling = any(hasattr(child, "softmax_scaling") for child in module.modules())
+        self.scales = scaling or "llama_4_scaling_beta" in rope
         self.ends: weakref.WeakKeyDictionary[Cache, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def install(self, handles: list[Any]) -> None:
@@ -233,7 +237,7 @@ class Decoder:
             positions = positions - layer.shift[:, None]
         _, call.positions = stream.split_positions(positions)
         kwargs["position_ids"] = call.positions
-        if positions.dim() == 2 and self.rotary:
+        if positions.dim() == 2 and self.rotary and not self.scales:
             kwargs["position_ids"] = None
         kwargs["attention_mask"] = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
 
