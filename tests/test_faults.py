@@ -118,7 +118,7 @@ def test_a_prompt_cut_off_inside_an_image(family, policy):
 def test_a_prompt_of_which_nothing_would_be_left(policy, layout):
     model, batch = make("llava"), prompt("llava", layout)
     with torch.no_grad(), pruned(model, policy, exit_layer=1):
-        with pytest.raises(UnsupportedCallError, match=r"nothing is left behind decoder layer 1.*dyvte"):
+        with pytest.raises(UnsupportedCallError, match=r"nothing is left after decoder layer 1.*dyvte"):
             model(**batch.inputs)
         assert not model(**prompt("llava", [(3, -1, 5)]).inputs).logits.isnan().any()
 

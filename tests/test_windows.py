@@ -24,7 +24,7 @@ from vlm_prune.versions import CACHE, cache_of
 
 @dataclass(frozen=True)
 class EveryThird(Policy):
-    """Keeps every third visual token behind decoder layer ``layer``, whatever it holds."""
+    """Keeps every third visual token after decoder layer ``layer``, whatever it holds."""
 
     name: ClassVar[str] = "every_third"
     stages: ClassVar[tuple[str, ...]] = ("prefill",)
@@ -41,7 +41,7 @@ class EveryThird(Policy):
 
 
 def by_hand(model, batch, cut):
-    """Logits of one prompt whose visual tokens leave behind layer ``cut``: stock layers, masks of my own."""
+    """Logits of one prompt whose visual tokens leave after layer ``cut``: stock layers, masks of my own."""
     decoder, config = model.model.language_model, model.config.text_config
     all_of_one = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     kinds = getattr(config, "layer_types", None) or [all_of_one] * config.num_hidden_layers

@@ -116,6 +116,9 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
 }
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
 
+BUILT_IN_FAMILIES = tuple(ADAPTERS)
+"""Model types for which the package brings an adapter; `GENERAL` serves many others."""
+
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a policy may be called."""
 GENERAL = "vlm_prune.adapters.features:anatomy"

@@ -37,7 +37,7 @@ _open_sites: weakref.WeakSet[Site] = weakref.WeakSet()
 class Site:
     """One attention module whose calls are shown to ``observer``, and handed to ``editor``, until `close` is called.
 
-    ``packed`` modules attend over several sequences that stand one behind the other.
+    ``packed`` modules attend over several sequences that stand one after another.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ class Family:
     Attributes:
         title: its name to people.
         cls: whether its vision tower has a CLS token.
-        resizes: whether the grid of large images, and of videos, is resized behind the projector.
+        resizes: whether the grid of large images, and of videos, is resized after the projector.
     """
 
     title: str

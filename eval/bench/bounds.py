@@ -26,7 +26,7 @@ GROWTH = (576, 1152, 2304, 4608, 11520)
 
 @dataclass(frozen=True)
 class Bound:
-    """``value`` shall be at most ``limit``."""
+    """``value`` must be at most ``limit``."""
 
     name: str
     value: float

@@ -176,7 +176,7 @@ class Arrangement:
         images: tiles of each image, or frames of each video, in order.
         pack: the stock model's own code between projector and language model.
         merge: side of the square of patches that is pooled to one token between tower and projector.
-        frame_grid: rows and columns of tokens of a video's frame behind `pack`; ``None`` for images.
+        frame_grid: rows and columns of tokens of a video's frame after `pack`; ``None`` for images.
     """
 
     images: list[int]

@@ -1,6 +1,6 @@
 """Feature methods of a pruned model: while one is under way its tower prunes; and what is chosen after arranging.
 
-Tokens are chosen *late*, behind the arranging, where the stock code resizes the grid, so that its tokens are not the
+Tokens are chosen *late*, after the arranging, where the stock code resizes the grid, so that its tokens are not the
 tower's any more, or where all tiles of an image share one budget. A newline whose line of tokens is all gone goes too.
 """
 
@@ -57,7 +57,7 @@ class FeatureMethod:
 
 
 class Arranger(FeatureMethod):
-    """Stands in for a feature method that arranges tiles to images."""
+    """Stands in for a feature method that assembles tiles into images."""
 
     def __init__(self, base: Any, feature: FeatureCall, encoder: EncodeStage):
         super().__init__(base, feature.method, encoder)
@@ -209,7 +209,7 @@ class Arranger(FeatureMethod):
 def _rows(features: torch.Tensor, count: int) -> torch.Tensor:
     """Features of an image or a video as ``(count, channels)``.
 
-    One video's may come frame by frame (transformers 5.19), and a newline behind them be added later (5.4).
+    One video's may come frame by frame (transformers 5.19), and a newline after them be added later (5.4).
     """
     rows = features.flatten(0, -2)
     missing = count - len(rows)

@@ -1,6 +1,6 @@
 """The encode stage of models into whose tower the engine does not look: tokens are chosen among finished features.
 
-A `FeatureReader` stands in for the model's feature method, as `arranger.Arranger` does: behind the stock method it asks
+A `FeatureReader` stands in for the model's feature method, as `arranger.Arranger` does: after the stock method it asks
 the policies about each tile, and re-opens holes in what it returns.
 """
 

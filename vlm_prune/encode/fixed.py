@@ -1,4 +1,4 @@
-"""The encode stage: pruning inside the vision tower, behind it, and around the projector.
+"""The encode stage: pruning inside the vision tower, after it, and around the projector.
 
 Hooks on the tower's layers ask the policy and cut the hidden states; the hook on the tower's output re-opens the
 holes, so that stock code between tower and projector sees a full grid; the hooks on the projector make it compute
@@ -45,7 +45,7 @@ class Encoder(EncodeStage):
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
         for number, layer in enumerate(self.tower.layers):
-            # in front of the hooks by which transformers collects hidden states: they shall see the cut ones
+            # in front of the hooks by which transformers collects hidden states: they must see the cut ones
             handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
         # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
@@ -133,7 +133,7 @@ class Encoder(EncodeStage):
         return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
 
     def _check_late(self, call: EncodeCall) -> None:
-        """Raise if tokens have to be chosen behind the arranging by a policy that cannot."""
+        """Raise if tokens have to be chosen after the arranging by a policy that cannot."""
         unable = [p.name for p in self.policies if p.encodes and not p.late]
         if any(call.late) and not call.whole and unable:
             able = ", ".join(self.session.names_late())
@@ -161,7 +161,7 @@ class Encoder(EncodeStage):
         return call.state if call is not None else None
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Behind layer ``number``: ask the policies that want to be asked here, and cut."""
+        """After layer ``number``: ask the policies that want to be asked here, and cut."""
         call = self.under_way()
         if call is None:
             return None
@@ -229,7 +229,7 @@ class Encoder(EncodeStage):
         state: TowerState | None = call.state
         let_ride(output, call)
         if state is not None:
-            # once more behind the projector, where policies may merge
+            # once more after the projector, where policies may merge
             call.carry = state.carried(call.units[0], call.extra)
         if state is None or (state.valid is None and state.units.numel() == sum(call.units)):
             return
@@ -246,7 +246,7 @@ class Encoder(EncodeStage):
     # --- around the projector ---
 
     def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Ask the policies that choose behind the tower; hand the projector the live rows only."""
+        """Ask the policies that choose after the tower; hand the projector the live rows only."""
         call = self.under_way()
         if call is None:
             return None
@@ -329,7 +329,7 @@ class Encoder(EncodeStage):
             )
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
-        """Re-open the holes behind the projector; the encode call ends here."""
+        """Re-open the holes after the projector; the encode call ends here."""
         call = self.under_way()
         if call is None:
             return None

@@ -17,10 +17,10 @@ from ..sites import Site
 
 
 class EncodeStage:
-    """The policies of a composition that look at a tower, and the layers behind which they do.
+    """The policies of a composition that look at a tower, and the layers after which they do.
 
     Attributes:
-        asked: the policies to ask behind each tower layer.
+        asked: the policies to ask after each tower layer.
         observes: whether policies of later stages watch the tower without dropping anything in it.
         sites: attention sites to close when the model is unpruned.
     """
@@ -121,7 +121,7 @@ class EncodeStage:
             )
 
     def ask_layer(self, number: int, view: TowerView, whole: bool) -> list[Keep]:
-        """What the policies answer behind layer ``number``. All see the layer as it was.
+        """What the policies answer after layer ``number``. All see the layer as it was.
 
         Of a composition, one policy at most drops units here. Of a ``whole`` tile nothing is to be dropped: only those
         that watch are asked.

@@ -1,7 +1,7 @@
 """Entry and exit of the language model: stock layers run on the live rows only, callers see the full length.
 
 The pre-hook of the decoder closes the holes in ``inputs_embeds`` and lets ``attention_mask`` and ``position_ids``
-follow; the hook behind it restores the full length and tells the cache. What happens between, at single layers, is in
+follow; the hook after it restores the full length and tells the cache. What happens between, at single layers, is in
 ``layers.py``.
 """
 
@@ -171,7 +171,7 @@ class Decoder:
         mask, embeds = padding_mask(mask, past, blocks=call.types is not None), kwargs["inputs_embeds"]
         if (
             mask is None and self.chunked
-        ):  # chunks begin behind what is masked out, and so behind what is missing
+        ):  # chunks begin after what is masked out, and so after what is missing
             logical = int(past.get_seq_length()) if past is not None else 0
             mask = embeds.new_ones(len(embeds), logical + embeds.shape[1], dtype=torch.bool)
         return None if mask is None else mask.to(embeds.device)
@@ -229,7 +229,7 @@ class Decoder:
         layer: PrunedLayer | None,
         mask: torch.Tensor | None,
     ) -> None:
-        """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
+        """Make ``kwargs`` describe ``rows`` after what the first layer of the cache holds."""
         past: Cache | None = cache_of(kwargs)
         logical = int(past.get_seq_length()) if past is not None else 0
         positions = rows.positions
@@ -283,7 +283,7 @@ class Decoder:
         if logical and not census.even and forgets(self.module.config):
             raise UnsupportedCallError(
                 f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "
-                f"{max(census.live)}) behind what their cache holds. They would be filled up in the middle, where "
+                f"{max(census.live)}) after what their cache holds. They would be filled up in the middle, where "
                 "windows and linear-attention states of this decoder count what is not there. Call it with one "
                 "sequence at a time, with images of the same number and budget for each, or without the cache."
             )
