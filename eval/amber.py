@@ -108,7 +108,7 @@ def read_description(text: str, truth: Sequence[str], hallu: Sequence[str], word
             found.covered.add(name)
             continue
         for same in (lambda word, noun=noun: word == noun, lambda word, noun=noun: words.similar(noun, word)):
-            if (name := _first(wrong, same)) is not None:  # type: ignore[arg-type]
+            if (name := _first(wrong, same)) is not None:
                 found.imagined.add(name)
         if (name := _first(right, lambda word, noun=noun: words.similar(noun, word))) is not None:  # type: ignore[misc]
             found.covered.add(name)

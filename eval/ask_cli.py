@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,7 +75,9 @@ def ask(
         options = (settings or own_settings(policy, model)) | {
             name: value for name, value in budget.items() if value is not None
         }
-        asked = ({"unpruned": ("none", {})} if compare else {}) | {policy: (policy, options)}
+        asked: dict[str, tuple[str, dict[str, Any]]] = ({"unpruned": ("none", {})} if compare else {}) | {
+            policy: (policy, options)
+        }
         if compare:  # what is computed first pays for what all need
             answer(opened, processor, picture, question, "none", max_new_tokens=1)
         answers = {}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 T = TypeVar("T")
 
@@ -94,6 +94,6 @@ def _reason(error: Exception) -> str:
         return "there is no such file"
     if isinstance(error, IsADirectoryError):
         return "it is a folder"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "it is not an image that Pillow knows, or its first bytes are broken"
     return str(error) or type(error).__name__

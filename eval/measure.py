@@ -44,7 +44,7 @@ def model_inputs(
     except Exception as error:  # whatever processors raise
         if len(images) > 1:
             for one in zip(images, texts, names, strict=True):
-                model_inputs(processor, *([part] for part in one), **options)
+                model_inputs(processor, [one[0]], [one[1]], [one[2]], **options)
             raise
         width, height = images[0].size
         raise ValueError(

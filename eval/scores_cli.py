@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,7 +75,7 @@ def _pope_results(
         raise ValueError(
             f"{len(questions)} question files and {len(answers)} answer files; give them in pairs, in order"
         )
-    files = [
+    files: list[tuple[Sequence[Any], Sequence[Any]]] = [
         (read_records(asked), read_records(given, by_id=("question_id", "answer")))
         for asked, given in zip(questions, answers, strict=True)
     ]

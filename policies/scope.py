@@ -61,7 +61,7 @@ class SCOPE(Policy):
 
     A second implementation in the released tree, on projected features inside the prompt, is not what is followed here.
     Where a pixel shuffle merges patches, a unit's saliency is the sum over its patches, and coverage that of merged
-    features; without CLS the mean query takes its place. Where tiles are assembled into images before tokens are chosen,
+    features; without CLS the mean query takes its place. Where tiles become images before tokens are chosen,
     coverage is that of projected features. The paper has no such model.
 
     Attributes:

@@ -8,7 +8,7 @@ decides which visual tokens go on, and the better ones of the others are merged 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -106,7 +106,7 @@ def rotary_of_ones(place: torch.Tensor, others: torch.Tensor, size: int, theta: 
 
 
 def stage_counts(
-    initial: torch.Tensor, target: torch.Tensor, stage: int, table: dict[int, tuple[int, ...]]
+    initial: torch.Tensor, target: torch.Tensor, stage: int, table: Mapping[int, tuple[int, ...]]
 ) -> torch.Tensor:
     """Tokens that go on after cut ``stage``: int64 like ``initial``, what there is, and ``target``, the budget's name.
 

@@ -152,9 +152,7 @@ def register_policy(name: str, policy: type[Policy], overwrite: bool = False) ->
     POLICIES[name] = policy
 
 
-def register_family(
-    model_type: str, anatomy: str | Callable[[Any], Anatomy], overwrite: bool = False
-) -> None:
+def register_family(model_type: str, anatomy: Any, overwrite: bool = False) -> None:
     """Make a model family of your own known, by the ``config.model_type`` of its models.
 
     Args:
@@ -197,7 +195,7 @@ def load_plugins(modules: Iterable[str] = ()) -> list[str]:
     for group, known in (("vlm_prune.policies", POLICIES), ("vlm_prune.adapters", ADAPTERS)):
         for point in importlib.metadata.entry_points(group=group):
             if point.name in known:
-                if known[point.name] != point.value:  # type: ignore[index]
+                if known[point.name] != point.value:
                     trouble.append(
                         f"{group}: {point.name} ({point.value}) is left out, since the name is taken."
                     )
@@ -210,7 +208,7 @@ def load_plugins(modules: Iterable[str] = ()) -> list[str]:
                     f"{group}: {point.name} ({point.value}) is left out: {type(error).__name__}: {error}"
                 )
                 continue
-            known[point.name] = point.value  # type: ignore[index]
+            known[point.name] = point.value
     return trouble
 
 

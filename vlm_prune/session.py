@@ -6,7 +6,7 @@ import copy
 import inspect
 import threading
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,14 +62,14 @@ class Pruning:
         self._live_rows: weakref.WeakKeyDictionary[threading.Thread, Rows] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
 
-        tower = anatomy.tower
+        tower, projector = anatomy.tower, cast(nn.Module, anatomy.projector)
         self._encoder: Encoder | PackedEncoder | FeatureEncoder
         if isinstance(tower, FeatureTower):
             self._encoder = FeatureEncoder(tower, anatomy.base, composition, self)
         elif isinstance(tower, PackedTower):
-            self._encoder = PackedEncoder(tower, anatomy.projector, composition, self)
+            self._encoder = PackedEncoder(tower, projector, composition, self)
         else:
-            self._encoder = Encoder(tower, anatomy.projector, composition, self)
+            self._encoder = Encoder(tower, projector, composition, self)
         if anatomy.features:
             self._encoder.check_shared()
         deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0

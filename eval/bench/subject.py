@@ -56,7 +56,7 @@ class Subject:
     @property
     def tower(self) -> Any:
         """The vision tower."""
-        return find_anatomy(self.model).tower.module
+        return getattr(find_anatomy(self.model).tower, "module", None)
 
     @cached_property
     def layers(self) -> int:

@@ -110,7 +110,7 @@ def turns(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     if (
         "pixel_values" in inspect.signature(model.generate).parameters
     ):  # this one takes no turn without an image
-        return first.sequences  # type: ignore[no-any-return]
+        return first.sequences
     ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
     kinds = {
         name: torch.nn.functional.pad(inputs[name], (0, ids.shape[1] - inputs[name].shape[1]))

@@ -80,8 +80,8 @@ def _meet(folder: RunFolder, results: Results, task: str, one: Entry, other: Ent
     parted = [(a, b) for a, b in both if a["answer"] != b["answer"]]
 
     def order(pair: tuple[Record, Record]) -> int:
-        said = tuple(verdict(kind, record["scores"]) for record in pair)
-        return {("right", "wrong"): 0, ("wrong", "right"): 1}.get(said, 2)
+        first, second = (verdict(kind, record["scores"]) for record in pair)
+        return {("right", "wrong"): 0, ("wrong", "right"): 1}.get((first, second), 2)
 
     return Meeting(
         one.model, task, kind, one, other, judge(one.model, task, played), sorted(parted, key=order), len(played[0].ids)
@@ -168,15 +168,15 @@ def _sample(
 def _plates(tiles: Sequence[Record], size: tuple[int, int]) -> list[dict[str, Any]]:
     boxes = [tuple(tile["box"]) for tile in tiles]
     drawn = []
-    for plate in plates(boxes, size):  # type: ignore[arg-type]
+    for plate in plates(boxes, size):
         left, top, right, bottom = plate.view
         mine = [tiles[i] for i in plate.tiles]
         drawn.append(
             {
                 "view": f"{left:.6g} {top:.6g} {right - left:.6g} {bottom - top:.6g}",
                 "edge": outline(plate.view),
-                "unseen": outside([boxes[i] for i in plate.tiles], plate.view),  # type: ignore[misc]
-                "veil": "".join(veil(tuple(t["box"]), tuple(t["grid"]), t["kept"]) for t in mine),  # type: ignore[arg-type]
+                "unseen": outside([boxes[i] for i in plate.tiles], plate.view),
+                "veil": "".join(veil(tuple(t["box"]), tuple(t["grid"]), t["kept"]) for t in mine),
                 "later": "".join(_later(t) for t in mine),
                 "thumbnail": plate.thumbnail,
             }
@@ -191,4 +191,4 @@ def _later(tile: Record) -> str:
     count = tile["grid"][0] * tile["grid"][1]
     entered = set(range(count)) if tile["kept"] is None else set(tile["kept"])
     shown = set(last) | (set(range(count)) - entered)
-    return veil(tuple(tile["box"]), tuple(tile["grid"]), shown)  # type: ignore[arg-type]
+    return veil(tuple(tile["box"]), tuple(tile["grid"]), shown)

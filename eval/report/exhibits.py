@@ -11,7 +11,7 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,20 +68,17 @@ class Exhibit:
 
     def files(self, *kinds: str) -> dict[str, bytes]:
         """Its files by ending; all there are, unless ``kinds`` names some."""
-        if isinstance(self.shows, Chart):
-            text = {"csv": lambda: csv_of(*points_of(self.shows))}
+        shows = self.shows
+        text: dict[str, Callable[[], str]]
+        draw: Callable[[list[str]], dict[str, bytes]]
+        if isinstance(shows, Chart):
+            text, draw = {"csv": lambda: csv_of(*points_of(shows))}, lambda drawn: papers(shows, drawn)
         else:
-            text = {
-                "csv": lambda: csv_of(self.shows.data_heads, self.shows.data),
-                "tex": lambda: latex(self.shows),
-            }
+            text = {"csv": lambda: csv_of(shows.data_heads, shows.data), "tex": lambda: latex(shows)}
+            draw = lambda drawn: table_papers(shows, drawn)  # noqa: E731
         wanted = kinds or ("pdf", "svg", *text)
         drawn = [kind for kind in wanted if kind in ("pdf", "svg")]
-        pictures = (
-            {}
-            if not drawn
-            else (papers if isinstance(self.shows, Chart) else table_papers)(self.shows, drawn)
-        )
+        pictures = draw(drawn) if drawn else {}
         return {kind: pictures[kind] if kind in pictures else text[kind]().encode() for kind in wanted}
 
     def links(self, *kinds: str) -> list[dict[str, str]]:
@@ -196,7 +193,7 @@ def table_papers(table: Table, kinds: Sequence[str]) -> dict[str, bytes]:
                     (x + (each if right else indent)) / wide, y / high, cell, fontsize=7, va="center",
                     ha="right" if right else "left", weight="normal" if number else "bold", parse_math=False,
                 )  # fmt: skip
-                if indent:
+                if indent and look is not None:
                     figure.add_artist(
                         Line2D(
                             [(x + 0.05) / wide],

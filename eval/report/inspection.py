@@ -198,7 +198,7 @@ def write_page(found: Inspection, out: Path) -> Path:
     size = found.image.size
     drawn = [plate for stage in found.stages for plate in plates(stage.boxes, size)]
     views = [plate.view for plate in drawn]
-    stages = [
+    stages: list[dict[str, Any]] = [
         {"where": s.where, "count": s.count, "total": s.total, "plates": _plates(s, size)}
         for s in found.stages
     ]

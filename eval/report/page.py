@@ -112,7 +112,7 @@ def _look(look: Look) -> dict[str, str]:
 
 def figures_context(results: Results) -> dict[str, Any]:
     """One row of panels for each model and task: against tokens, prefill time and KV bytes."""
-    figures = []
+    figures: list[dict[str, Any]] = []
     for row in chart_rows(results):
         panels = []
         for number, panel in enumerate(row["panels"]):

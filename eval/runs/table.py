@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from vlm_prune.eval.paired import LEVEL
 from vlm_prune.eval.runs.standings import JUDGED, Standings, key_of
@@ -25,7 +25,7 @@ NAMES = {
 
 COUNTS = {"pope": "n_questions", "chair": "n_captions"}
 
-VERDICTS = ("beats", "ties", "loses")
+VERDICTS: tuple[Literal["beats", "ties", "loses"], ...] = ("beats", "ties", "loses")
 JUDGED_HOW = (
     "Beats / ties / loses: against each other policy at the same budget, and the unpruned model, on the same samples "
     f"(McNemar's exact test where a sample is right or wrong, else a paired bootstrap over images), at {LEVEL:.0%} "
@@ -179,7 +179,9 @@ def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Lin
         stem = re.sub("_(interval|standing|to_unpruned)$", "", metric)
         name = _name(label, kind, stem) + metric[len(stem) :]
         if any(name in line for line in lines):
-            found.append((before + head if head != "95 %" else head, _cell(name, form)))
+            found.append(
+                (before + head if head != "95 %" else head, _cell(name, cast(Callable[[Any], str], form)))
+            )
     return found
 
 

@@ -81,9 +81,11 @@ def check_cache(cache: Cache | None, config: Any) -> None:
     """
     if cache is None:
         return
-    fit = [type(layer) for layer in DynamicCache(config=config).layers] if cache.layers else []
-    for number, layer in enumerate(cache.layers):
-        inner = getattr(layer, "inner", layer)
+    inners = [getattr(layer, "inner", layer) for layer in cache.layers]
+    if all((is_known(type(inner)) or is_quantised(inner)) and not is_sliding(inner) for inner in inners):
+        return
+    fit = [type(layer) for layer in DynamicCache(config=config).layers]
+    for number, inner in enumerate(inners):
         stock = fit[number] if number < len(fit) else DynamicLayer
         known = is_known(type(inner)) or is_quantised(inner)
         if not known or (is_sliding(inner) and not getattr(stock, "is_sliding", False)):
@@ -140,6 +142,8 @@ def _tensors(x: Any) -> list[torch.Tensor]:
 def kv_bytes(layer: Any) -> int:
     """Bytes of storage behind a layer's keys and values, or its state."""
     inner = getattr(layer, "inner", layer)
+    if type(inner) in PLAIN and type(inner.keys) is type(inner.values) is torch.Tensor:
+        return inner.keys.untyped_storage().nbytes() + inner.values.untyped_storage().nbytes()
     names = ("keys", "values", "indexer_keys", "conv_states", "recurrent_states")
     parts = [getattr(inner, name, None) for name in names]
     if is_quantised(inner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ class Keep:
         Raises:
             PolicyError: wrong type or shape, or more units than the budget allows.
         """
-        index = self.index
+        index: Any = self.index
         if (
             not isinstance(index, torch.Tensor)
             or index.dtype != torch.int64

@@ -320,7 +320,7 @@ class ScorerPolicy(SelectPolicy):
         return self.place == "decode"
 
     def _checked(self, view: Any, shape: tuple[int, ...]) -> torch.Tensor:
-        scores = self.score(view)
+        scores: Any = self.score(view)
         if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != shape:
             given = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
             raise PolicyError(

@@ -129,7 +129,8 @@ class EncodeStage:
         asked = [policy for policy in self.asked[number] if not (whole and policy.encodes)]
         with _exact(view.hidden):
             answers = [(policy, policy.encode(view)) for policy in asked]
-        return [_answer(policy, keep, *view.units.shape) for policy, keep in answers if keep is not None]
+        tiles, units = view.units.shape
+        return [_answer(policy, keep, tiles, units) for policy, keep in answers if keep is not None]
 
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
@@ -146,9 +147,8 @@ class EncodeStage:
             with _exact(view.features):
                 keep = policy.encode_final(view)
             if keep is not None:
-                return _answer(
-                    policy, keep, *view.features.shape[:2], None if policy.exceeds else view.target
-                )
+                tiles, units, _ = view.features.shape
+                return _answer(policy, keep, tiles, units, None if policy.exceeds else view.target)
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -59,7 +60,7 @@ class Eviction:
         ``final`` are the rows that reached the last layer, ``targets`` the budget of each policy by its ``id``. Waits
         for the device once, unless all that stay are those that reached the last layer.
         """
-        answers: dict[int, torch.Tensor] = {}
+        lives: dict[int, torch.Tensor] = {}
         left = list(held)
         for number, entries in self.layers.items():
             rows, stored = held[number], wrap(cache, number)
@@ -86,13 +87,10 @@ class Eviction:
                 if rows is not final:  # even of as many rows, where another sequence is the longest
                     trim(stored, rows, final)
             elif keep is not None:
-                answers[number] = keep
+                lives[number] = _live(keep, rows.visual, rows.mask)
             if self.steps:
                 stored.state |= {_target_of(p): targets[id(p)] for p, _ in entries}
         self._remember(cache, left)
-        lives = {
-            number: _live(keep, held[number].visual, held[number].mask) for number, keep in answers.items()
-        }
         for number, counts in zip(lives, _counts(list(lives.values())), strict=True):
             live, rows, stored = lives[number], held[number], wrap(cache, number)
             if min(counts) == rows.count:
@@ -175,7 +173,7 @@ def _both(keep: torch.Tensor | None, answer: torch.Tensor | None) -> torch.Tenso
     return keep & answer
 
 
-def _checked(policy: Policy, view: CacheView, keep: torch.Tensor | None) -> torch.Tensor | None:
+def _checked(policy: Policy, view: CacheView, keep: Any) -> torch.Tensor | None:
     shapes = [tuple(view.visual.shape), tuple(view.keys.shape[:3])]
     if keep is None or (
         isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and tuple(keep.shape) in shapes

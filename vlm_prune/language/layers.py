@@ -57,6 +57,7 @@ class DecoderLayers:
         self.decoder, self.layers, self.deepstack, self.session = decoder, layers, deepstack, session
         self.policies = policies = [(policy, composition.share(policy)) for policy in composition.policies]
         self.depth, self.kinds = len(layers), layer_kinds(decoder.config)
+        self.like = [self.kinds.index(kind) for kind in self.kinds]
         self.pruned: dict[int, list[tuple[Policy, Budget]]] = {}
         self.observed: dict[int, list[tuple[Policy, Budget]]] = {}
         self.modulated: dict[int, list[Policy]] = {}
@@ -226,8 +227,10 @@ class DecoderLayers:
         """Whether what stock code made for all layers of one kind fits layer ``number``."""
         if self.kinds[number] in STATES:
             return call.rows is call.entered
-        like = next(i for i, kind in enumerate(self.kinds) if kind == self.kinds[number])
-        return all(_key(call.rows, x) == call.first for x in (layer, _pruned_layer(cache, like)))
+        if _key(call.rows, layer) != call.first:
+            return False
+        like = self.like[number]
+        return like == number or _key(call.rows, _pruned_layer(cache, like)) == call.first
 
     def _fit(
         self,
@@ -394,7 +397,9 @@ class DecoderLayers:
             seen: AttentionView = call.observed["attention"]
         finally:
             call.observed, call.looking = here, False
-        tensors = {name: x.to(home) for name, x in vars(seen).items() if isinstance(x, torch.Tensor)}
+        tensors: dict[str, Any] = {
+            name: x.to(home) for name, x in vars(seen).items() if isinstance(x, torch.Tensor)
+        }
         return replace(seen, **tensors)
 
     def _target(
