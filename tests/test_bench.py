@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from typer.testing import CliRunner
 
 from vlm_prune.cli import app
 from vlm_prune.eval.bench import bounds, cli, presets
+from vlm_prune.eval.bench import counts as counting
 from vlm_prune.eval.bench.calls import Call, calls
-from vlm_prune.eval.bench.clock import LiveBytes, Times, interleaved, moved_bytes, spent_in
+from vlm_prune.eval.bench.clock import LiveBytes, Times, interleaved, moved_bytes, shortest, spent_in
 from vlm_prune.eval.bench.counts import Counts, Operations, counts
 from vlm_prune.eval.bench.report import regressions
 from vlm_prune.eval.bench.speed import speed
@@ -158,6 +161,32 @@ def test_operations_and_reads_are_counted_and_views_are_not():
     assert counts(lambda: x + x, "cpu") == Counts(1, 0)
 
 
+def test_a_gpu_is_read_off_the_profiler(monkeypatch):
+    """Its work is the sum of what ran there; launches and waits are the host's, the wait for its end apart."""
+
+    def event(name, where, begin=0, end=0):
+        span = SimpleNamespace(elapsed_us=lambda: end - begin)
+        return SimpleNamespace(name=name, device_type=where, time_range=span)
+
+    host, gpu = counting.DeviceType.CPU, counting.DeviceType.CUDA
+    names = [
+        "cudaLaunchKernel",
+        "cudaLaunchKernelExC",
+        "cuLaunchKernelEx",
+        "cudaGraphLaunch",
+        "cudaMemcpyAsync",
+    ]
+    names += ["cudaStreamSynchronize", "cudaDeviceSynchronize"]
+    seen = [event(name, host, 0, 900) for name in names]
+    seen += [event("a_kernel", gpu, 100, 600), event("Memcpy DtoH", gpu, 1000, 2500)]
+    monkeypatch.setattr(
+        counting, "profile", lambda activities: nullcontext(SimpleNamespace(events=lambda: seen))
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    x = torch.ones(3)
+    assert counts(lambda: x + x, "cuda") == Counts(1, 0, device_ms=2.0, launches=4, waits=1)
+
+
 def made_row(subject_row, policy, batch, **parts):
     call = {name: parts.pop(name) for name in ("wall_over_dense", "peak_over_oracle") if name in parts}
     counted = Counts(100, 0, 1.0, 100, parts.pop("waits", 5))
@@ -177,13 +206,13 @@ def test_a_gpu_is_held_to_what_makes_sense_there():
         made_row(row, "uniform", 16, prefill_over_oracle=1.02, peak_over_oracle=1.0, decode_over_dense=1.0),
         made_row(row, "flowcut", 16, prefill_over_oracle=1.0, peak_over_oracle=1.06, decode_over_dense=1.0),
     ]
-    found = list(bounds.gpu_bounds(rows))
+    found = list(bounds.gpu_bounds(rows, [row.call for row in rows]))
     assert sorted(bound.name for bound in found if not bound.kept) == [
         "decode step, flowcut at 9, batch 1",
-        "peak memory, flowcut at 9, batch 16",
+        "peak memory, flowcut, batch 16",
         "prefill, uniform at 9, batch 16",
-        "waits, divprune at 9, batch 1",
-        "whole call, uniform at 9, batch 1",
+        "waits, divprune, batch 1",
+        "whole call, uniform, batch 1",
     ]
     assert not [b for b in found if b.name.startswith(("scoring", "selection", "growth", "FlowCut"))]
 
@@ -212,6 +241,13 @@ def test_ratios_are_taken_round_by_round():
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: 3.0}, rounds=2, warm=1)
     assert times["b"].rounds == [3.0, 3.0]
     assert len(order) == 3
+
+
+def test_the_shortest_of_a_turn_counts():
+    spent = iter([3.0, 1.0, 2.0, 5.0])
+    turn = shortest(lambda: next(spent), 3)
+    assert turn() == 1.0
+    assert next(spent) == 5.0
 
 
 def test_time_in_methods_is_counted_and_they_come_back():
@@ -264,6 +300,7 @@ def test_moved_bytes_are_those_that_operations_take_and_return():
         (["--policy", "dyvte"], "gates"),
         (["--tokens", "99"], "36"),
         (["--tokens", "0"], "tokens"),
+        (["--calls", "--require"], "the bounds of a CPU are on the parts: leave out --calls"),
         (["--batch", "1,x"], "'1,x': whole numbers from 1 on, separated by commas"),
         (["--batch", "0"], "'0': whole numbers from 1 on"),
         (["--answer", "0"], "0: 1 or more is needed"),

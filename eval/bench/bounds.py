@@ -60,15 +60,7 @@ def quietly(run: Callable[..., Any], *args: Any) -> None:
 
 @torch.no_grad()
 def bounds(subject: Subject, rows: list[Row], rounds: int) -> Iterator[Bound]:
-    """Measure those of the device that the model is on; ``rows`` are those of `speed.speed`.
-
-    A CPU computes for most of a call, so there a policy's own work is compared with arithmetic. A GPU waits for the
-    host at small batches and computes at large ones: see `gpu_bounds`.
-    """
-    if subject.model.device.type == "cuda":
-        yield from gpu_bounds(rows)
-        yield import_time()
-        return
+    """Measure those of a CPU, which computes for most of a call; ``rows`` are those of `speed.speed`."""
     for row in rows:
         if row.prefill_over_oracle is not None and row.decode_over_oracle is not None:
             at = f"{row.policy} at {row.tokens}"
@@ -87,27 +79,31 @@ def bounds(subject: Subject, rows: list[Row], rounds: int) -> Iterator[Bound]:
     yield from growth(rounds)
 
 
-def gpu_bounds(rows: Sequence[Row]) -> Iterator[Bound]:
+def gpu_bounds(rows: Sequence[Row], calls: Sequence[Call]) -> Iterator[Bound]:
     """What a GPU has to keep: one prompt takes the host little more than stock, a large batch the GPU hardly more than
     the oracle.
 
-    Rows of one prompt need one of the stock model beside them, and rows of a batch between 1 and `BUSY` are not held to
-    anything: there neither the host nor the arithmetic decides.
+    A policy's own work compared with arithmetic says nothing there: at one prompt the GPU waits for the host. Batches
+    between 1 and `BUSY` are held to nothing but decoding, since neither the host nor arithmetic decides. ``calls`` have
+    the stock model's among them.
     """
-    dense = {row.batch: row.call.counts for row in rows if row.policy == "dense"}
-    for row in rows:
-        at, waits = f"{row.policy} at {row.tokens}, batch {row.batch}", row.call.counts.waits
-        if row.prefill_over_oracle is None or row.decode_over_oracle is None:  # the stock model
+    stock = {call.batch: call.counts.waits or 0 for call in calls if call.policy == "dense"}
+    for call in calls:
+        at, waits = f"{call.policy}, batch {call.batch}", call.counts.waits or 0
+        if call.policy == "dense":
             continue
-        yield Bound(f"decode step, {at}", row.decode_over_dense, 1.01, "stock")
-        if row.batch == 1:
-            limit = CALL_OVER_STOCK.get(row.policy, 1.02)
-            yield Bound(f"whole call, {at}", row.call.wall_over_dense, limit, "stock")
-            more = (waits or 0) - (dense[1].waits or 0)
-            yield Bound(f"waits, {at}", more, MORE_WAITS.get(row.policy, 0), "stock")
-        elif row.batch >= BUSY:
-            yield Bound(f"prefill, {at}", row.prefill_over_oracle, 1.01, "oracle")
-            yield Bound(f"peak memory, {at}", row.call.peak_over_oracle, 1.05, "oracle")
+        if call.batch == 1:
+            limit = CALL_OVER_STOCK.get(call.policy, 1.02)
+            yield Bound(f"whole call, {at}", call.wall_over_dense, limit, "stock")
+            yield Bound(f"waits, {at}", waits - stock[1], MORE_WAITS.get(call.policy, 0), "stock")
+        elif call.batch >= BUSY:
+            yield Bound(f"peak memory, {at}", call.peak_over_oracle, 1.05, "oracle")
+    for row in rows:
+        at = f"{row.policy} at {row.tokens}, batch {row.batch}"
+        if row.prefill_over_oracle is not None:
+            yield Bound(f"decode step, {at}", row.decode_over_dense, 1.01, "stock")
+            if row.batch >= BUSY:
+                yield Bound(f"prefill, {at}", row.prefill_over_oracle, 1.01, "oracle")
 
 
 def host_bounds(calls: Sequence[Call]) -> Iterator[Bound]:

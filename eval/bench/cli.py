@@ -15,7 +15,7 @@ from rich.console import Console
 
 from vlm_prune import __version__
 from vlm_prune.cli import plain_errors
-from vlm_prune.eval.bench.bounds import Bound, bounds, host_bounds
+from vlm_prune.eval.bench.bounds import Bound, bounds, gpu_bounds, host_bounds, import_time
 from vlm_prune.eval.bench.calls import EVERYDAY, Call, calls
 from vlm_prune.eval.bench.presets import PRESETS, TEXT_TOKENS
 from vlm_prune.eval.bench.report import bounds_table, calls_table, plot, regressions, table
@@ -88,6 +88,11 @@ def bench(
     _check_device(device)
     batches = _batches(batch)
     only_calls = preset == "host" if whole is None else whole
+    on_gpu = torch.device(device).type == "cuda"
+    if require and only_calls and preset != "host" and not on_gpu:
+        raise typer.BadParameter(
+            "the bounds of a CPU are on the parts: leave out --calls", param_hint="--require"
+        )
     asked = policy or (EVERYDAY if only_calls else ["uniform", "flowcut"])
     with plain_errors():
         for name in asked:
@@ -126,7 +131,10 @@ def bench(
     whole_calls = [row.call if isinstance(row, Row) else row for row in found]
     held: list[Bound] = []
     if require:
-        held = list(bounds(subject, rows, rounds) if rows else host_bounds(whole_calls))
+        if on_gpu:
+            held = [*gpu_bounds(rows, whole_calls), import_time()]
+        else:
+            held = list(host_bounds(whole_calls) if preset == "host" else bounds(subject, rows, rounds))
     result = {
         "title": title,
         "versions": {

@@ -34,7 +34,8 @@ from vlm_prune.eval.bench.speed import answering
 from vlm_prune.eval.bench.subject import Subject
 
 FOLDER = Path("docs/gpu")
-MINUTES = 7.0
+MINUTES = 6.5
+"""For all sections; one that has begun a batch ends it."""
 SAME = 2e-3
 """How far a logit on the GPU may be from that on the CPU, in fp32 without TF32."""
 NEW = 4
@@ -250,8 +251,12 @@ def kernels(machine: Machine, section: Section) -> Iterator[Row]:
             if machine.left < 0:
                 section.left_out.append(f"{case.op} at {shape.name} and what follows, for want of time")
                 return
-            plain = median_ms(partial(getattr(reference, case.op), *case.args), machine)
-            ours = None if machine.dry else median_ms(case.launch, machine)
+            try:
+                plain = median_ms(partial(getattr(reference, case.op), *case.args), machine)
+                ours = None if machine.dry else median_ms(case.launch, machine)
+            except Exception as error:  # the next kernel may well work
+                section.failed.append(f"{case.op} at {shape.name}: {_first_line(error)}")
+                continue
             speed = case.least / (plain if ours is None else ours) / 1e9
             yield {"op": case.op, "shape": shape.name, **_kernel_columns(ours, plain, speed, speed / copied)}
 
@@ -275,7 +280,7 @@ def built(device: str) -> tuple[Subject, int]:
 
 
 PLAN: dict[int, tuple[int, Sequence[str]]] = {
-    1: (9, EVERYDAY),
+    1: (7, EVERYDAY),
     16: (5, EVERYDAY),
     128: (2, ("uniform", "flowcut")),
 }
@@ -310,7 +315,6 @@ def whole_calls(
                     return
         except torch.OutOfMemoryError:
             section.left_out.append(f"batch {batch}: it does not fit into the memory of this card")
-            torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -331,7 +335,6 @@ def answers(machine: Machine, section: Section, batches: Sequence[int], new: int
             times = interleaved(runs, 2)
         except torch.OutOfMemoryError:
             section.left_out.append(f"batch {batch}: it does not fit into the memory of this card")
-            torch.cuda.empty_cache()
             continue
         for policy, spent in times.items():
             yield {
@@ -353,10 +356,10 @@ def sections(dry: bool) -> list[tuple[str, Measure, float]]:
     plan = {1: (1, ("uniform", "flowcut")), 2: (1, ("uniform",))} if dry else PLAN
     batches, new = ((1, 2), 2) if dry else (tuple(PLAN), 34)
     return [
-        ("CUDA tests", tests, 0.2),
-        ("Against the CPU", correctness, 0.25),
+        ("CUDA tests", tests, 0.15),
+        ("Against the CPU", correctness, 0.2),
         ("Kernels", kernels, 0.05),
-        ("Whole calls", partial(whole_calls, plan=plan), 0.35),
+        ("Whole calls", partial(whole_calls, plan=plan), 0.45),
         ("Answers", partial(answers, batches=batches, new=new), 0.15),
     ]
 
