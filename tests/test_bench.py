@@ -166,9 +166,10 @@ def test_a_gpu_is_read_off_the_profiler(monkeypatch):
 
     def event(name, where, begin=0, end=0):
         span = SimpleNamespace(elapsed_us=lambda: end - begin)
-        return SimpleNamespace(name=name, device_type=where, time_range=span)
+        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=where), time_range=span)
 
-    host, gpu = counting.DeviceType.CPU, counting.DeviceType.CUDA
+    host, gpu = "CPU", "CUDA"  # as torch's enumeration of devices names them
+    assert {host, gpu} <= set(torch.autograd.DeviceType.__members__)
     names = [
         "cudaLaunchKernel",
         "cudaLaunchKernelExC",

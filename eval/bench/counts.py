@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -98,7 +97,7 @@ def counts(run: Callable[[], Any], device: str) -> Counts:
         run()
         torch.cuda.synchronize()
     events = watch.events() or ()
-    busy = sum(x.time_range.elapsed_us() for x in events if x.device_type == DeviceType.CUDA)
+    busy = sum(x.time_range.elapsed_us() for x in events if x.device_type.name == "CUDA")
     names = [x.name for x in events]
     return Counts(
         seen.started,

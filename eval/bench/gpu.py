@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -178,8 +178,8 @@ def correctness(machine: Machine, section: Section) -> Iterator[Row]:
     families = ["llava"] if machine.dry else [*FAMILIES, *ARRANGED, *PACKED]
     policies = ["uniform", "fastv"] if machine.dry else list(TABLE)
     for family in families:
-        model = make(family)
-        twin = copy.deepcopy(model).to(machine.device)
+        model: Any = make(family)
+        twin: Any = copy.deepcopy(model).to(machine.device)
         inputs = prompt(family, [(2, -1, 4), (1, -1, 2, -1, 3)]).inputs
         moved = {name: x.to(machine.device) for name, x in inputs.items()}
         row: Row = {
@@ -279,7 +279,9 @@ def built(device: str) -> tuple[Subject, int]:
     return Subject.of("llava-1.5-7b", 32, torch.bfloat16, device), 64
 
 
-PLAN: dict[int, tuple[int, Sequence[str]]] = {
+Plan = Mapping[int, tuple[int, Sequence[str]]]
+
+PLAN: Plan = {
     1: (7, EVERYDAY),
     16: (5, EVERYDAY),
     128: (2, ("uniform", "flowcut")),
@@ -287,9 +289,7 @@ PLAN: dict[int, tuple[int, Sequence[str]]] = {
 """Batch -> rounds and policies of the whole calls."""
 
 
-def whole_calls(
-    machine: Machine, section: Section, plan: dict[int, tuple[int, Sequence[str]]]
-) -> Iterator[Row]:
+def whole_calls(machine: Machine, section: Section, plan: Plan) -> Iterator[Row]:
     """Whole calls, tower to logits, over stock in the same rounds."""
     subject, tokens = built(machine.device)
     for batch, (rounds, policies) in plan.items():
@@ -353,7 +353,7 @@ Measure = Callable[[Machine, Section], Iterator[Row]]
 
 def sections(dry: bool) -> list[tuple[str, Measure, float]]:
     """Title, what measures it, and its share of the time; what an earlier one does not use falls to the next."""
-    plan = {1: (1, ("uniform", "flowcut")), 2: (1, ("uniform",))} if dry else PLAN
+    plan: Plan = {1: (1, ("uniform", "flowcut")), 2: (1, ("uniform",))} if dry else PLAN
     batches, new = ((1, 2), 2) if dry else (tuple(PLAN), 34)
     return [
         ("CUDA tests", tests, 0.15),

@@ -124,7 +124,8 @@ def _dense(subject: Subject, rounds: int, device: str, answer: int, call: Call) 
 
 
 def _pruned(subject: Subject, tokens: int, rounds: int, device: str, dense: Row, call: Call) -> Row:
-    policy, options = call.policy, {"tokens": tokens}
+    policy = call.policy
+    options: dict[str, Any] = {"tokens": tokens}
     shortened = subject.shortened(policy, options)
     rows = shortened["inputs_embeds"].shape[1]
     stock = subject.oracle_prefill(shortened)

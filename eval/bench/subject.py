@@ -109,11 +109,6 @@ class Subject:
         """The language model."""
         return find_anatomy(self.model).decoder
 
-    @property
-    def tower(self) -> Any:
-        """The vision tower."""
-        return find_anatomy(self.model).tower.module
-
     @cached_property
     def layers(self) -> int:
         """Decoder layers that were built."""
