@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..contract.anatomy import Anatomy, FeatureTower
+from ..errors import UnsupportedModelError
 
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
 """What is encoded -> the method of a stock model that does."""
@@ -50,11 +51,14 @@ def anatomy(model: Any) -> Anatomy:
 
     Raises:
         ValueError: it has none of the parts by which such a model is known.
+        UnsupportedModelError: its visual tokens are known to enter in another way.
     """
     if sentence := REFUSED.get(model.config.model_type):
-        raise ValueError(sentence)
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {sentence}")
     if model.config.is_encoder_decoder:
-        raise ValueError(f"it is an encoder-decoder, {CROSS}.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be pruned: it is an encoder-decoder, {CROSS}."
+        )
     base = find_base(model)
     decoder = find_decoder(model, base)
     kinds = [kind for kind, method in METHODS.items() if hasattr(base, method)]
@@ -72,6 +76,7 @@ def anatomy(model: Any) -> Anatomy:
         image_tokens=tuple(dict.fromkeys(int(tokens[kind]) for kind in known)),  # type: ignore[arg-type]
         tile="tile",
         mrope=hasattr(base, "get_rope_index"),
+        computes_on=True,
     )
 
 
@@ -94,8 +99,9 @@ def find_decoder(model: Any, base: Any) -> Any:
         inner = decoder.get_decoder()
         decoder = getattr(decoder, "model", decoder) if inner is decoder else inner
     if decoder is base:
-        raise ValueError(
-            "one module encodes its images and runs the decoder's layers, so no row can leave between the two."
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be pruned: one module encodes its images and runs the decoder's layers, so "
+            "no row can leave between the two."
         )
     layers = getattr(decoder, "layers", None)
     if (

@@ -1,17 +1,23 @@
-"""LLaVA-1.5 and VipLLaVA: a CLIP tower (SigLIP works too), one tile per image, and any Llama-like decoder."""
+"""LLaVA-1.5 and VipLLaVA: a CLIP tower (SigLIP works too), one tile per image, and any Llama-like decoder.
+
+With another tower, such as Pixtral's, only what leaves it is known.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..contract.anatomy import Anatomy
+from . import features
 from .clip_tower import CLS, clip_like_tower
 
 
 def anatomy(model: Any) -> Anatomy:
     """The parts of a ``LlavaForConditionalGeneration``."""
     vision, strategy = model.config.vision_config.model_type, model.config.vision_feature_select_strategy
-    if strategy != "full" and vision in CLS and not CLS[vision]:
+    if vision not in CLS:  # Pixtral's, say
+        return features.anatomy(model)
+    if strategy != "full" and not CLS[vision]:
         raise ValueError(
             f"llava with a {vision!r} tower and vision_feature_select_strategy={strategy!r}: the model would take the "
             'first patch for the CLS token that only a CLIP tower has. Set it to "full".'

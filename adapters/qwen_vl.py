@@ -49,4 +49,5 @@ def anatomy(model: Any) -> Anatomy:
         image_tokens=tuple(dict.fromkeys(tokens)),
         tile="image",
         mrope=hasattr(base, "get_rope_index"),
+        computes_on=hasattr(base, "projector"),
     )

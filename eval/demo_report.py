@@ -56,7 +56,7 @@ def demo(settings: DemoSettings, folder: Path, console: Console) -> list[Row]:
     """
     kept_run = folder / "run"
     if (kept_run / "results.json").exists():
-        shutil.rmtree(kept_run)  # of an earlier demo; this one shall measure, not remember
+        shutil.rmtree(kept_run)  # of an earlier demo; this one must measure, not remember
     run = Run(settings.config(kept_run), Processes())
     watch(run, console)
     if run.failed:

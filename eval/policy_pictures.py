@@ -112,7 +112,7 @@ def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any
 
 
 def cuts(tile: viz.Pixels, receipt: Receipt) -> list[Drawing]:
-    """What entered the decoder, and what was left behind the first and the last cut in it."""
+    """What entered the decoder, and what was left after the first and the last cut in it."""
     alive = [units[0] for units in receipt.decoder_units]
     stages = [(f"{len(alive[0])} of {receipt.units} enter", alive[0])]
     for layer, (before, behind) in enumerate(pairwise(alive)):

@@ -103,7 +103,7 @@ def inspect(
         logging.disable_progress_bar()
         picture = load_image(image)
         settings = settings or own_settings(policy, model)
-        make_policies(policy, settings)  # a wrong name or setting shall not wait for the weights
+        make_policies(policy, settings)  # a wrong name or setting must not wait for the weights
         budget = {"tokens": tokens, "ratio": ratio, "per": per}
         options = settings | {name: value for name, value in budget.items() if value is not None}
         opened, processor = open_model(model)

@@ -120,7 +120,7 @@ class Scene:
 
 
 def with_article(words: str) -> str:
-    """`words` behind the indefinite article it takes: "a star", "an arrow"."""
+    """`words` after the indefinite article it takes: "a star", "an arrow"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 

@@ -23,7 +23,7 @@ from .settings import check_choice, check_number
 RELEASED_UNITS = 576
 """Visual tokens of an image in the released code, which never prunes to a budget of this size or above."""
 RELEASED_ERANK = 90.0
-"""Mean effective rank of LLaVA-1.5's training images behind the projector (CLIP-L/336, 24 x 24 tokens)."""
+"""Mean effective rank of LLaVA-1.5's training images after the projector (CLIP-L/336, 24 x 24 tokens)."""
 
 
 def effective_rank(features: torch.Tensor, exact: bool = True) -> torch.Tensor:
@@ -125,7 +125,7 @@ def pick(order: torch.Tensor, distance: torch.Tensor, tau: torch.Tensor, keep: i
 
 @dataclass(frozen=True)
 class AgilePruner(Policy):
-    """AgilePruner, behind the projector (encode stage). The budget holds for each tile by itself.
+    """AgilePruner, after the projector (encode stage). The budget holds for each tile by itself.
 
     Scores are the CLS attention of the feature layer; effective rank and cosine distances are those of projected
     features. The default mode differs from the released code in these points:

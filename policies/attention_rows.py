@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..contract.views import LogitEdit, ModulateView
 
 BLOCK = 256
-"""Rows to recompute at a time, so that a long question behind the image stays affordable."""
+"""Rows to recompute at a time, so that a long question after the image stays affordable."""
 
 
 def row_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Identity(SelectPolicy):
 
 @dataclass(frozen=True)
 class Random(ScorerPolicy):
-    """Keeps tokens drawn by lot behind the tower (encode stage).
+    """Keeps tokens drawn by lot after the tower (encode stage).
 
     Attributes:
         seed: changes the draw. The same image always draws the same tokens, whatever else is in the batch.
@@ -84,7 +84,7 @@ class Random(ScorerPolicy):
 
 @dataclass(frozen=True)
 class Uniform(SelectPolicy):
-    """Keeps tokens on an even two-dimensional grid behind the tower (encode stage)."""
+    """Keeps tokens on an even two-dimensional grid after the tower (encode stage)."""
 
     name: ClassVar[str] = "uniform"
     place: ClassVar[Place] = "features"

@@ -123,7 +123,7 @@ class DART(Policy):
     Attributes:
         k: decoder layers that see all visual tokens; the cut follows the last of them.
         image_pivots: visual tokens that are pivots, and kept.
-        text_pivots: tokens behind the image that are pivots.
+        text_pivots: tokens after the image that are pivots.
         compat: ``"official"`` reproduces the released code for one sequence: order of a set, cosines in the model's
             dtype, and ``budget // pivots`` tokens for each pivot beside the image pivots, which may be a few more or
             less than the budget. Waits for the device to learn the row numbers.

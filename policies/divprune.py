@@ -41,7 +41,7 @@ def max_min_diverse(distance: torch.Tensor, keep: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DivPrune(SelectPolicy):
-    """DivPrune, behind the projector (encode stage), by cosine distance. The budget holds for each tile by itself.
+    """DivPrune, after the projector (encode stage), by cosine distance. The budget holds for each tile by itself.
 
     It differs from the released code in two points: distances are fp32 or better whatever the model's dtype; and a
     token is never taken twice. The released code can do so where only duplicates of taken tokens are left, and then

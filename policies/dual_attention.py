@@ -40,7 +40,7 @@ def dual_attention_filter(
 
 
 def scaled_layers(depth: int) -> list[int]:
-    """The released cuts, behind layers 2, 6, 10 and 14 of 32, at the same relative depth of another decoder."""
+    """The released cuts, after layers 2, 6, 10 and 14 of 32, at the same relative depth of another decoder."""
     return sorted({layer for k in (2, 6, 10, 14) if (layer := int(k * depth / 32 + 0.5)) < depth})
 
 

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 class DyVTE(Policy):
     """DyVTE, inside the decoder (prefill stage).
 
-    Behind each layer of the prefill a trained gate looks at the text after the image; where it says so, the sequence
+    After each layer of the prefill a trained gate looks at the text after the image; where it says so, the sequence
     goes on without its visual tokens. The cache of the layers before keeps them. There is no budget: how much is saved
     is the gates' choice, and of ``ratio=`` and ``tokens=`` only "all" is heeded.
 
     The default mode differs from the released code as follows. Visual and text rows are known by themselves, not by
     fixed places (35 and 576). Each sequence of a batch decides for itself, whatever its batch mates do. A single text
-    row stands for its own mean. The gate behind the last layer, where nothing is left to save, is not asked. Random
+    row stands for its own mean. The gate after the last layer, where nothing is left to save, is not asked. Random
     gates are refused: the authors ship none, and with random ones most models leave at layer 0. New tokens of a
     sequence that left at layer e see the image in the layers up to e only; long captions depend on that.
 
     Attributes:
         gates: trained gates, or the safetensors file that holds them.
-        exit_layer: leave behind this layer (0-based) without asking any gate.
-        min_exit_layer: first layer (0-based) behind which gates are asked.
+        exit_layer: leave after this layer (0-based) without asking any gate.
+        min_exit_layer: first layer (0-based) after which gates are asked.
         margin: by how much "leave" must beat "go on"; 0 in the paper.
         compat: ``"official"`` asks all layers, lets the first sequence decide for the batch, and never leaves a prompt
             with one text row.
@@ -67,7 +67,7 @@ class DyVTE(Policy):
             )
             raise ValueError(
                 f"{given} given. DyVTE's authors ship no trained gates: train some with `vlm-prune train-exit` and "
-                "pass gates=their file, or pass exit_layer=k to leave behind layer k always."
+                "pass gates=their file, or pass exit_layer=k to leave after layer k always."
             )
         if self.gates is not None and self.trained.trained_steps == 0:
             raise ValueError(
@@ -97,7 +97,7 @@ class DyVTE(Policy):
     def left(
         self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
     ) -> int | None:
-        """Zero behind a fixed exit; gates decide by what they see."""
+        """Zero after a fixed exit; gates decide by what they see."""
         if self.exit_layer is None:
             return None
         return entered if target >= entered and self.compat is None else 0

@@ -56,7 +56,7 @@ def exit_labels(
 
     Args:
         full: logits ``(batch, answer, vocabulary)`` at the rows that predict the answer.
-        masked: the same with visual tokens out of sight behind the layer in question.
+        masked: the same with visual tokens out of sight after the layer in question.
         targets: the answer's ids ``(batch, answer)``; negative ones fill up shorter answers.
         first_id: smallest id that counts. The released code overlooks id 0: give 1 to follow it.
 
@@ -114,7 +114,7 @@ class ExitGates(nn.Module):
             nn.init.xavier_uniform_(parameter)
 
     def forward(self, layer: int, features: torch.Tensor) -> torch.Tensor:
-        """`gate_logits` of the gate behind ``layer`` (0-based), computed in the features' dtype."""
+        """`gate_logits` of the gate after ``layer`` (0-based), computed in the features' dtype."""
         return gate_logits(features, list(self.gates[layer].parameters()))
 
     def check_fits(self, depth: int | None = None, channels: int | None = None) -> None:

@@ -181,7 +181,7 @@ class FlowCut(Policy):
 
 
 LAYER = 1
-"""0-based decoder layer behind which tokens are dropped."""
+"""0-based decoder layer after which tokens are dropped."""
 
 
 def relevance_score(view: AttentionView, visual: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -230,9 +230,9 @@ class FlowCutDecoder(Policy):
 class FlowCutQwen(FlowCut):
     """FlowCut on Qwen2-VL as released (encode and prefill stage).
 
-    Twice the wanted tokens leave the tower, in which single patches are dropped, the last time behind its last block.
+    Twice the wanted tokens leave the tower, in which single patches are dropped, the last time after its last block.
     The merger then makes one token of every four of them, whichever these are, and the tokens take the first places of
-    the image. Half of them are dropped in the decoder, behind its second layer: with ``tokens=5`` ten enter it, which
+    the image. Half of them are dropped in the decoder, after its second layer: with ``tokens=5`` ten enter it, which
     `Receipt.kept` lists, and five are left from its third layer on. The released code takes one image a prompt; here
     each image is treated as if it were alone.
     """

@@ -155,7 +155,7 @@ def choose_as_released(
 
 @dataclass(frozen=True)
 class HoloV(Policy):
-    """HoloV, behind the projector (encode stage). The budget holds for each tile by itself.
+    """HoloV, after the projector (encode stage). The budget holds for each tile by itself.
 
     The released score of a run contains the variance of its tokens' similarities, but divided by its own mean over the
     run: it scales all runs alike and decides nothing, and inside a run attention alone does. So what is released, and

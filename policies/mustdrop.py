@@ -35,8 +35,8 @@ class MustDrop(Policy):
     """MustDrop, in the tower, inside the decoder, and in its cache (encode, prefill and decode stage).
 
     Encode: after the first vision layer, windows of alike patches become one token each; the tokens that CLS attends
-    to most in the layer behind the consumed one form the *key set*, which survives everything. Prefill: after four
-    decoder layers, tokens that the text behind the image hardly attends to are dropped. Decode: tokens dropped in
+    to most in the layer after the consumed one form the *key set*, which survives everything. Prefill: after four
+    decoder layers, tokens that the text after the image hardly attends to are dropped. Decode: tokens dropped in
     prefill leave the cache of the layers that had seen them.
 
     The default mode differs from the released code as follows. A wanted number of tokens is reached exactly, in four
@@ -47,7 +47,7 @@ class MustDrop(Policy):
     Each sequence of a batch is filtered by its own text, padding has no vote, and a prompt that ends with the image is
     judged by its last row. The layers scale with the decoder's depth. Positions are original ones.
 
-    Where a pixel shuffle follows the tower, tokens are compared and merged behind it, in ``unit_window`` windows,
+    Where a pixel shuffle follows the tower, tokens are compared and merged after it, in ``unit_window`` windows,
     and the key set is chosen among whole units; the paper has no such model. Without CLS the mean query stands in.
 
     Attributes:
@@ -100,7 +100,7 @@ class MustDrop(Policy):
     # --- encode ---
 
     def tower_layers(self, feature_layer: int) -> list[int]:
-        """The first layer merges; the layer behind the consumed one, or else that one itself, gives the key set."""
+        """The first layer merges; the layer after the consumed one, or else that one itself, gives the key set."""
         return sorted({0, feature_layer, feature_layer + 1})
 
     def encode(self, view: TowerView) -> Keep | None:

@@ -83,7 +83,7 @@ class Paint(Policy):
 
     The published setting (``local_ratio=0.25, alpha=0.7, beta=0.4``) makes LLaVA-1.5 loop: 64 % of the words in the
     authors' own caption files are repetitions, against 38 % at ``alpha=0.5`` or ``local_ratio=0.1``, so the default is
-    milder on both. It presupposes that most visual tokens are neither kind: behind a pruner that keeps what CLS attends
+    milder on both. It presupposes that most visual tokens are neither kind: after a pruner that keeps what CLS attends
     to, choose a smaller ``alpha`` still.
 
     Each image is judged by its own attention, where the released code gives a batch the tokens of its first image.
@@ -151,7 +151,7 @@ class Paint(Policy):
         return range(first, end)
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
-        """Recompute the rows that predict new tokens: the last one of a prompt, every one behind it."""
+        """Recompute the rows that predict new tokens: the last one of a prompt, every one after it."""
         brings = view.brings if view.prefill and view.key.shape[2] > view.query.shape[2] else None
         if LOCAL not in view.carry or (view.prefill and not self.boost_prefill and brings is None):
             return None
@@ -161,7 +161,7 @@ class Paint(Policy):
         lifted = (gain != 0).any(-1)[:, None, None]
         # rows of a later call are tokens that were or may be generated: several when drafts are verified together
         chosen = final_row(view) if view.prefill else all_rows(view)
-        # behind an earlier turn, a sequence without a new image is in such a later call
+        # after an earlier turn, a sequence without a new image is in such a later call
         if brings is not None:
             chosen = torch.where(brings[:, None], chosen, all_rows(view))
 

@@ -98,5 +98,5 @@ class Downsample(Policy):
     default_ratio: ClassVar[float] = 0.25
 
     def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int]:
-        """The grid of units that the tower shall see instead of ``grid``."""
+        """The grid of units that the tower is to see instead of ``grid``."""
         return smaller_grid(grid, target)

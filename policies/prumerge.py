@@ -2,7 +2,7 @@
 arXiv 2403.15388).
 
 Follows ``token_prune_merge_advanced`` and ``token_prune_merge_advanced_plus`` of the released
-``llava/model/multimodal_encoder/clip_encoder.py``. Queries and keys are those of the layer behind the consumed one, all
+``llava/model/multimodal_encoder/clip_encoder.py``. Queries and keys are those of the layer after the consumed one, all
 heads side by side. What a tile's tokens become is written down as an *order* of them, kept ones first, then the rest.
 """
 
@@ -21,7 +21,7 @@ from .settings import check_choice
 NEIGHBOURS = 32
 """Tokens that are added to each kept one."""
 SCORE, ORDER, KEPT, NEAR = "cls_attention", "prumerge_order", "prumerge_kept", "prumerge_near"
-"""Names under which the tower's layer leaves what is merged behind it: scores, order, number kept, and neighbours."""
+"""Names under which the tower's layer leaves what is merged after it: scores, order, number kept, and neighbours."""
 
 
 def across_heads(view: AttentionView, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +167,7 @@ class PruMerge(Policy):
       released order is by falling attention, then the grid, then the extra one.
     - Scores and similarities are fp32 or better. Budgets of all tokens merge nothing.
 
-    The released code reads CLIP-L's last layer, which is the one behind the consumed layer; here it is that one, or the
+    The released code reads CLIP-L's last layer, which is the one after the consumed layer; here it is that one, or the
     consumed one where none follows. Without CLS the mean query takes its place; where a pixel shuffle merges patches, a
     unit's score and key are sums over its patches.
 
@@ -193,7 +193,7 @@ class PruMerge(Policy):
         check_choice(self, plus=(False, True), adaptive=(False, True), compat=(None, "official"))
 
     def tower_layers(self, feature_layer: int) -> tuple[int, int]:
-        """The layer behind the consumed one, or else that one: its queries and keys decide."""
+        """The layer after the consumed one, or else that one: its queries and keys decide."""
         return feature_layer, feature_layer + 1
 
     def encode(self, view: TowerView) -> None:

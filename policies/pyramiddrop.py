@@ -34,7 +34,7 @@ def scaled_layers(depth: int) -> tuple[int, ...]:
     layers = tuple(sorted(layer for layer in found if 0 < layer < depth))
     if not layers:
         raise ValueError(
-            f"a decoder of depth {depth} has no layer behind another one: nothing can be dropped between"
+            f"a decoder of depth {depth} has no layer after another one: nothing can be dropped between"
         )
     return layers
 
@@ -113,7 +113,7 @@ class PyramidDrop(Policy):
             raise ValueError(f"layers={layers!r} and ratios={ratios!r}: give one ratio per layer")
 
     def prefill_layers(self, depth: int) -> list[int]:
-        """The layers behind which tokens are dropped: each the one before a layer of `layers`."""
+        """The layers after which tokens are dropped: each the one before a layer of `layers`."""
         layers = scaled_layers(depth) if self.layers is None else self.layers
         if layers[-1] >= depth:
             raise ValueError(f"layers={layers}: this decoder has the layers 0 to {depth - 1}")
@@ -151,7 +151,7 @@ class PyramidDrop(Policy):
         """Keep the tokens to which the last row will attend most in the next layer."""
         if view.next_attention is None:
             raise RuntimeError(
-                f"{self.name} reads the attention behind layer {view.layer}, which is not to be had"
+                f"{self.name} reads the attention after layer {view.layer}, which is not to be had"
             )
         dtype = view.hidden.dtype if self.compat == "official" else None
         paid = attention_of_row(view.next_attention(), last_row(view.valid, view.visual), dtype)

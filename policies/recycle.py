@@ -30,7 +30,7 @@ class Cells:
     def of(cls, grids: list[tuple[int, int]], side: float, device: torch.device | str = "cpu") -> Cells:
         """Cells of ``side`` x ``side`` tokens; ``side`` need not be whole.
 
-        ``grids`` are (rows, columns) of token grids that stand one behind the other and share no cells.
+        ``grids`` are (rows, columns) of token grids that stand one after another and share no cells.
         """
         numbers: list[int] = []
         count = 0

@@ -60,8 +60,8 @@ class SCOPE(Policy):
       code then keeps the first tokens of the tile.
 
     A second implementation in the released tree, on projected features inside the prompt, is not what is followed here.
-    Where a pixel shuffle merges patches, a unit's saliency is the sum over its patches and coverage is that of merged
-    features; without CLS the mean query takes its place. Where tiles are arranged to images before tokens are chosen,
+    Where a pixel shuffle merges patches, a unit's saliency is the sum over its patches, and coverage that of merged
+    features; without CLS the mean query takes its place. Where tiles are assembled into images before tokens are chosen,
     coverage is that of projected features. The paper has no such model.
 
     Attributes:

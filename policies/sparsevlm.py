@@ -134,7 +134,7 @@ def recycled_counts(dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class SparseVLM(Policy):
     """SparseVLM, inside the decoder (prefill stage); with `plus`, SparseVLM+.
 
-    Once a prompt, words behind the image that visual tokens resemble more than the average word become raters. After
+    Once a prompt, words after the image that visual tokens resemble more than the average word become raters. After
     three layers visual tokens are ranked by the attention of the raters. Of those dropped, the best three in ten are
     clustered, and one token for each cluster goes on; it competes with the others at the next cut. The budget goes by
     the names in the paper's tables: about that many tokens per layer on average, more in the first layers and fewer in
@@ -145,8 +145,8 @@ class SparseVLM(Policy):
 
     - Tables are scaled to any number of tokens, and interpolated between budgets; the layers scale with depth.
     - A cut whose count there already is drops nothing; the released code then merges one token with itself and moves it
-      behind the others.
-    - A merged token stands where its cluster's centre stood; the released code puts them behind all others.
+      after the others.
+    - A merged token stands where its cluster's centre stood; the released code puts them after all others.
     - Densities have no noise, which breaks ties by lot in the released code. Of equals the first one wins.
     - Each sequence of a batch is rated by its own words, padding has no vote, and several images compete. A prompt that
       ends with the image is rated by its last row; where all words are alike, all rate.
@@ -315,7 +315,7 @@ class SparseVLM(Policy):
     def _merged_last(
         self, hidden: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor, into: torch.Tensor
     ) -> torch.Tensor:
-        """``hidden`` with the kept rows in the first of the places that stay, and the merged ones behind them."""
+        """``hidden`` with the kept rows in the first of the places that stay, and the merged ones after them."""
         out = hidden.clone()
         for b in range(len(hidden)):
             merged = into[b][into[b] < hidden.shape[1]]

@@ -85,7 +85,7 @@ def redistribute(
 
 @dataclass(frozen=True)
 class VAR(Policy):
-    """VAR, on the attention probabilities of text rows behind the image (modulate stage).
+    """VAR, on the attention probabilities of text rows after the image (modulate stage).
 
     Sinks are tokens of the prompt whose hidden state, at the layer's input, is ``tau`` times its root mean square or
     more in one of a few fixed dimensions; they are found once and stay with the cache. Generated tokens are not tested.
@@ -162,7 +162,7 @@ class VAR(Policy):
         return range(first, end)
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
-        """Recompute the text rows behind the image, and overwrite selected heads."""
+        """Recompute the text rows after the image, and overwrite selected heads."""
         sinks = self._find_sinks(view)
         if sinks is None:
             return None

@@ -1,6 +1,6 @@
 """VFlowOpt: pruning by visual information flow, in three stages (Yang et al., ICCV 2025, arXiv 2508.05211).
 
-Importance is read off the attention of the tower's last layer (`importance`). Behind the projector the least important
+Importance is read off the attention of the tower's last layer (`importance`). After the projector the least important
 tokens are recycled, stage 1 (`recycle`); before two decoder layers more are dropped by the same map, stages 2 and 3.
 Follows the released ``llava_qwen_training_free.py`` and ``modeling_qwen2.py`` (``forward_illava``). `vlm_prune.tune`
 searches the settings that suit a model.
@@ -41,7 +41,7 @@ LEAST = 0.001
 
 @dataclass(frozen=True)
 class VFlowOpt(Policy):
-    """VFlowOpt, behind the projector and inside the decoder (encode and prefill stage).
+    """VFlowOpt, after the projector and inside the decoder (encode and prefill stage).
 
     The budget is the paper's: the share of visual tokens that a decoder layer computes, averaged over all layers. A
     little more than that enters the decoder, less leaves it. In stage 1 each tile is pruned by itself, in stages 2 and
@@ -206,7 +206,7 @@ class VFlowOpt(Policy):
         return int(count) + entered - known
 
     def _counts(self, entered: torch.Tensor, average: torch.Tensor, layer: int, depth: int) -> torch.Tensor:
-        """Tokens that go on behind ``layer``, of ``entered``, if the layers shall hold ``average`` of them."""
+        """Tokens that go on after ``layer``, of ``entered``, if the layers are to hold ``average`` of them."""
         cuts = self.cuts(depth)
         if self.counts == "entering" or (self.r_v is not None and self.r_2 is not None):
             counts = literal_counts(entered, self.r_1, self.r_2 or PUBLISHED[0.25]["r_2"])

@@ -29,7 +29,7 @@ def assign(attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextua
     Args:
         attention: ``(batch, units)``.
         keys: ``(batch, units, channels)``, of any length.
-        dominant, contextual: how many there shall be, together ``units`` at most.
+        dominant, contextual: how many are wanted, together ``units`` at most.
     """
     batch, units = attention.shape
     order = attention.argsort(dim=-1, descending=True, stable=True)
@@ -73,7 +73,7 @@ class VisionZip(Policy):
     """VisionZip, between tower and projector (encode stage). The budget holds for each tile by itself.
 
     It differs from the released code in these points: a contextual token stands where its target stood, in raster
-    order, not behind the dominant ones; scores and similarities are fp32 or better; ties go to the earlier token. The
+    order, not after the dominant ones; scores and similarities are fp32 or better; ties go to the earlier token. The
     released code counts a CLS token among the dominant ones; it is counted here, too, where the model hands it on
     (``vision_feature_select_strategy="full"``), and all tokens are patches where it does not.
 

@@ -31,7 +31,7 @@ def drop_alike(order: torch.Tensor, similar: Similarity, keep: int, stable: bool
     """The tokens left once all but ``keep`` are dropped: int64 ``(batch, keep)``, in the order of the last round.
 
     Each round drops `PER_ROUND` of the tokens at even places, those whose nearest token at an odd place is nearest;
-    the others at even places go to the front, by falling similarity, the odd ones behind them. So who meets whom in the
+    the others at even places go to the front, by falling similarity, the odd ones after them. So who meets whom in the
     next round depends on all rounds before. The number of rounds is known beforehand: nothing waits for the device.
 
     Args:
@@ -100,7 +100,7 @@ class VisPruner(Policy):
     The default mode differs from the released code in these points:
 
     - Any number of tokens may be left to a round. The released code stops with an error where it is odd, and where
-      half of it is less than what the round shall drop (budgets that leave fewer than eight diverse tokens).
+      half of it is less than what the round must drop (budgets that leave fewer than eight diverse tokens).
     - Scores and cosines are fp32 or better, and of equals the earlier token comes first. The released code works in the
       model's dtype, where many cosines are equal, and leaves their order to the device: in half precision about a third
       of its tokens are others than those of exact arithmetic.

@@ -80,6 +80,20 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_shared_expert_intermediate_size": 16,
         },
     ),
+    "inkling2": (
+        "inkling2_text",
+        {
+            **EXPERTS,
+            "tie_word_embeddings": False,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": WINDOW,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        },
+    ),
     "deepseek_v3": (
         "deepseek_v3",
         {
@@ -154,7 +168,7 @@ DECODERS = [
     for name, (model_type, _) in KINDS.items()
     if model_type in CONFIG_MAPPING and name not in INDEXED
 ]
-OTHERS = ("gemma3n", "llama4", "lfm3", "nemotron_h")
+OTHERS = ("gemma3n", "inkling2", "llama4", "lfm3", "nemotron_h")
 PLAIN = [d for d in DECODERS if (d if isinstance(d, str) else d.values[0]) not in OTHERS]
 """Those between whose layers any token may be dropped, of four layers like each other two by two."""
 
@@ -168,7 +182,7 @@ def _config(decoder: str) -> Any:
 
 def make(decoder: str) -> LlavaForConditionalGeneration:
     """A LLaVA with this decoder, as `tests.models.make` makes others."""
-    return peaky(_llava(_config(decoder)), "eager" if decoder == "hy_v4" else "sdpa")
+    return peaky(_llava(_config(decoder)), "eager" if decoder in ("hy_v4", "inkling2") else "sdpa")
 
 
 @cache

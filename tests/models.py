@@ -110,8 +110,8 @@ EVERY = [
     *FAMILIES,
     *(f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in (*ARRANGED, *PACKED)),
 ]
-"""All families: those with one tile per image or tiles of one grid, those that arrange tiles to images, and those that
-pack images of any size. The quick tests take one of each kind."""
+"""All families: those with one tile per image or tiles of one grid, those that assemble tiles into images, and those
+that pack images of any size. The quick tests take one of each kind."""
 
 
 @cache

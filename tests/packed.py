@@ -182,7 +182,7 @@ VIDEO_LAYOUTS: dict[str, list[tuple[Any, ...]]] = {
 
 
 def skip_unless_it_counts_on(model: nn.Module, family: str) -> None:
-    """Skip where stock code has two opinions on the position behind a prompt, as on Qwen2.5-VL in transformers 5.4.
+    """Skip where stock code has two opinions on the position after a prompt, as on Qwen2.5-VL in transformers 5.4.
 
     There the temporal position of an image is multiplied by the tokens of a second, so that it may be the highest of
     the prompt. ``generate`` counts on from the last one, and a forward that is given a cache from the highest.

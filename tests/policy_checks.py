@@ -65,7 +65,7 @@ def entered(batch, receipt):
 
 
 def assert_adds_up(model, batch, out, composition):
-    """The receipt against what the call left behind: the cache, and the rows of the logits."""
+    """The receipt against what the call left after: the cache, and the rows of the logits."""
     receipt, layers = model.pruning.receipt, cache_of(out).layers
     stored = [layer.keys.shape[2] for layer in layers]
     text = (batch.mask.bool() & (batch.ids != IMAGE)).sum(-1).tolist()

@@ -246,7 +246,7 @@ def _parts(model: nn.Module) -> tuple[list[nn.Module], tuple[int, ...], int]:
 
 
 def _tower(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Hidden states behind the consumed layers, side by side."""
+    """Hidden states after the consumed layers, side by side."""
     layers, consumed, _ = _parts(model)
     leaving: dict[int, torch.Tensor] = {}
     handles = [

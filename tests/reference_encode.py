@@ -235,7 +235,7 @@ def holov(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int],
 
 
 def prumerge(model: nn.Module, tile: torch.Tensor, target: int) -> tuple[list[int], torch.Tensor]:
-    """With default settings: the layer behind the consumed one decides, where there is one."""
+    """With default settings: the layer after the consumed one decides, where there is one."""
     layers, (consumed,), merge = reference._parts(model)
     layer, entering = layers[min(consumed + 1, len(layers) - 1)], []
     handle = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))

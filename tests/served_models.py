@@ -82,7 +82,7 @@ class ClipTower(nn.Module):
 
 
 class InternVL(nn.Module):
-    """An InternViT tower, the pixel shuffle behind it in the model's own code."""
+    """An InternViT tower, the pixel shuffle after it in the model's own code."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

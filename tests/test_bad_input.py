@@ -13,7 +13,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.models import _llava, _qwen2, clip_layers, make
+from tests.models import clip_layers, make
 from tests.refusal import refuses
 from vlm_prune import BudgetError, PolicyError, StateError, UnsupportedModelError, prune, pruned, unprune
 from vlm_prune.policies.flowcut import FlowCut
@@ -120,11 +120,6 @@ def siglip_llava():
     return model
 
 
-def sliding():
-    text = _qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    return _llava(text)
-
-
 def changed(family, **settings):
     model = make(family)
     for name, value in settings.items():
@@ -164,7 +159,6 @@ BAD_MODELS = {
         lambda: changed("internvl", vision_feature_select_strategy="full"),
         ["full", "default"],
     ),
-    "sliding windows": (lambda: sliding(), ["DynamicSlidingWindowLayer", "full attention in every layer"]),
     "compiled in place": (lambda: compiled(lambda m: m), ["compiled", "torch.compile(prune(model))"]),
     "compiled tower": (lambda: compiled(lambda m: m.model.vision_tower), ["model.vision_tower", "compiled"]),
     "compiled": (lambda: torch.compile(make("llava")), ["compiled", "torch.compile(prune(model))"]),

@@ -113,7 +113,7 @@ def test_a_static_cache_is_cut_where_only_the_decoder_drops(family):
 @cases
 @pytest.mark.parametrize("kind", CACHES)
 def test_it_can_be_reset(kind, policy, family, positions):
-    """Behind a pruned prompt comes one that needs all the room there was."""
+    """After a pruned prompt comes one that needs all the room there was."""
     model, batch = shared(family), prompt(family, LAYOUTS["several-images"])
     cache = CACHES[kind](model)
     long = prompt(family, [(ROOM - 8,), (ROOM - 9,)])

@@ -69,7 +69,7 @@ def test_host_and_device_round_a_share_alike(ratio):
 
 @torch.no_grad()
 def test_a_cut_that_the_device_counts_is_not_forgotten():
-    """MustDrop asks the device what it leaves; FastV, behind it, is planned on the host."""
+    """MustDrop asks the device what it leaves; FastV, after it, is planned on the host."""
     settings = {"mustdrop": {"layers": (0, 1), "merge_threshold": 1.0}, "fastv": {"k": 2}}
     model, batch = shared("llava"), prompt("llava", [(3, -1, 5), (2, -1, 1)])
     with pruned(model, "mustdrop+fastv", ratio=0.2, **settings):

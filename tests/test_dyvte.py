@@ -193,7 +193,7 @@ def test_gates_of_another_width_are_refused():
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_a_model_leaving_equals_taking_the_tokens_out(family):
-    """The stock model, with the image's columns masked in the layers behind the exit, gives the same logits."""
+    """The stock model, with the image's columns masked in the layers after the exit, gives the same logits."""
     model, batch = make(family), prompt(family, LAYOUTS["ragged"])
     anatomy = find_anatomy(model)
     visual = batch.ids == IMAGE
@@ -289,7 +289,7 @@ def test_observation_equals_a_pruned_model(family, attention):
             assert torch.equal(labels, seen[layer].labels)
             for name, x in numbers.items():
                 torch.testing.assert_close(seen[layer].numbers[name], x, atol=1e-4, rtol=1e-4)
-    assert seen[2].labels.all(), "behind the last layer nothing changes"
+    assert seen[2].labels.all(), "after the last layer nothing changes"
     assert seen[0].usable.all()
     hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
     text = prompt_text(inputs["input_ids"] == IMAGE, inputs["attention_mask"].bool(), batch["labels"])

@@ -32,7 +32,7 @@ def _no_grad():
 
 
 def second_turn(family, first, later):
-    """Two turns of a conversation, and a function that puts the second behind what was said in the first."""
+    """Two turns of a conversation, and a function that puts the second after what was said in the first."""
     batch, more = prompt(family, first), prompt(family, later, seed=5)
 
     def joined(sequences):

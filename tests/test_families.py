@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -27,9 +28,12 @@ def test_each_model_type_is_what_the_page_says(model_type):
     row, known = check(model_type).plain(), FOUND["rows"].get(model_type)
     assert row["outcome"] != "wrong", row["reason"]
     if known is not None and transformers.__version__ == FOUND["transformers"]:
-        if known["outcome"] == "not built":  # the sentences are stock code's
-            row["reason"] = known["reason"]
-        assert row == known
+        assert _without_words(row) == _without_words(known)
+
+
+def _without_words(row: dict[str, Any]) -> dict[str, Any]:
+    """Sentences may be put better; what is refused may not change unseen."""
+    return {**row, "reason": bool(row.get("reason")), "policies": set(row.get("policies", ()))}
 
 
 def test_the_page_is_made_from_the_rows():
@@ -39,8 +43,7 @@ def test_the_page_is_made_from_the_rows():
 def test_no_row_is_wrong_and_most_work():
     outcomes = [row["outcome"] for row in FOUND["rows"].values()]
     assert "wrong" not in outcomes
-    built = len(outcomes) - outcomes.count("not built")
-    assert outcomes.count("works") >= 0.8 * built
+    assert outcomes.count("works") >= 67, "fewer than there were"
 
 
 def test_every_refusal_has_its_sentence():

@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vlm_prune import BudgetError, UnsupportedCallError, prune, pruned, unprune
-from vlm_prune.sites import _key_mask
 from vlm_prune.versions import CACHE, CHUNKS_BRING_IMAGES, cache_of
 
 from .models import LAYOUTS, make, prompt
@@ -64,8 +63,14 @@ def test_only_a_pruned_model_goes_on_with_a_pruned_cache(policy):
         want = model(input_ids=text, **{CACHE: copy.deepcopy(cache)}).logits
         with pytest.raises(UnsupportedCallError, match="not pruned, or not any more"):
             stock(input_ids=text, **{CACHE: copy.deepcopy(cache)})
-        with pruned(stock, "divprune"):
-            assert torch.equal(stock(input_ids=text, **{CACHE: cache}).logits, want)
+        with pruned(stock, policy, **options(policy)):
+            assert torch.equal(stock(input_ids=text, **{CACHE: copy.deepcopy(cache)}).logits, want)
+        with pruned(stock, "divprune"):  # which has no hooks on single layers
+            if policy == "uniform":
+                assert torch.equal(stock(input_ids=text, **{CACHE: cache}).logits, want)
+            else:
+                with pytest.raises(UnsupportedCallError, match="each decoder layer holds other tokens"):
+                    stock(input_ids=text, **{CACHE: cache})
 
 
 @pytest.mark.skipif(not CHUNKS_BRING_IMAGES, reason="this version of transformers takes images out of chunks")
@@ -113,7 +118,7 @@ def test_a_prompt_cut_off_inside_an_image(family, policy):
 def test_a_prompt_of_which_nothing_would_be_left(policy, layout):
     model, batch = make("llava"), prompt("llava", layout)
     with torch.no_grad(), pruned(model, policy, exit_layer=1):
-        with pytest.raises(UnsupportedCallError, match=r"nothing is left behind decoder layer 1.*dyvte"):
+        with pytest.raises(UnsupportedCallError, match=r"nothing is left after decoder layer 1.*dyvte"):
             model(**batch.inputs)
         assert not model(**prompt("llava", [(3, -1, 5)]).inputs).logits.isnan().any()
 
@@ -146,9 +151,18 @@ def test_loss_of_labels_that_a_trainer_counted(policy, mode):
     assert output.loss.dtype == want.dtype
 
 
-def test_key_masks_of_flex_attention_are_added_to_scores():
-    live, query = torch.tensor([[1, 0, 1]]).bool(), torch.zeros(1, 2, 3, 4)
-    mask = _key_mask(live, query, "flex_attention")
-    assert mask.shape == (1, 1, 3, 3)
-    assert torch.equal(mask == 0, live[:, None, None].expand(-1, -1, 3, -1))
-    assert (mask[..., 1] < -1e30).all()
+def test_a_tower_on_flex_attention_is_refused_before_it_computes():
+    model, batch = make("llava"), prompt("llava", LAYOUTS["single"])
+    computed = []
+    with torch.no_grad(), pruned(model, "flowcut", ratio=0.3):
+        want = model(**batch.inputs).logits
+        handle = model.model.vision_tower.get_input_embeddings().register_forward_hook(
+            lambda *_: computed.append(1)
+        )
+        model.set_attn_implementation({"vision_config": "flex_attention"})
+        with pytest.raises(UnsupportedCallError, match=r'flex attention.*"vision_config": "sdpa"'):
+            model(**batch.inputs)
+        handle.remove()
+        assert not computed
+        model.set_attn_implementation({"vision_config": "sdpa"})
+        assert torch.equal(model(**batch.inputs).logits, want)

@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from vlm_prune import PruningError, prune, pruned, unprune
 from vlm_prune.adapters.features import tile_sizes
 from vlm_prune.encode.features import FeatureEncoder
 from vlm_prune.errors import UnsupportedCallError, UnsupportedModelError
 from vlm_prune.eval.census.prompts import KINDS, prompt
-from vlm_prune.eval.census.shrink import IMAGE, PAD, tiny_model
+from vlm_prune.eval.census.shrink import IMAGE, PAD, PATCH, SIDE, tiny_model
 
-FAMILIES = ["mistral3", "gemma3", "ovis2", "hunyuan_vl", "deepseek_vl"]
-"""Pixtral's tower, an outside mask with sliding windows, soft visual words, newlines with M-RoPE, an aligner."""
+FAMILIES = ["mistral3", "aya_vision", "ovis2", "hunyuan_vl", "got_ocr2"]
+"""Pixtral's tower, sliding windows, soft visual words, newlines with M-RoPE, a tower like SAM's."""
+
+TOWERS = ["gemma3", "paligemma", "deepseek_vl"]
+"""SigLIP's tower with all its places: squares pooled to tokens and an outside mask, a prefix, an aligner."""
 
 RATIO = 0.4
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +39,7 @@ def model_of(family: str) -> nn.Module:
 
 
 def together(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Prompts as a batch, padded on the left."""
+    """Prompts as a batch, padded on the left. The stock HunYuan-VL numbers a batch's images through: not there."""
     length = max(p["input_ids"].shape[1] for p in prompts)
     batch = {}
     for name in prompts[0]:
@@ -47,8 +51,18 @@ def together(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-@families
-@pytest.mark.parametrize("policy", ["uniform", "divprune", "random"])
+BATCHES = [
+    *(
+        (name, policy)
+        for name in FAMILIES
+        if name != "hunyuan_vl"
+        for policy in ("uniform", "divprune", "random")
+    ),
+    *((name, policy) for name in TOWERS for policy in ("uniform", "flowcut", "visionzip", "downsample")),
+]
+
+
+@pytest.mark.parametrize(("family", "policy"), BATCHES)
 def test_a_batch_gives_what_its_rows_give_alone(family, policy):
     model = model_of(family)
     singles = [prompt(model, images, seed) for images, seed in ((1, 3), (2, 4), (3, 5))]
@@ -112,6 +126,32 @@ def test_policies_that_look_into_the_tower_are_refused(family):
     assert not hasattr(model, "pruning")
 
 
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_tower_computes_less_after_a_cut(family):
+    model, inputs = model_of(family), prompt(model_of(family), 2)
+    with pruned(model, "flowcut", ratio=RATIO):
+        model(**inputs)
+        receipt = model.pruning.receipt
+    patches = (SIDE // PATCH) ** 2
+    per_unit = patches // receipt.units
+    assert receipt.tower_tokens[0] == patches
+    assert receipt.tower_tokens[-1] == receipt.planned * per_unit
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("policy", ["uniform", "flowcut"])
+def test_the_tower_computes_what_it_would_for_the_kept_patches(family, policy):
+    """What enters the decoder is the stock features of the kept units, or of a tower without the others."""
+    model, inputs = model_of(family), prompt(model_of(family), 1)
+    stock = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+    with pruned(model, policy, ratio=RATIO):
+        features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+        kept = model.pruning.receipt.kept[0]
+    assert (~features[:, 0].isnan()).nonzero()[:, 0].tolist() == kept
+    if policy == "uniform":
+        torch.testing.assert_close(features[kept], stock[kept], atol=1e-5, rtol=1e-4)
+
+
 def test_the_feature_method_is_given_back():
     model = model_of("mistral3")
     stock = type(model.model).get_image_features
@@ -169,3 +209,27 @@ def test_other_ways_in_are_refused_with_their_sentence(family):
 def test_tiles_are_read_off_inputs_and_shapes(given, shapes, grids):
     given = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in given.items()}
     assert tile_sizes(given, shapes) == grids
+
+
+def test_llava_with_a_pixtral_tower_prunes_images_of_two_sizes():
+    """The LLaVA adapter knows CLIP's and SigLIP's tower; of another one the features are known."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**sizes, patch_size=PATCH, image_size=SIDE, head_dim=8),
+        text_config=LlamaConfig(**sizes, vocab_size=128),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, *[IMAGE] * 64, 7, *[IMAGE] * 32, 8, 9]])
+    pixels = {
+        "pixel_values": torch.randn(2, 3, SIDE, SIDE),
+        "image_sizes": torch.tensor([[32, 32], [16, 32]]),
+    }
+    stock = model(input_ids=ids, **pixels).logits
+    with pruned(model, "uniform", ratio=0.25):
+        assert model(input_ids=ids, **pixels).logits.isfinite().all()
+        assert [len(units) for units in model.pruning.receipt.kept] == [16, 8]
+        assert set(model.pruning.receipt.decoder_tokens) == {5 + 24}
+    assert torch.equal(model(input_ids=ids, **pixels).logits, stock)

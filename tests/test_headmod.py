@@ -184,7 +184,7 @@ def test_fp16_magnitudes_whose_squares_overflow():
     ("method", "prefill"), [("paint", True), ("vhr", True), ("paint", False), ("var", False)]
 )
 def test_nothing_is_asked_of_the_device(method, prefill):
-    # var waits once a layer in prefill, to learn how many rows stand behind the image
+    # var waits once a layer in prefill, to learn how many rows stand after the image
     real = view(queries=9 if prefill else 1, prefill=prefill)
     real.carry[SINKS] = real.visual
     with FakeTensorMode() as mode:

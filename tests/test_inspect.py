@@ -103,7 +103,7 @@ def test_padding_and_newlines_of_llava_next():
 
 
 def test_the_resized_grid_of_llava_onevision():
-    """Behind the tower, the grid of all tiles together is resized to one of the whole image."""
+    """After the tower, the grid of all tiles together is resized to one of the whole image."""
     image = make_scene(3, (200, 128)).image
     found = inspect(*llava_onevision(), image, PROMPT, "fastv", {"ratio": 0.3, "k": 1}, max_new_tokens=2)
     tower, entered, last = found.stages

@@ -160,7 +160,7 @@ def test_the_tower_computes_less(family):
 
 
 def walk(model, short, stays, cut):
-    """Last hidden states, layer by layer: rows that are not in ``stays`` ``(rows,)`` end behind layer ``cut``."""
+    """Last hidden states, layer by layer: rows that are not in ``stays`` ``(rows,)`` end after layer ``cut``."""
     decoder, hidden, places = model.model.language_model, short.embeds, short.positions[1:]
     visual, deep = short.visual[0], short.deepstack
     for number, layer in enumerate(decoder.layers):

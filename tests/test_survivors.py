@@ -49,8 +49,8 @@ def test_every_layer_computed_what_the_receipt_says(policy, family):
     assert receipt.decoder_units == [decoder_rows(batch, x, family) for x in states[:-1]]
     assert receipt.decoder_units[0] == receipt.kept
     for flow in zip(*receipt.tower_units, receipt.kept, *receipt.decoder_units, strict=True):
-        for before, behind in pairwise(flow):
-            assert set(behind) <= set(before)
+        for before, after in pairwise(flow):
+            assert set(after) <= set(before)
 
 
 @families

@@ -19,7 +19,7 @@ def answer_only(batch):
 
 
 def behind_image(batch):
-    """The first text token behind each image: predicted by the last visual token that is kept."""
+    """The first text token after each image: predicted by the last visual token that is kept."""
     image = batch.ids == IMAGE
     first = torch.nn.functional.pad(image[:, :-1], (1, 0)) & ~image
     return batch.ids.masked_fill(~first | ~batch.mask.bool(), IGNORE)
@@ -33,7 +33,7 @@ def all_tokens(batch):
     return batch.ids.masked_fill(~batch.mask.bool(), IGNORE)
 
 
-LABELS = {"answer": answer_only, "behind-image": behind_image, "text": text, "input-ids": all_tokens}
+LABELS = {"answer": answer_only, "after-image": behind_image, "text": text, "input-ids": all_tokens}
 
 
 def short_labels(labels, short):

@@ -46,7 +46,7 @@ def new_media(model, turns: list[Prompt | PackedPrompt]):
     if not takes_encoded(model):
         pytest.skip("this version of transformers takes no encoded images")
     if not CHUNKS_BRING_IMAGES:  # came together, after 5.19
-        pytest.skip("stock code gives an image behind a cache the positions of text")
+        pytest.skip("stock code gives an image after a cache the positions of text")
     encoded = model.get_image_features(**turn.media, return_dict=True)
     sizes = all_media(turns)["image_grid_thw"]
     return {"mm_encoder_outputs": {"image": encoded}, "image_grid_thw": sizes}

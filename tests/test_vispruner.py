@@ -41,7 +41,7 @@ def test_equals_a_loop(tokens, share):
 
 @pytest.mark.parametrize(("keep", "share"), [(66, 0.5), (8, 0.5), (16, 0.75)])
 def test_budgets_that_stop_the_released_code(keep, share):
-    """An odd number of tokens left to the rounds, and rounds that shall drop more than half of what is left."""
+    """An odd number of tokens left to the rounds, and rounds that must drop more than half of what is left."""
     kept = torch.cat(choose(torch.rand(1, 576), torch.randn(1, 576, 16), keep, share), 1)
     assert len(set(kept[0].tolist())) == keep
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, DynamicCache, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import CONFIG_MAPPING, DynamicCache, StaticCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tests.decoders import KINDS, PLAIN, STATEFUL, WINDOW, WINDOWED, shared
 from tests.models import IMAGE, LAYOUTS, prompt
@@ -16,7 +16,7 @@ from tests.reference import budget
 from tests.refusal import refuses
 from tests.test_generate import generate
 from tests.test_hybrid import FAMILY, decoders
-from vlm_prune import PolicyError, UnsupportedCallError, prune, pruned
+from vlm_prune import PolicyError, UnsupportedCallError, UnsupportedModelError, prune, pruned
 from vlm_prune.policies.base import Policy
 from vlm_prune.policies.views import PrefillView
 from vlm_prune.versions import CACHE, cache_of
@@ -24,7 +24,7 @@ from vlm_prune.versions import CACHE, cache_of
 
 @dataclass(frozen=True)
 class EveryThird(Policy):
-    """Keeps every third visual token behind decoder layer ``layer``, whatever it holds."""
+    """Keeps every third visual token after decoder layer ``layer``, whatever it holds."""
 
     name: ClassVar[str] = "every_third"
     stages: ClassVar[tuple[str, ...]] = ("prefill",)
@@ -41,7 +41,7 @@ class EveryThird(Policy):
 
 
 def by_hand(model, batch, cut):
-    """Logits of one prompt whose visual tokens leave behind layer ``cut``: stock layers, masks of my own."""
+    """Logits of one prompt whose visual tokens leave after layer ``cut``: stock layers, masks of my own."""
     decoder, config = model.model.language_model, model.config.text_config
     all_of_one = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     kinds = getattr(config, "layer_types", None) or [all_of_one] * config.num_hidden_layers
@@ -188,3 +188,15 @@ def test_layers_that_share_something_need_all_tokens():
         if decoder in KINDS and KINDS[decoder][0] in CONFIG_MAPPING:
             with pytest.raises(PolicyError, match=f"need all tokens: .*{why}.*encode stage"):
                 prune(shared(decoder), EveryThird())
+
+
+def test_layers_that_keep_rows_in_a_way_of_their_own_are_refused(monkeypatch):
+    class Odd(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            return super().update(key_states[:, :, ::2], value_states[:, :, ::2])
+
+    monkeypatch.setitem(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", Odd)
+    with refuses(
+        shared("exaone4"), UnsupportedModelError, "Exaone4Model", "Odd", "linear attention can be pruned"
+    ):
+        prune(shared("exaone4"))

@@ -203,7 +203,7 @@ def families(
 ) -> None:
     """List the model families by config.model_type, and which policies work on them."""
     from . import support
-    from .registry import ADAPTERS, BUILT_IN, load_plugins
+    from .registry import ADAPTERS, BUILT_IN, BUILT_IN_FAMILIES, load_plugins
 
     if markdown:
         typer.echo(support.markdown())
@@ -214,7 +214,7 @@ def families(
         table.add_row(name, family.title, ", ".join(part))
     trouble = load_plugins()
     for name in sorted(set(ADAPTERS) - set(support.FAMILIES)):
-        table.add_row(name, "from a plug-in", "")
+        table.add_row(name, "see docs/families.md" if name in BUILT_IN_FAMILIES else "from a plug-in", "")
     console.print(table)
     for sentence in trouble:
         console.print(sentence, markup=False)

@@ -105,6 +105,9 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "cosmos3_omni": "vlm_prune.adapters.qwen_vl:anatomy",
     "qwen2_5_omni_thinker": "vlm_prune.adapters.qwen_vl:anatomy",
     "qwen3_omni_moe_thinker": "vlm_prune.adapters.qwen_vl:anatomy",
+    "deepseek_vl": "vlm_prune.adapters.siglip:anatomy",
+    "paligemma": "vlm_prune.adapters.siglip:anatomy",
+    "gemma3": "vlm_prune.adapters.siglip:anatomy",
     "exaone4_5": "vlm_prune.adapters.qwen_vl:anatomy",
     "glm5_next": "vlm_prune.adapters.qwen_vl:anatomy",
     "hyperclovax_vision_v2": "vlm_prune.adapters.qwen_vl:anatomy",
@@ -112,6 +115,9 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "qwen3_5_moe": "vlm_prune.adapters.qwen_vl:anatomy",
 }
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
+
+BUILT_IN_FAMILIES = tuple(ADAPTERS)
+"""Model types for which the package brings an adapter; `GENERAL` serves many others."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a policy may be called."""

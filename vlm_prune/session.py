@@ -80,6 +80,7 @@ class Pruning:
         )
         self._layers = layers if layers else None
         entry = None if composition.entry is None else Entry(composition.entry)
+        self.marked = not anatomy.computes_on
         self._decoder = Decoder(
             anatomy.decoder,
             len(anatomy.decoder_layers),
@@ -89,7 +90,7 @@ class Pruning:
             entry,
             masks,
         )
-        # whoever looks at the prompt in the decoder has to see all of it, and no drafts behind it
+        # whoever looks at the prompt in the decoder has to see all of it, and no drafts after it
         self._reads_prompt = self._layers is not None or entry is not None
         self._claim()
         try:
@@ -250,7 +251,7 @@ class Pruning:
         check_chunk(self._anatomy, kwargs)
 
     def _see_drafts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell a prompt with drafts behind it from others: assisted decoding asks for the logits of each draft."""
+        """Tell a prompt with drafts after it from others: assisted decoding asks for the logits of each draft."""
         keep, given = kwargs.get("logits_to_keep"), kwargs.get("mm_encoder_outputs") or {}
         encoded = any(ride_of(output) is not None for output in given.values())
         if not encoded and not self._takes_encoded:
@@ -291,7 +292,7 @@ class Pruning:
                     raise UnsupportedCallError(
                         f"The image features of this call are not all that the tower of this pruned model returned: "
                         f"chunked prefill takes a part, or they come from elsewhere. {self.name} decides inside the "
-                        "decoder, where it needs whole images and the text behind them. Leave prefill_chunk_size out, "
+                        "decoder, where it needs whole images and the text after them. Leave prefill_chunk_size out, "
                         "encode the images with the pruned model, or choose a policy of the encode stage alone."
                     )
                 call.unknown_features = True

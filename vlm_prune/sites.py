@@ -37,7 +37,7 @@ _open_sites: weakref.WeakSet[Site] = weakref.WeakSet()
 class Site:
     """One attention module whose calls are shown to ``observer``, and handed to ``editor``, until `close` is called.
 
-    ``packed`` modules attend over several sequences that stand one behind the other.
+    ``packed`` modules attend over several sequences that stand one after another.
     """
 
     def __init__(
@@ -132,8 +132,6 @@ def _key_mask(live: torch.Tensor, query: torch.Tensor, implementation: str) -> t
     ):  # its own names, and kernels from the hub such as kernels-community/flash-attn
         return live
     mask = live[:, None, None]  # the same for all queries: never as large as an attention map
-    if implementation == "flex_attention":  # which looks up what to add, query by query
-        mask = mask.expand(-1, -1, query.shape[2], -1)
-    if implementation in ("eager", "flex_attention"):
+    if implementation == "eager":
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return mask

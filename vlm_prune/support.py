@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .contract.policy import Policy
 from .registry import BUILT_IN, policy_class
 
 
@@ -15,7 +16,7 @@ class Family:
     Attributes:
         title: its name to people.
         cls: whether its vision tower has a CLS token.
-        resizes: whether the grid of large images, and of videos, is resized behind the projector.
+        resizes: whether the grid of large images, and of videos, is resized after the projector.
     """
 
     title: str
@@ -36,13 +37,17 @@ FAMILIES = {
 }
 """``config.model_type`` -> facts of the family, in the order of the matrix."""
 
-FULL, PART = "●", "◐"
+FULL, PART, NOT = "●", "◐", "○"
 NOTES = {
     "cls": "There is no CLS token: the mean query over all patches stands in for it, and the receipt says so.",
     "resized": "Images that the model does not resize (up to nine tiles); large ones and videos raise, because the "
     "policy chooses among tokens that are blended afterwards.",
+    "others": "Every other model that puts image features at placeholders, found by reading it; "
+    "[families](docs/families.md) lists them. Those with a tower like Qwen's take all policies.",
 }
 """Footnotes of the matrix, in its order."""
+
+MARKS = ("¹", "²", "³")
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,28 @@ def support(policy: str, family: str) -> Cell:
     return Cell(FULL, cls)
 
 
+def elsewhere(policy: str) -> Cell:
+    """The cell for models of which only the features are known."""
+    kind = policy_class(policy)
+    try:
+        needs = kind().needs_tower
+    except ValueError:  # it cannot be made without settings; those that can look into towers all can
+        needs = kind.tower_layers is not Policy.tower_layers
+    return Cell(NOT if needs else FULL)
+
+
 def matrix() -> Iterator[list[str]]:
     """The rows of the matrix in Markdown, cell by cell; the first is its head, the second the rule below it."""
-    marks = dict(zip(NOTES, ("¹", "²"), strict=True))
-    yield ["", *(FAMILIES[name].title for name in FAMILIES)]
-    yield ["---", *(":---:" for _ in FAMILIES)]
+    marks = dict(zip(NOTES, MARKS, strict=True))
+    yield ["", *(FAMILIES[name].title for name in FAMILIES), f"others{marks['others']}"]
+    yield ["---", *(":---:" for _ in FAMILIES), ":---:"]
     for policy in sorted(BUILT_IN):
-        cells = [support(policy, family) for family in FAMILIES]
+        cells = [*(support(policy, family) for family in FAMILIES), elsewhere(policy)]
         yield [f"`{policy}`", *(cell.level + "".join(marks[note] for note in cell.notes) for cell in cells)]
 
 
 def markdown() -> str:
     """The matrix as Markdown, with its footnotes."""
     rows = "\n".join("| " + " | ".join(row) + " |" for row in matrix())
-    notes = "\n".join(f"{mark} {note}  " for mark, note in zip(("¹", "²"), NOTES.values(), strict=True))
-    return f"{rows}\n\n{FULL} works, {PART} works in part.  \n{notes.rstrip()}"
+    notes = "\n".join(f"{mark} {note}  " for mark, note in zip(MARKS, NOTES.values(), strict=True))
+    return f"{rows}\n\n{FULL} works, {PART} works in part, {NOT} is refused.  \n{notes.rstrip()}"

@@ -40,7 +40,7 @@ MORE_WAITS = {"flowcut": 1, "mustdrop": 2}
 
 @dataclass(frozen=True)
 class Bound:
-    """``value`` shall be at most ``limit``."""
+    """``value`` must be at most ``limit``."""
 
     name: str
     value: float

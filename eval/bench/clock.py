@@ -83,7 +83,7 @@ def timed(module: torch.nn.Module) -> Iterator[list[float]]:
         synchronize()
         found.append(1e3 * (time.perf_counter() - begun[0]))
 
-    # in front of the hooks that are there, and behind them
+    # in front of the hooks that are there, and after them
     handles = [module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end)]
     try:
         yield found

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 TEXT_TOKENS = 32
-"""Text of a prompt: 4 tokens in front of the image, the question behind it."""
+"""Text of a prompt: 4 tokens in front of the image, the question after it."""
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32064}

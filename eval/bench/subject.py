@@ -166,7 +166,7 @@ class Subject:
         return run
 
     def steps(self, prefill: Callable[[], Any], length: int) -> Callable[[], None]:
-        """A run of one more decoding step of the model as it is, pruned or not, behind a prefill of ``length`` tokens.
+        """A run of one more decoding step of the model as it is, pruned or not, after a prefill of ``length`` tokens.
 
         Each run lengthens the cache by a row.
         """
@@ -182,12 +182,12 @@ class Subject:
         return run
 
     def dense_steps(self) -> Callable[[], None]:
-        """Decoding steps of the model as it is, behind its own prefill."""
+        """Decoding steps of the model as it is, after its own prefill."""
         length = self.inputs["input_ids"].shape[1]
         return self.steps(lambda: self.model(**self.inputs, use_cache=True, logits_to_keep=1), length)
 
     def oracle_steps(self, shortened: dict[str, Any]) -> Callable[[], None]:
-        """Decoding steps of the stock decoder behind the shortened prompt."""
+        """Decoding steps of the stock decoder after the shortened prompt."""
         places = shortened["position_ids"]  # None: counted by the decoder itself
         last = shortened["inputs_embeds"].shape[1] if places is None else int(places.max()) + 1
         call = {**shortened, CACHE: DynamicCache(config=self.decoder.config)}

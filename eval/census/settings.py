@@ -113,6 +113,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "muse_glimmer": {"projector_hidden_size": 32, "out_hidden_size": 128},
     "muse_spark": {"projector_hidden_size": 32, "out_hidden_size": 128},
+    "nemotron_h_omni": BOTH,
     "paddleocr_vl": AXES,
     "qianfan_ocr": SQUARE,
     "qwen2_5_omni_thinker": OMNI,

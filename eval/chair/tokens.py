@@ -9,7 +9,7 @@ rule are enough.
 Against NLTK 3.10.4: equal on 20,000 of 20,000 real captions and on all but 29 of 20,000 random mixtures of
 quotes, marks, abbreviations, emoji and other odd pieces. What differs: which way a double quote faces (`` or
 '') when two stand in a row at the start of a sentence or one touches the mark before it (``?"dog"``), never
-their number; ``'tis`` right behind a contraction (``cannot'tis``); an apostrophe that ends a text right behind
+their number; ``'tis`` right after a contraction (``cannot'tis``); an apostrophe that ends a text right after
 a clitic (``it's'``), or follows the invisible part of an emoji, which NLTK 3.10 takes for a letter; and blanks
 that are not ASCII before a quote or an ellipsis.
 """

@@ -1,8 +1,8 @@
-"""What leaving behind a decoder layer would have done to a batch: the labels that DyVTE's gates are trained on.
+"""What leaving after a decoder layer would have done to a batch: the labels that DyVTE's gates are trained on.
 
-The model runs once as it is; then the layers behind an exit layer run again with the visual columns masked, which gives
+The model runs once as it is; then the layers after an exit layer run again with the visual columns masked, which gives
 text rows the same values as taking the tokens out. Follows the training branch of DyVTE's released
-``modeling_llama.py``, which instead duplicates the batch behind the exit layer.
+``modeling_llama.py``, which instead duplicates the batch after the exit layer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def hide_columns(mask: Any, visual: torch.Tensor) -> torch.Tensor:
 def run_without_image(
     layers: list[nn.Module], tape: Recording, exit_layer: int, visual: torch.Tensor
 ) -> torch.Tensor:
-    """Output of the last layer ``(batch, rows, channels)`` when text stops seeing the image behind ``exit_layer``."""
+    """Output of the last layer ``(batch, rows, channels)`` when text stops seeing the image after ``exit_layer``."""
     hidden, masks = tape.outputs[exit_layer], {}
     for number in range(exit_layer + 1, len(layers)):
         args, kwargs = tape.calls[number]
@@ -105,12 +105,12 @@ def answer_rows(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Observation:
-    """What leaving behind one layer would have done to a batch.
+    """What leaving after one layer would have done to a batch.
 
     Attributes:
         features: input of the gate, ``(batch, 2 x channels)``.
         labels: whether the sequence could have left, bool ``(batch,)``.
-        usable: sequences that have an image, text behind it, and an answer, bool ``(batch,)``.
+        usable: sequences that have an image, text after it, and an answer, bool ``(batch,)``.
         numbers: ``agreement``, ``loss_full`` and ``loss_masked``, see `exit_labels`.
     """
 
@@ -132,7 +132,7 @@ def observe(
     exits: Collection[int],
     first_id: int = 0,
 ) -> dict[int, Observation]:
-    """Try leaving behind each of the layers ``exits``: one full pass, and one from each exit on.
+    """Try leaving after each of the layers ``exits``: one full pass, and one from each exit on.
 
     ``run`` does the full pass without a cache, and returns the decoder's last hidden state ``(batch, rows, channels)``
     as it leaves ``norm``. ``visual`` and ``valid`` are bool, ``labels`` int64, all ``(batch, rows)``.

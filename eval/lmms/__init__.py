@@ -1,7 +1,7 @@
 """Plug-in for lmms-eval: ``lmms-eval --model vlm_prune --model_args pretrained=...,policy=flowcut,tokens=64``.
 
 lmms-eval finds it by the entry point ``lmms_eval.models`` and is imported by nobody else. Read in this order:
-``arguments`` (what stands behind ``--model_args``), ``prompts`` (from a request to a model's input), ``generate`` and
+``arguments`` (what stands after ``--model_args``), ``prompts`` (from a request to a model's input), ``generate`` and
 ``likelihood`` (answers and scores of a batch), ``model`` (the classes lmms-eval calls), ``scoring`` (our POPE and CHAIR
 as tasks of it), ``local_tasks`` (those tasks on data of one's own).
 """

@@ -1,4 +1,4 @@
-"""What stands behind ``--model_args``: where the model is, how it is pruned."""
+"""What stands after ``--model_args``: where the model is, how it is pruned."""
 
 from __future__ import annotations
 

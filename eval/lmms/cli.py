@@ -31,7 +31,7 @@ def lmms_tasks(
         Path | None, typer.Option(help="Table of objects and their words; default COCO's.")
     ] = None,
     post_prompt: Annotated[
-        str | None, typer.Option(help="Behind each POPE question; default LLaVA's, '' for none.")
+        str | None, typer.Option(help="After each POPE question; default LLaVA's, '' for none.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="For captions, instead of the usual one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write tasks on your data into.")] = None,

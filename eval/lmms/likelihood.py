@@ -51,7 +51,7 @@ def score_batch(
 
 
 def _continuation(processor: ProcessorMixin, prompt: str, text: str) -> list[int]:
-    """Token ids of ``text`` behind ``prompt``: a space between them belongs to the first token of the continuation."""
+    """Token ids of ``text`` after ``prompt``: a space between them belongs to the first token of the continuation."""
     special = special_tokens_wanted(processor, prompt)
     before = processor.tokenizer(prompt, add_special_tokens=special)["input_ids"]
     whole = processor.tokenizer(prompt + text, add_special_tokens=special)["input_ids"]

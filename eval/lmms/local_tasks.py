@@ -35,7 +35,7 @@ def write_tasks(
         images: where the images of the files are.
         captions: COCO's ``captions_*.json``, whose objects count as present.
         vocabulary: a table of objects and their words, if not COCO's.
-        post_prompt: behind each question; default that of LLaVA.
+        post_prompt: after each question; default that of LLaVA.
         prompt: for captions; default "Please describe this image in detail."
 
     Raises:

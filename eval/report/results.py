@@ -24,7 +24,7 @@ class Measure:
         task: what it belongs to; ``""`` for costs.
         title: heading.
         better: "higher", "lower", or "" where neither is.
-        digits: behind the decimal point.
+        digits: after the decimal point.
         scale: factor from the stored value to the shown one.
         unit: of the shown value.
     """

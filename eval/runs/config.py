@@ -452,7 +452,7 @@ class RunConfig(Strict):
             names = [entry.name for entry in some]
             if twice := _repeats(names):
                 raise Misplaced(
-                    f"{names[twice[0]]!r} stands twice: give each a label of its own", key, twice[0]
+                    f"{names[twice[0]]!r} appears twice: give each a label of its own", key, twice[0]
                 )
         return self
 
@@ -487,12 +487,12 @@ class RunConfig(Strict):
                     continue
                 if (other.policy, other.settings) != (entry.policy, entry.settings):
                     message = (
-                        f"{entry.name!r} stands twice, with other settings: give each a label of its own"
+                        f"{entry.name!r} appears twice, with other settings: give each a label of its own"
                     )
                     raise Misplaced(message, "policies", at)
                 with suppress(PolicyError):  # which is reported when the policy is made
                     if any(budget in self.budgets(other) for budget in self.budgets(entry)):
-                        message = f"{entry.name!r} stands twice, at the same budget: keep one"
+                        message = f"{entry.name!r} appears twice, at the same budget: keep one"
                         raise Misplaced(message, "policies", at)
 
 
@@ -500,7 +500,7 @@ def _differ(owner: RunConfig | PolicyEntry, *loc: int | str) -> None:
     for key, given in {"ratios": owner.ratios, "tokens": owner.tokens}.items():
         if twice := _repeats(given or []):
             raise Misplaced(
-                f"the budget {(given or [])[twice[0]]} stands twice: keep one", *loc, key, twice[0]
+                f"the budget {(given or [])[twice[0]]} appears twice: keep one", *loc, key, twice[0]
             )
 
 

@@ -43,7 +43,7 @@ def add_part(cell: Path, rank: int, records: list[Record]) -> None:
     cell.mkdir(parents=True, exist_ok=True)
     path = cell / f"part-{rank}.jsonl"
     with path.open("ab") as file:
-        # what a killed process left of a line shall not spoil this one
+        # what a killed process left of a line must not spoil this one
         begin = b"" if file.tell() == 0 else b"\n"
         file.write(begin + json.dumps(records, allow_nan=False).encode())
 

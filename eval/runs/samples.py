@@ -152,7 +152,7 @@ def _coco_questions(task: PopeTask, data: CocoData, seed: int) -> Iterator[Sampl
     instances, captions = _coco_files(data.coco)
     objects: dict[str, list[str]] = {}
     for path in instances:
-        # objects that the captions of an image name shall not be asked for as absent
+        # objects that the captions of an image name must not be asked for as absent
         objects |= read_object_lists(path, next((c for c in captions if _part(c) == _part(path)), None))
     if not data.image_ids:
         there = _files(data.images)

@@ -92,7 +92,7 @@ def _check_depth(text: str) -> None:
 
 
 def _repeated(node: yaml.Node) -> Iterator[tuple[int, str]]:
-    """Line and message of each key that stands twice in a mapping: YAML's reader would drop the first in silence."""
+    """Line and message of each key that appears twice in a mapping: YAML's reader would drop the first in silence."""
     left, seen = [node], set()
     while left:
         at = left.pop()
@@ -107,7 +107,7 @@ def _repeated(node: yaml.Node) -> Iterator[tuple[int, str]]:
             for key, _ in at.value:
                 name = key.tag, str(key.value)
                 if name in lines:
-                    yield key.start_mark.line + 1, f"{key.value}: stands twice, first in line {lines[name]}"
+                    yield key.start_mark.line + 1, f"{key.value}: appears twice, first in line {lines[name]}"
                 lines.setdefault(name, key.start_mark.line + 1)
 
 

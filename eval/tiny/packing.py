@@ -1,4 +1,4 @@
-"""Many prompts behind one image: sequences that share a visual prefix and never see each other.
+"""Many prompts after one image: sequences that share a visual prefix and never see each other.
 
 Every segment (a question and its answer) attends to the prefix and to itself, and its positions go on from
 the prefix. The logits equal those of separate prompts, at a fraction of the cost.

@@ -47,7 +47,7 @@ class View:
 
 
 def views(scene: Scene) -> list[View]:
-    """The tiles of a scene, row by row, and behind them its thumbnail when there is more than one tile.
+    """The tiles of a scene, row by row, and after them its thumbnail when there is more than one tile.
 
     Sides must be multiples of 128 pixels: then cutting needs no resizing and only the thumbnail does.
     """

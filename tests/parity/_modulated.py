@@ -59,7 +59,7 @@ class Driver:
 
     @torch.no_grad()
     def __call__(self, embeds, attention_mask=None):
-        """One forward of ``embeds`` ``(batch, length, channels)`` behind what was passed before; the model's output.
+        """One forward of ``embeds`` ``(batch, length, channels)`` after what was passed before; the model's output.
 
         ``attention_mask`` covers the whole sequence.
         """

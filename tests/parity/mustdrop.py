@@ -219,7 +219,7 @@ def check_model(golden: Golden) -> None:
     torch.testing.assert_close(hidden[:, rows], golden["prefill_final_hidden"], atol=2e-4, rtol=1e-4)
     assert (hidden[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist() == rows.tolist()
     receipt = model.pruning.receipt
-    # the released meter counts a layer's visual tokens after the cut behind it
+    # the released meter counts a layer's visual tokens after the cut after it
     text = len(ids) - every
     counts = [n - text for n in receipt.decoder_tokens]
     assert [*counts[1:], counts[-1]] == golden["num_token_per_layer"].tolist()

@@ -72,8 +72,8 @@ def check_stages(golden: Golden, **close: float) -> torch.Tensor:
 def check_prefill(golden: Golden, model, output, images: torch.Tensor, **close: float) -> None:
     hidden, count = output.last_hidden_state, golden.meta["n_visual"]
     for b, start in enumerate(golden.meta["image_start"]):
-        behind = torch.arange(start + count, hidden.shape[1])
-        rows = torch.cat([torch.arange(start), images[b] + start, behind])
+        after = torch.arange(start + count, hidden.shape[1])
+        rows = torch.cat([torch.arange(start), images[b] + start, after])
         torch.testing.assert_close(hidden[b, rows].float(), golden["last_hidden"][b].float(), **close)
         logits = hidden[b, rows].float() @ golden["lm_head"].float().T
         torch.testing.assert_close(logits, golden["logits"][b].float(), **close)

@@ -2,7 +2,7 @@
 
 Its expected values are put together from halves that other golden cases hold to the released code: the tower on a
 batch of crops (``vision_03``), and the decoder on embeddings with a given key set (``prefill_*``), with the crops laid
-out one behind the other by hand.
+out one after another by hand.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def check_model(golden: Golden, folder: Path) -> None:
     """The recorded decoder, pruned by the engine: last states, logits and the KV rows of each layer."""
     cuts, ratios = golden["layers"].tolist(), golden["ratios"].tolist()
     if len(cuts) > 2 or cuts[0] < 1:
-        return  # VFlowOpt has two cuts, behind the first layer
+        return  # VFlowOpt has two cuts, after the first layer
     settings = json.loads((folder / "llm_config.json").read_text())
     vocabulary = settings["vocab_size"]
     text = Qwen2Config(

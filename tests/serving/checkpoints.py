@@ -21,7 +21,7 @@ from vlm_prune.eval.models import model_path
 
 
 def with_twice_the_heads(name: str, folder: Path) -> Path:
-    """A shipped model with a head of zeros behind each key head of its decoder, so that two ranks can share them."""
+    """A shipped model with a head of zeros after each key head of its decoder, so that two ranks can share them."""
     shutil.copytree(model_path(name), folder)
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]

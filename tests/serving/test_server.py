@@ -26,7 +26,7 @@ ON_PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def block(name):
-    """The code behind ``<!-- name -->`` in the guide."""
+    """The code after ``<!-- name -->`` in the guide."""
     return re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
 

@@ -33,7 +33,7 @@ class PrunedLayer(CacheLayerMixin):
         decoded_from: logical length after the last pruned turn, from where decoding steps count.
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
-        marks: values ``(batch, rows)`` of stored rows; rows behind them, generated later, count as 0.
+        marks: values ``(batch, rows)`` of stored rows; rows after them, generated later, count as 0.
         short: whether this layer, or another one of its cache, holds less than the caller passed.
         admitted: whether the rows that come next are those of a pruned decoder. Only such a one knows the positions and
             masks of what is left here.
@@ -216,7 +216,7 @@ class PrunedLayer(CacheLayerMixin):
         if self.turn is None or cut > self.turn.tail():
             raise UnsupportedCallError(
                 f"Cropping this cache from {size} to {kept} tokens would cut into a prompt of {self.prefilled} tokens "
-                "whose visual tokens were pruned. Crop the text behind the last image only, or start again with a "
+                "whose visual tokens were pruned. Crop the text after the last image only, or start again with a "
                 "new cache."
             )
         self.prefilled, self.turn = kept, self.turn.without_tail(cut)
@@ -279,7 +279,7 @@ class PrunedLayer(CacheLayerMixin):
         self._batch(lambda x: x[indices.to(x.device)])
 
 
-class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):
+class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
     """A `PrunedLayer` around a layer that has a linear-attention state beside its rows."""
 
     def __init__(self, inner: CacheLayerMixin):
@@ -287,11 +287,17 @@ class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the stock layer."""
-        return self.inner.update_conv_state(*args, **kwargs)
+        states: torch.Tensor = self.inner.update_conv_state(*args, **kwargs)
+        return states
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the stock layer."""
-        return self.inner.update_recurrent_state(*args, **kwargs)
+        states: torch.Tensor = self.inner.update_recurrent_state(*args, **kwargs)
+        return states
+
+    def activate_past_recording(self) -> None:
+        """As the stock layer."""
+        self.inner.activate_past_recording()
 
 
 def first_layer(cache: Cache | None) -> PrunedLayer | None:

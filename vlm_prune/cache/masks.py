@@ -103,7 +103,7 @@ def _allowed(slots: torch.Tensor) -> torch.Tensor:
 def slots_of(slots: torch.Tensor, layer: Held, first: Held | None) -> torch.Tensor:
     """The slot mask of one static cache layer, from the one that was made for the ``first`` layer by the caller.
 
-    Slots filled in prefill are described by the layer itself, those behind them by the caller. Only tensors decide,
+    Slots filled in prefill are described by the layer itself, those after them by the caller. Only tensors decide,
     so that ``torch.compile`` makes one graph for all prompts.
     """
     pad = torch.nn.functional.pad
@@ -120,7 +120,7 @@ def slots_of(slots: torch.Tensor, layer: Held, first: Held | None) -> torch.Tens
 def past_mask(layer: Held | None, mask: torch.Tensor | None, logical: int) -> torch.Tensor | None:
     """What of a layer's first ``logical`` tokens may be attended: bool ``(batch, logical)``, ``None`` if all.
 
-    ``mask`` is the caller's; it counts for a stock layer, and behind what the layer remembers itself.
+    ``mask`` is the caller's; it counts for a stock layer, and after what the layer remembers itself.
     """
     seen = layer.seen if layer is not None else None
     if seen is None:
@@ -131,7 +131,7 @@ def past_mask(layer: Held | None, mask: torch.Tensor | None, logical: int) -> to
 
 
 def behind(seen: torch.Tensor, mask: torch.Tensor | None, total: Callable[[], int]) -> torch.Tensor:
-    """A padding mask of ``total()`` tokens: what a layer has ``seen``, and what the caller's mask says behind it."""
+    """A padding mask of ``total()`` tokens: what a layer has ``seen``, and what the caller's mask says after it."""
     if mask is not None:
         return torch.cat([seen, mask[:, seen.shape[1] :].bool()], 1)
     return torch.nn.functional.pad(seen, (0, total() - seen.shape[1]), value=True)

@@ -51,7 +51,7 @@ class Packing:
 
     @property
     def late(self) -> bool:
-        """Whether its tokens can only be chosen behind the arranging."""
+        """Whether its tokens can only be chosen after the arranging."""
         return self.resized or self.joint
 
     @property

@@ -1,4 +1,4 @@
-"""Deepstack: features of several tower layers that stock code adds to visual rows behind the first decoder layers.
+"""Deepstack: features of several tower layers that stock code adds to visual rows after the first decoder layers.
 
 The decoder is given one mask and one list of features for the whole call. Where rows are dropped between its first
 layers, that mask no longer fits, so from there on the features are added here.
@@ -35,7 +35,7 @@ class Deepstack:
     ours: list[torch.Tensor] = field(default_factory=list)
 
     def take_over(self) -> None:
-        """From this layer on, stock code adds nothing: it looks at the length of its list behind every layer."""
+        """From this layer on, stock code adds nothing: it looks at the length of its list after every layer."""
         if self.stock:
             self.ours = list(self.stock)
             self.stock.clear()

@@ -1,4 +1,4 @@
-"""State of a batch of tiles on its way from the tower to behind the projector.
+"""State of a batch of tiles on its way from the tower until after the projector.
 
 It lives in a context variable while they are encoded, never on a module, and belongs to one pruned model: a tower that
 is called by itself, or by another model that shares it, finds no `Encoding` of its own and is a stock tower.
@@ -127,7 +127,7 @@ class EncodeCall:
 
     @property
     def rows(self) -> list[int]:
-        """Rows behind the projector that stand for each tile before anything is dropped."""
+        """Rows after the projector that stand for each tile before anything is dropped."""
         return [units + self.extra for units in self.units]
 
     @property
@@ -141,7 +141,7 @@ class EncodeCall:
 
     @property
     def late(self) -> list[bool]:
-        """Of each tile, whether its tokens are chosen behind the arranging."""
+        """Of each tile, whether its tokens are chosen after the arranging."""
         return [packing.late for packing in self.packings for _ in packing.tiles] or [False] * self.tiles
 
     def groups(self, tiles: list[int]) -> dict[int, list[int]]:
@@ -278,12 +278,18 @@ class Encoding:
         owner: whose method it is.
         arrangement: how the tiles that go through the tower will be arranged, if they will.
         call: those tiles, from the tower's entry until their features are complete.
+        forward: the forward that called the method, if one did.
+        once: whether the method calls its tower once; who calls it then is somebody else.
+        done: whether it has.
         nested: calls of the tower under way inside its own, which are somebody else's.
     """
 
     owner: Any
     arrangement: Arrangement | None = None
+    forward: Any = None
+    once: bool = True
     call: EncodeCall | None = None
+    done: bool = False
     nested: int = 0
 
     @property
@@ -293,9 +299,11 @@ class Encoding:
 
 
 @contextmanager
-def encoding(owner: Any, arrangement: Arrangement | None = None) -> Iterator[Encoding]:
-    """Within the block, the tower of the model that ``owner`` prunes does so; nothing is left behind it."""
-    under_way = Encoding(owner, arrangement)
+def encoding(
+    owner: Any, arrangement: Arrangement | None = None, forward: Any = None, once: bool = True
+) -> Iterator[Encoding]:
+    """Within the block, the tower of the model that ``owner`` prunes does so; nothing is left after it."""
+    under_way = Encoding(owner, arrangement, forward, once)
     token = _encodings.set((*_encodings.get(), under_way))
     try:
         yield under_way

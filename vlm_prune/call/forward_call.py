@@ -61,8 +61,8 @@ class ForwardCall:
         probing: True during that pass without the image.
         looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
         drafts: tokens at the end that are an assistant's and not the prompt's.
-        prompt: the decoder's output for the prompt, in the step behind it that computes the drafts.
-        deepstack: features that stock code adds behind the decoder's first layers.
+        prompt: the decoder's output for the prompt, in the step after it that computes the drafts.
+        deepstack: features that stock code adds after the decoder's first layers.
         census: what `count` found, if anyone asked.
         left: visual tokens of each sequence that are left by now; ``None`` while nobody asked.
         wrapped: a cache whose layers the decoder sees as stock ones for the moment, and these layers.
@@ -98,11 +98,15 @@ class ForwardCall:
     wrapped: tuple[Any, list[Any]] | None = None
     owner: Any = None
 
+    def holes(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Which rows of ``embeds`` ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""
+        return stream.find_holes(embeds, getattr(self.owner, "marked", True))
+
     def may_have_holes(self, embeds: torch.Tensor) -> bool:
         """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
         if self.encoded:
             return any(call.dropped != 0 for call in self.encoded)
-        return self.unknown_features and bool(stream.find_holes(embeds).any())
+        return self.unknown_features and bool(self.holes(embeds).any())
 
     @property
     def image_mask(self) -> torch.Tensor | None:

@@ -109,7 +109,7 @@ class Receipt:
 
     @property
     def tower_ms(self) -> float | None:
-        """Milliseconds from the tower's entry to behind the projector."""
+        """Milliseconds from the tower's entry until after the projector."""
         return self._tower_ms() if self._tower_ms else None
 
     @property
@@ -176,7 +176,7 @@ class Receipt:
 class JoinedReceipt(Receipt):
     """The receipt of a prompt for which the tower was called several times: images first, then videos.
 
-    ``parts`` are those of the calls; lists of tiles are theirs, one behind the other.
+    ``parts`` are those of the calls; lists of tiles are theirs, one after another.
     """
 
     parts: list[Receipt] = field(default_factory=list, repr=False)
@@ -217,13 +217,13 @@ class JoinedReceipt(Receipt):
 
     @property
     def tower_ms(self) -> float | None:
-        """Milliseconds in the tower and behind it, of all calls together."""
+        """Milliseconds in the tower and after it, of all calls together."""
         times = [part.tower_ms for part in self.parts]
         return sum(time or 0.0 for time in times)
 
 
 def _tiles_joined(parts: list[list[list[Any]]]) -> list[list[Any]]:
-    """Layer by layer, the lists of all parts one behind the other."""
+    """Layer by layer, the lists of all parts one after another."""
     return [[x for part in layer for x in part] for layer in zip(*parts, strict=True)]
 
 

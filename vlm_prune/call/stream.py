@@ -40,8 +40,14 @@ MARKS = 32
 """Channels by which a hole is known: chance makes one of a row in which all of them overflowed once in 2**31."""
 
 
-def find_holes(embeds: torch.Tensor) -> torch.Tensor:
-    """Which rows of ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""
+def find_holes(embeds: torch.Tensor, marked: bool = True) -> torch.Tensor:
+    """Which rows of ``(batch, length, channels)`` are holes: bool ``(batch, length)``.
+
+    Where stock code computes with holes on their way (a matrix after the place where they were opened, a sum), they are
+    not ``marked`` any more, but still begin with NaN.
+    """
+    if not marked:
+        return embeds[..., 0].isnan()
     first, others = embeds[..., 0], embeds[..., 1:MARKS]
     return first.isnan() & (others == hole(embeds[..., :MARKS])[1:]).all(-1)
 

@@ -176,7 +176,7 @@ class Arrangement:
         images: tiles of each image, or frames of each video, in order.
         pack: the stock model's own code between projector and language model.
         merge: side of the square of patches that is pooled to one token between tower and projector.
-        frame_grid: rows and columns of tokens of a video's frame behind `pack`; ``None`` for images.
+        frame_grid: rows and columns of tokens of a video's frame after `pack`; ``None`` for images.
     """
 
     images: list[int]
@@ -211,6 +211,7 @@ class Anatomy:
             one than images, it comes last.
         tile: what one row of ``pixel_values`` is to the user ("image", "tile").
         mrope: whether a visual token's position is its place in the image, not in the sequence.
+        computes_on: whether stock code may compute with features after the place where dropped ones become holes.
         features: the methods of ``base`` that arrange tiles; empty where rows are simply one tile after another.
     """
 
@@ -223,6 +224,7 @@ class Anatomy:
     image_tokens: tuple[int, ...]
     tile: str
     mrope: bool = False
+    computes_on: bool = False
     features: tuple[FeatureCall, ...] = ()
 
 

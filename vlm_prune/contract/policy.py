@@ -63,7 +63,7 @@ class Policy:
     default_ratio: ClassVar[float] = 1.0
     """Share of visual tokens kept when the caller names no budget: the middle one of the paper."""
     after_projector: ClassVar[bool] = False
-    """Whether `encode_final` is asked behind the projector, about projected features, instead of before it."""
+    """Whether `encode_final` is asked after the projector, about projected features, instead of before it."""
     single_patches: ClassVar[bool] = False
     """Whether `encode` chooses among single patches where the model merges several into one token."""
     late: ClassVar[bool] = False
@@ -82,7 +82,7 @@ class Policy:
     reads_attention: ClassVar[bool] = False
     """Whether `prefill` looks at the attention of its layers."""
     reads_ahead: ClassVar[bool] = False
-    """Whether `prefill` looks at what the layer behind each of its layers would attend with."""
+    """Whether `prefill` looks at what the layer after each of its layers would attend with."""
     reads_hidden: ClassVar[bool] = False
     """Whether `modulate` looks at the input of its layers."""
     needs_text_only: ClassVar[bool] = False
@@ -103,12 +103,18 @@ class Policy:
         if self.positions not in ("original", "compact", None):
             raise ValueError(f'positions={self.positions!r}: choose "original" or "compact"')
 
+    @property
+    def needs_tower(self) -> bool:
+        """Whether it needs a tower whose layers, and whose projector, can be hooked."""
+        looks = bool(self.tower_layers(23)) or type(self).tower_grid is not Policy.tower_grid
+        return looks or self.per_image or self.single_patches or self.calls_projector
+
     def tile_target(self, target: int) -> int:
-        """Units to keep of each tile of an image of which ``target`` shall be left in the end, if `per_image`."""
+        """Units to keep of each tile of an image of which ``target`` are to be left in the end, if `per_image`."""
         raise NotImplementedError(f"{self.name} has a budget per image, but does not share it out")
 
     def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int] | None:
-        """Rows and columns of units that the tower shall see of a smaller image, instead of ``grid``.
+        """Rows and columns of units that the tower is to see of a smaller image, instead of ``grid``.
 
         ``None`` shows it the image as the processor prepared it.
         """
@@ -126,7 +132,7 @@ class Policy:
         raise NotImplementedError(f"{self.name} names tower layers but does not encode")
 
     def encode_final(self, view: FeaturesView) -> Keep | None:
-        """Behind the tower, or behind the projector: which units go on. ``None`` keeps all of them."""
+        """After the tower, or after the projector: which units go on. ``None`` keeps all of them."""
         return None
 
     def entry(self, view: EntryView) -> Keep | None:
@@ -210,7 +216,7 @@ class Policy:
         return ()
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
-        """Behind an attention call: new head outputs, shaped like ``view.output``, or ``None``."""
+        """After an attention call: new head outputs, shaped like ``view.output``, or ``None``."""
         raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")
 
 

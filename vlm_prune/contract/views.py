@@ -103,7 +103,7 @@ class FeaturesView:
         target: units wanted, per tile.
         content_key: ``(batch,)`` int64, a number that depends on a tile's pixels alone.
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower; ``None`` once
-            tiles are arranged to images.
+            tiles are assembled into images.
         carry: what the policy left in `TowerView.carry`.
         project: the projector as a plain function of ``(batch, units, channels)`` like ``features``, in their dtype;
             ``None`` after it, and where the model's projector is not known.
@@ -132,7 +132,7 @@ class EntryView(FeaturesView):
         question: bool ``(batch, text rows)``, those after the sequence's last visual token; all of them where none is.
         tower: what entered the projector for each token ``(batch, units, channels)``, if the policy reads it; ``None``
             where the engine knows finished features only. Of patches that a packed tower's merger takes together it is
-            the mean; where stock code arranges tiles to images, it is arranged as the features are.
+            the mean; where stock code assembles tiles into images, it is arranged as the features are.
     """
 
     text: torch.Tensor = field(kw_only=True)
@@ -189,7 +189,7 @@ class PrefillView:
 
     @property
     def text(self) -> torch.Tensor:
-        """Rows behind the last visual token, padding excluded: bool ``(batch, rows)``."""
+        """Rows after the last visual token, padding excluded: bool ``(batch, rows)``."""
         last = self.visual.long().cumsum(-1)
         text = (last == last[:, -1:]) & ~self.visual & (last > 0)
         return text if self.valid is None else text & self.valid
@@ -272,7 +272,7 @@ class ModulateView:
 
     @property
     def text_after_image(self) -> torch.Tensor:
-        """Queries behind the last visual token: bool ``(batch, queries)``."""
+        """Queries after the last visual token: bool ``(batch, queries)``."""
         queries = self.query.shape[2]
         after = self.visual.flip(-1).long().cumsum(-1).flip(-1) == 0
         after = after & self.visual.any(-1, keepdim=True)

@@ -1,12 +1,13 @@
 """Feature methods of a pruned model: while one is under way its tower prunes; and what is chosen after arranging.
 
-Tokens are chosen *late*, behind the arranging, where the stock code resizes the grid, so that its tokens are not the
+Tokens are chosen *late*, after the arranging, where the stock code resizes the grid, so that its tokens are not the
 tower's any more, or where all tiles of an image share one budget. A newline whose line of tokens is all gone goes too.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from ..call import stream
 from ..call.assembly import Group, Packing
 from ..call.encode_call import EncodeCall, Offer, encoding
+from ..call.forward_call import ForwardCall, current_forward
 from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
@@ -43,14 +45,19 @@ class FeatureMethod:
         """The method itself."""
         return partial(getattr(type(self.base), self.method), self.base)
 
+    def _forward(self) -> ForwardCall | None:
+        """The forward that the method is called by, if it is: not one that is under way somewhere around it."""
+        caller = sys._getframe(2).f_locals.get("self")
+        return current_forward(self.encoder.session) if caller is self.base else None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
-        with encoding(self.encoder.session):
+        with encoding(self.encoder.session, forward=self._forward()):
             return self.stock(*args, **kwargs)
 
 
 class Arranger(FeatureMethod):
-    """Stands in for a feature method that arranges tiles to images."""
+    """Stands in for a feature method that assembles tiles into images."""
 
     def __init__(self, base: Any, feature: FeatureCall, encoder: EncodeStage):
         super().__init__(base, feature.method, encoder)
@@ -60,7 +67,7 @@ class Arranger(FeatureMethod):
         """What the stock method returns, with holes where tokens are dropped."""
         given = self.__signature__.bind(*args, **kwargs).arguments
         arrangement = self.feature.arrange({**given.pop("kwargs", {}), **given})
-        with encoding(self.encoder.session, arrangement) as under_way:
+        with encoding(self.encoder.session, arrangement, self._forward()) as under_way:
             output = self.stock(*args, **kwargs)
             call = under_way.call
             if call is None:
@@ -72,7 +79,7 @@ class Arranger(FeatureMethod):
             rows = [
                 x[: like[..., 0].numel()].view(like.shape) for x, like in zip(rows, features, strict=True)
             ]
-        self.encoder.end(call)
+            self.encoder.end(call)
         rows = torch.stack(rows) if isinstance(features, torch.Tensor) else rows
         if as_tuple:
             return (output[0], rows, *output[2:])
@@ -202,7 +209,7 @@ class Arranger(FeatureMethod):
 def _rows(features: torch.Tensor, count: int) -> torch.Tensor:
     """Features of an image or a video as ``(count, channels)``.
 
-    One video's may come frame by frame (transformers 5.19), and a newline behind them be added later (5.4).
+    One video's may come frame by frame (transformers 5.19), and a newline after them be added later (5.4).
     """
     rows = features.flatten(0, -2)
     missing = count - len(rows)

@@ -1,12 +1,11 @@
 """The encode stage of models into whose tower the engine does not look: tokens are chosen among finished features.
 
-A `FeatureReader` stands in for the model's feature method, as `arranger.Arranger` does: behind the stock method it asks
+A `FeatureReader` stands in for the model's feature method, as `arranger.Arranger` does: after the stock method it asks
 the policies about each tile, and re-opens holes in what it returns.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +13,15 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, Offer, let_ride
+from ..call.encode_call import EncodeCall, Offer, encoding, let_ride
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower
 from ..contract.keep import Keep
-from ..contract.policy import Policy
 from ..contract.views import FeaturesView
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows
+from .assembler import FeatureMethod
 from .stage import EncodeStage, content_key
 
 MEDIA = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
@@ -38,11 +37,11 @@ class FeatureEncoder(EncodeStage):
 
     def __init__(self, tower: FeatureTower, base: Any, composition: Composition, session: Any):
         for policy in composition.policies:
-            if needs_tower(policy):
+            if policy.needs_tower:
                 raise UnsupportedModelError(
-                    f"{policy.name} looks into the vision tower, and of a {session.family} vlm_prune knows only the "
-                    "features that leave it. Choose a policy that decides behind the tower (divprune, random, "
-                    "uniform) or inside the decoder (fastv, vhr, ...)."
+                    f"{policy.name} looks into the vision tower, and all that vlm_prune knows of {session.family} is "
+                    "what leaves it. Choose a policy that decides after the tower (divprune, random, uniform) or "
+                    "inside the decoder (fastv, vhr)."
                 )
         super().__init__(tower, None, composition, session)
         self.tower, self.base = tower, base
@@ -50,7 +49,7 @@ class FeatureEncoder(EncodeStage):
     def install(self, handles: list[Any]) -> None:
         """Stand in for the feature methods; what has to be undone goes to ``handles`` at once."""
         for method in self.tower.methods:
-            handles.append(FeatureReader(self, method))
+            handles.append(FeatureReader(self.base, method, self))
 
     def choose(
         self, given: Mapping[str, Any], features: list[torch.Tensor]
@@ -105,8 +104,6 @@ class FeatureEncoder(EncodeStage):
         keeps, tiles = [], []
         for number, tile in enumerate(rows.split(call.units)):
             target = call.targets[number]
-            if self.composition.entry is not None and target < len(tile):
-                self._offer(call, number, tile, keys)
             view = FeaturesView(tile[None], call.grids[number], target, keys[number : number + 1], None, {})
             keep = self.ask_final(view) if target < len(tile) else None
             if keep is None:
@@ -119,54 +116,26 @@ class FeatureEncoder(EncodeStage):
         call.keeps = keeps
         return torch.cat(tiles)
 
-    def _offer(self, call: EncodeCall, number: int, tile: torch.Tensor, keys: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the features of a ``tile`` ``(tokens, channels)``."""
-        first = sum(call.units[:number])
-        call.offers.append(
-            Offer(
-                features=tile[None],
-                rows=torch.arange(first, first + len(tile), device=tile.device)[None],
-                spans=[number],
-                grid=call.grids[number],
-                target=call.targets[number],
-                content_key=keys[number : number + 1],
-                carry={},
-            )
-        )
 
+class FeatureReader(FeatureMethod):
+    """Stands in for a feature method into whose tower the engine does not look."""
 
-class FeatureReader:
-    """Stands in for one feature method of a model's base module until `remove` is called."""
-
-    def __init__(self, encoder: FeatureEncoder, method: str):
-        self.encoder, self.base, self.method = encoder, encoder.base, method
-        # generate reads off the signature which arguments are the method's
-        self.__signature__ = inspect.signature(getattr(self.base, method))
-        object.__setattr__(self.base, method, self)
-
-    def remove(self) -> None:
-        """Give the module its own method back."""
-        object.__delattr__(self.base, self.method)
+    encoder: FeatureEncoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
-        output = getattr(type(self.base), self.method)(self.base, *args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
-        features = features_of(output)
-        several = [features] if isinstance(features, torch.Tensor) else list(features)
-        call, opened = self.encoder.choose({**given.pop("kwargs", {}), **given}, several)
-        if call.keeps is not None:
-            output = _replaced(output, features, opened)
-        if isinstance(output, ModelOutput):
-            let_ride(output, call)
-        self.encoder.end(call)
+        with encoding(self.encoder.session, forward=self._forward()):
+            output = self.stock(*args, **kwargs)
+            features = features_of(output)
+            several = [features] if isinstance(features, torch.Tensor) else list(features)
+            call, opened = self.encoder.choose({**given.pop("kwargs", {}), **given}, several)
+            if call.keeps is not None:
+                output = _replaced(output, features, opened)
+            if isinstance(output, ModelOutput):
+                let_ride(output, call)
+            self.encoder.end(call)
         return output
-
-
-def needs_tower(policy: Policy) -> bool:
-    """Whether a policy can only work with a tower whose layers, and whose projector, can be hooked."""
-    reads = bool(policy.tower_layers(23)) or type(policy).tower_grid is not Policy.tower_grid
-    return reads or policy.per_image or policy.single_patches or policy.calls_projector
 
 
 def field_of(output: ModelOutput) -> str:

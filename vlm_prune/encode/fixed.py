@@ -1,4 +1,4 @@
-"""The encode stage: pruning inside the vision tower, behind it, and around the projector.
+"""The encode stage: pruning inside the vision tower, after it, and around the projector.
 
 Hooks on the tower's layers ask the policy and cut the hidden states; the hook on the tower's output re-opens the
 holes, so that stock code between tower and projector sees a full grid; the hooks on the projector make it compute
@@ -17,7 +17,7 @@ from torch import nn
 from ..call import stream
 from ..call.assembly import read_packing
 from ..call.encode_call import EncodeCall, Offer, current_encoding, let_ride
-from ..call.forward_call import check_rows, current_forward
+from ..call.forward_call import check_rows
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import Tower
@@ -45,7 +45,7 @@ class Encoder(EncodeStage):
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
         for number, layer in enumerate(self.tower.layers):
-            # in front of the hooks by which transformers collects hidden states: they shall see the cut ones
+            # in front of the hooks by which transformers collects hidden states: they must see the cut ones
             handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
         # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
@@ -62,6 +62,7 @@ class Encoder(EncodeStage):
         if not self.enters():
             return None
         self.check_recompute()
+        self._check_attention()
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         under_way, merge = current_encoding(self.session), self.tower.merge
         arrangement = None if under_way is None else under_way.arrangement
@@ -82,8 +83,8 @@ class Encoder(EncodeStage):
         if arrangement is not None:
             call.packings = read_packing(arrangement, grid, self.shares_late)
             self._check_late(call)
-            if (forward := current_forward(self.session)) is not None:
-                check_rows(forward, [span.rows for span in call.spans])
+            if under_way is not None and under_way.forward is not None:
+                check_rows(under_way.forward, [span.rows for span in call.spans])
         if not call.whole or self.observes:
             units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
             slots = None
@@ -100,6 +101,15 @@ class Encoder(EncodeStage):
         pixels = self._shrink(call, small)
         kwargs = {**kwargs, **self.tower.resizing}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _check_attention(self) -> None:
+        """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
+        if any(site.stock_config._attn_implementation == "flex_attention" for site in self.sites):
+            raise UnsupportedCallError(
+                "The vision tower runs on flex attention, and this policy acts between its layers, where tiles may "
+                'keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", "text_config": '
+                '"flex_attention"}), or choose a policy that reads no attention of the tower, such as uniform.'
+            )
 
     def _check_at_hand(self) -> None:
         """Raise if position embeddings, which stock code reads without calling their module, are offloaded."""
@@ -123,7 +133,7 @@ class Encoder(EncodeStage):
         return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
 
     def _check_late(self, call: EncodeCall) -> None:
-        """Raise if tokens have to be chosen behind the arranging by a policy that cannot."""
+        """Raise if tokens have to be chosen after the arranging by a policy that cannot."""
         unable = [p.name for p in self.policies if p.encodes and not p.late]
         if any(call.late) and not call.whole and unable:
             able = ", ".join(self.session.names_late())
@@ -151,7 +161,7 @@ class Encoder(EncodeStage):
         return call.state if call is not None else None
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Behind layer ``number``: ask the policies that want to be asked here, and cut."""
+        """After layer ``number``: ask the policies that want to be asked here, and cut."""
         call = self.under_way()
         if call is None:
             return None
@@ -219,7 +229,7 @@ class Encoder(EncodeStage):
         state: TowerState | None = call.state
         let_ride(output, call)
         if state is not None:
-            # once more behind the projector, where policies may merge
+            # once more after the projector, where policies may merge
             call.carry = state.carried(call.units[0], call.extra)
         if state is None or (state.valid is None and state.units.numel() == sum(call.units)):
             return
@@ -236,7 +246,7 @@ class Encoder(EncodeStage):
     # --- around the projector ---
 
     def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Ask the policies that choose behind the tower; hand the projector the live rows only."""
+        """Ask the policies that choose after the tower; hand the projector the live rows only."""
         call = self.under_way()
         if call is None:
             return None
@@ -319,7 +329,7 @@ class Encoder(EncodeStage):
             )
 
     def leave_projector(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> Any:
-        """Re-open the holes behind the projector; the encode call ends here."""
+        """Re-open the holes after the projector; the encode call ends here."""
         call = self.under_way()
         if call is None:
             return None

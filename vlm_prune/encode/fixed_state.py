@@ -27,7 +27,7 @@ class TowerState:
         valid: bool ``(tiles, alive)``, the real ones where tiles keep different numbers.
         attention: what the layer's attention computed with, until its policy is asked.
         carry: ``(tiles, alive)``, what policies noted for themselves.
-        consumed: how things stood behind each layer whose output is consumed.
+        consumed: how things stood after each layer whose output is consumed.
     """
 
     grid: tuple[int, int]
@@ -77,7 +77,7 @@ class TowerState:
         table = stream.unit_patches(self.grid, self.merge, hidden.device)
         index = table[self.units].flatten(1)
         if self.slots is not None:
-            # behind a cut the patches of a unit stand together, those of a smaller image in raster order
+            # after a cut the patches of a unit stand together, those of a smaller image in raster order
             index = index.scatter(1, self.slots.flatten(1), index)
         length = self.cls + self.grid[0] * self.grid[1]
         return stream.open_holes(hidden, self._behind_cls(index), length, self.valid_tokens())

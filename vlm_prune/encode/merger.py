@@ -1,4 +1,4 @@
-"""The hooks around the merger of a packed tower: it computes live units only, and the holes are re-opened behind it."""
+"""The hooks around the merger of a packed tower: it computes live units only, and the holes are re-opened after it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .stage import EncodeStage, content_key
 
 
 class Merger:
-    """Asks the policies of ``stage`` in front of the merger and behind it. It makes a unit of ``group`` patches."""
+    """Asks the policies of ``stage`` in front of the merger and after it. It makes a unit of ``group`` patches."""
 
     def __init__(self, stage: EncodeStage, group: int):
         self.stage, self.group = stage, group
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Ask the policies that choose behind the tower; hand the merger the live units only."""
+        """Ask the policies that choose after the tower; hand the merger the live units only."""
         call = self.stage.under_way()
         if call is None:
             return None
@@ -33,7 +33,7 @@ class Merger:
         return None if live is None else (live, *args[1:])
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        """Ask the policies that choose behind the merger; re-open the holes."""
+        """Ask the policies that choose after the merger; re-open the holes."""
         call = self.stage.under_way()
         if call is None:
             return None

@@ -1,7 +1,7 @@
 """The encode stage of towers that take images of any size, all their patches in one sequence.
 
 Such a tower finds out by ``cu_seqlens`` where an image (a frame, a window) ends, and by rotary tables where in it a
-patch stands. Before each block the hooks here hand it both for the patches that are left; behind it they ask the
+patch stands. Before each block the hooks here hand it both for the patches that are left; after it they ask the
 policies, one tile after the other, each by itself. What happens around the merger is in ``merger.py``.
 """
 
@@ -59,7 +59,7 @@ class PackedEncoder(EncodeStage):
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
         for number, block in enumerate(self.tower.layers):
             handles.append(block.register_forward_pre_hook(self.enter_layer, with_kwargs=True))
-            # in front of the hooks by which transformers collects hidden states: they shall see the cut ones
+            # in front of the hooks by which transformers collects hidden states: they must see the cut ones
             handles.append(block.register_forward_hook(partial(self.leave_layer, number), prepend=True))
         for number in self.asked:
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention, packed=True))
@@ -159,7 +159,7 @@ class PackedEncoder(EncodeStage):
             call.state.seen.append((query, key, value, scaling))
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Behind block ``number``: ask the policies about each tile, and cut."""
+        """After block ``number``: ask the policies about each tile, and cut."""
         call = self.under_way()
         if call is None:
             return None

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ..call.encode_call import EncodeCall, current_encode, current_encoding
-from ..call.forward_call import current_forward
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower, PackedTower, Tower
 from ..contract.policy import Keep, Policy
@@ -18,10 +17,10 @@ from ..sites import Site
 
 
 class EncodeStage:
-    """The policies of a composition that look at a tower, and the layers behind which they do.
+    """The policies of a composition that look at a tower, and the layers after which they do.
 
     Attributes:
-        asked: the policies to ask behind each tower layer.
+        asked: the policies to ask after each tower layer.
         observes: whether policies of later stages watch the tower without dropping anything in it.
         sites: attention sites to close when the model is unpruned.
     """
@@ -61,7 +60,7 @@ class EncodeStage:
         under_way = current_encoding(self.session)
         if under_way is None:
             return False
-        if under_way.call is not None:  # a model that shares the tower is called by a hook inside it
+        if under_way.call is not None or under_way.done:  # a hook calls a model that shares the tower
             under_way.nested += 1
             return False
         return True
@@ -77,7 +76,7 @@ class EncodeStage:
     def forget(self) -> None:
         """The tiles under way have arrived, or will not."""
         if (under_way := current_encoding(self.session)) is not None:
-            under_way.call = None
+            under_way.call, under_way.done = None, under_way.once
 
     @property
     def shares_late(self) -> bool:
@@ -122,7 +121,7 @@ class EncodeStage:
             )
 
     def ask_layer(self, number: int, view: TowerView, whole: bool) -> list[Keep]:
-        """What the policies answer behind layer ``number``. All see the layer as it was.
+        """What the policies answer after layer ``number``. All see the layer as it was.
 
         Of a composition, one policy at most drops units here. Of a ``whole`` tile nothing is to be dropped: only those
         that watch are asked.
@@ -135,8 +134,9 @@ class EncodeStage:
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
         self.session.publish(call.receipt)
-        if (forward := current_forward(self.session)) is not None:
-            forward.add_encoded(call)
+        under_way = current_encoding(self.session)
+        if under_way is not None and under_way.forward is not None:
+            under_way.forward.add_encoded(call)
 
     def ask_final(self, view: FeaturesView, after_projector: bool | None = None) -> Keep | None:
         """What the first policy answers that chooses at this side of the projector, or at any."""

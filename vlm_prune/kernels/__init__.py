@@ -105,7 +105,7 @@ def close_holes(
         live: bool ``(batch, full)``, the rows that stay.
         positions: int64 ``(..., batch or 1, full)``.
         mask: bool ``(batch, full)``, rows that may be attended; ``None`` if all may.
-        gone: bool ``(batch, full)``, rows whose positions the rows behind them close up; ``None`` if none.
+        gone: bool ``(batch, full)``, rows whose positions the rows after them close up; ``None`` if none.
         length: rows of the result; no sequence may have more live ones.
         ragged: False promises that every sequence has exactly ``length`` live rows.
 

@@ -17,7 +17,7 @@ class Shape:
     """A prompt of one image.
 
     Attributes:
-        visual, kept, text: tokens of the image before and after pruning, and of the text behind it.
+        visual, kept, text: tokens of the image before and after pruning, and of the text after it.
         channels, tower: width of the language model, width of the vision tower.
         heads, shared, dim: query heads, key heads, and their size.
     """

@@ -98,7 +98,7 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
         return
     outputs = [ride_of(output) for output in given.values() if output is not None]
     rides = [ride for ride in outputs if ride is not None]
-    # where tiles are arranged to images, stock code counts their rows as soon as it has them
+    # where tiles are assembled into images, stock code counts their rows as soon as it has them
     need = fresh = None if anatomy.features else anatomy.tower.placeholders(kwargs)
     if need is None and rides and len(rides) == len(outputs):  # of features from elsewhere nothing is known
         need = [span.rows for ride in rides for span in ride.spans]

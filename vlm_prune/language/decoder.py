@@ -1,7 +1,7 @@
 """Entry and exit of the language model: stock layers run on the live rows only, callers see the full length.
 
 The pre-hook of the decoder closes the holes in ``inputs_embeds`` and lets ``attention_mask`` and ``position_ids``
-follow; the hook behind it restores the full length and tells the cache. What happens between, at single layers, is in
+follow; the hook after it restores the full length and tells the cache. What happens between, at single layers, is in
 ``layers.py``.
 """
 
@@ -64,6 +64,10 @@ class Decoder:
         kinds = layer_kinds(module.config)
         self.chunked, self.indexed = "chunked_attention" in kinds, "indexed_attention" in kinds
         self.rotary = [child for name, child in module.named_children() if name.startswith("rotary_emb")]
+        # Mistral's newest scale queries by their position as well
+        rope = getattr(module.config, "rope_parameters", None) or {}
+        scaling = any(hasattr(child, "softmax_scaling") for child in module.modules())
+        self.scales = scaling or "llama_4_scaling_beta" in rope
         self.ends: weakref.WeakKeyDictionary[Cache, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def install(self, handles: list[Any]) -> None:
@@ -112,6 +116,12 @@ class Decoder:
                 "can be dropped. unprune(model) to go on with the stock model, and please report it."
             )
         continued = pruned_layers(past)
+        if self.layers is None and len({layer.like for layer in continued}) > 1:
+            raise UnsupportedCallError(
+                "This cache holds a prompt of which each decoder layer holds other tokens, because a policy dropped "
+                "some inside the decoder. This model is pruned by a policy of the encode stage alone, which cannot go "
+                "on with it: prune it by the policy that made the cache, or start with a new one."
+            )
         admit(continued)
         if call.encoded:
             call.stopwatch = Stopwatch(embeds.device)
@@ -161,7 +171,7 @@ class Decoder:
         mask, embeds = padding_mask(mask, past, blocks=call.types is not None), kwargs["inputs_embeds"]
         if (
             mask is None and self.chunked
-        ):  # chunks begin behind what is masked out, and so behind what is missing
+        ):  # chunks begin after what is masked out, and so after what is missing
             logical = int(past.get_seq_length()) if past is not None else 0
             mask = embeds.new_ones(len(embeds), logical + embeds.shape[1], dtype=torch.bool)
         return None if mask is None else mask.to(embeds.device)
@@ -219,7 +229,7 @@ class Decoder:
         layer: PrunedLayer | None,
         mask: torch.Tensor | None,
     ) -> None:
-        """Make ``kwargs`` describe ``rows`` behind what the first layer of the cache holds."""
+        """Make ``kwargs`` describe ``rows`` after what the first layer of the cache holds."""
         past: Cache | None = cache_of(kwargs)
         logical = int(past.get_seq_length()) if past is not None else 0
         positions = rows.positions
@@ -227,7 +237,7 @@ class Decoder:
             positions = positions - layer.shift[:, None]
         _, call.positions = stream.split_positions(positions)
         kwargs["position_ids"] = call.positions
-        if positions.dim() == 2 and self.rotary:
+        if positions.dim() == 2 and self.rotary and not self.scales:
             kwargs["position_ids"] = None
         kwargs["attention_mask"] = join_masks(past_mask(layer, mask, logical), rows.mask, logical, rows.count)
 
@@ -246,7 +256,7 @@ class Decoder:
             positions = torch.arange(logical, logical + length, device=embeds.device)[None]
             padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
-        alive = ~stream.find_holes(embeds) if holes else None
+        alive = ~call.holes(embeds) if holes else None
         if choosing and self.entry is not None:
             chosen = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
@@ -273,7 +283,7 @@ class Decoder:
         if logical and not census.even and forgets(self.module.config):
             raise UnsupportedCallError(
                 f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "
-                f"{max(census.live)}) behind what their cache holds. They would be filled up in the middle, where "
+                f"{max(census.live)}) after what their cache holds. They would be filled up in the middle, where "
                 "windows and linear-attention states of this decoder count what is not there. Call it with one "
                 "sequence at a time, with images of the same number and budget for each, or without the cache."
             )

@@ -1,7 +1,7 @@
-"""The first call of assisted decoding: a prompt with drafts of its answer behind it.
+"""The first call of assisted decoding: a prompt with drafts of its answer after it.
 
 A policy that acts in the decoder asks what the prompt's end looks at, and drafts are not the prompt. So such a call is
-computed in two steps, as the same tokens would be without an assistant: the prompt, and then the drafts behind it.
+computed in two steps, as the same tokens would be without an assistant: the prompt, and then the drafts after it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _expected: ContextVar[tuple[Any, int] | None] = ContextVar("vlm_prune_drafts", d
 
 
 def expect_drafts(count: int, owner: Any) -> None:
-    """The forward of ``owner`` that begins now brings ``count`` drafts behind its prompt."""
+    """The forward of ``owner`` that begins now brings ``count`` drafts after its prompt."""
     if count or _expected.get() is not None:
         _expected.set((owner, count) if count else None)
 
@@ -30,7 +30,7 @@ def take_drafts(owner: Any) -> int:
 
 
 def split(kwargs: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of a decoder for the prompt and for the ``count`` tokens behind it."""
+    """Arguments of a decoder for the prompt and for the ``count`` tokens after it."""
     prompt, drafts = dict(kwargs), dict(kwargs)
     for name, dim in (("inputs_embeds", 1), ("position_ids", -1), ("visual_pos_masks", 1)):
         if isinstance(x := kwargs.get(name), torch.Tensor):
@@ -39,7 +39,7 @@ def split(kwargs: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str,
     prompt["attention_mask"], drafts["attention_mask"] = _split_mask(kwargs.get("attention_mask"), count)
     for name in ("visual_pos_masks", "deepstack_visual_embeds"):
         if name in drafts:
-            drafts[name] = None  # no visual tokens behind the prompt
+            drafts[name] = None  # no visual tokens after the prompt
     return prompt, drafts
 
 

@@ -75,7 +75,8 @@ def shared_between_layers(decoder: Any, layers: list[Any]) -> str | None:
         return "some borrow the keys and values of earlier ones"
     if "prev_topk_indices" in inspect.signature(layers[0].forward).parameters:
         return "they hand on which tokens their attention has chosen"
-    if own := sorted(set(layer_kinds(config)) - set(masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING)):
+    made = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+    if own := sorted({kind for kind in layer_kinds(config) if not callable(made.get(kind))}):
         return f"what masks its {' and '.join(own)} layers need is known to the decoder alone"
     if getattr(config, "hc_mult", None) or getattr(config, "altup_num_inputs", None):
         return "they hand on several streams of hidden states"

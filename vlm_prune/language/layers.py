@@ -97,7 +97,7 @@ class DecoderLayers:
         return names
 
     def _check(self, blocks: bool) -> None:
-        """Raise if a policy wants of a layer what layers of its kind, or those behind it, do not allow."""
+        """Raise if a policy wants of a layer what layers of its kind, or those after it, do not allow."""
         whole = shared_between_layers(self.decoder, self.layers)
         full = [
             n for n, kind in enumerate(self.kinds) if kind == FULL and hasattr(self.layers[n], "self_attn")
@@ -139,7 +139,7 @@ class DecoderLayers:
             if self._watching(number):
                 edit = self.attention.edit if number in self.modulated else None
                 self.sites.append(Site(layer.self_attn, number, self.attention.see, edit))
-            # behind a cut, what stock code adds to the first layers' visual rows is added here
+            # after a cut, what stock code adds to the first layers' visual rows is added here
             cut = number in self.pruned or (self.pruned and number < self.deepstack)
             if cut or number in self.observed:
                 # in front of the hooks by which transformers collects hidden states
@@ -238,7 +238,7 @@ class DecoderLayers:
         first: PrunedLayer | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Attention mask, position ids and rotary embeddings for this call's rows behind those of layer ``number``."""
+        """Attention mask, position ids and rotary embeddings for this call's rows after those of layer ``number``."""
         shifts = [x.shift for x in (first, layer) if x is not None and x.shift is not None]
         # those of a step are what stock code made for layer 0, and good for all where no layer was renumbered
         moved = call.rows is not None or bool(shifts)
@@ -250,11 +250,11 @@ class DecoderLayers:
                 positions = positions - layer.shift[:, None]
         places = None if positions is None else stream.split_positions(positions.to(hidden.device))[1]
         mask = kwargs.get("attention_mask")
-        slots = isinstance(mask, torch.Tensor) and mask.dim() == 4
-        if not slots or call.rows is not None or layer is None or not is_static(layer):
+        slots = mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
+        if slots is None or call.rows is not None or layer is None or not is_static(layer):
             mask = self._mask(call, number, hidden, layer, cache_of(kwargs))
         else:
-            mask = slots_of(mask, layer, first)
+            mask = slots_of(slots, layer, first)
         if mask is not None:
             mask = mask.to(hidden.device)
         if not moved:
@@ -298,7 +298,7 @@ class DecoderLayers:
     def leave_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Behind layer ``number`` of a prefill: ask the policies, drop rows."""
+        """After layer ``number`` of a prefill: ask the policies, drop rows."""
         call = current_forward(self.session)
         if call is None or call.probing or call.rows is None:
             return None
@@ -376,7 +376,7 @@ class DecoderLayers:
     ) -> AttentionView:
         """What layer ``number + 1`` would attend with if all rows ``hidden`` that leave layer ``number`` went on."""
         if call.rows is None:
-            raise RuntimeError(f"layer {number} is not in a prefill, so nothing is cut behind it")
+            raise RuntimeError(f"layer {number} is not in a prefill, so nothing is cut after it")
         layer, cache, home = self.layers[number + 1], cache_of(kwargs), hidden.device
         if call.deepstack is not None:
             hidden = call.deepstack.foreseen(number, hidden)
@@ -437,7 +437,7 @@ class DecoderLayers:
         if not min(counts):
             names = " and ".join(policy.name for policy, _ in self.pruned[number])
             raise UnsupportedCallError(
-                f"Of a prompt of this call nothing is left behind decoder layer {number}: it holds images alone, and "
+                f"Of a prompt of this call nothing is left after decoder layer {number}: it holds images alone, and "
                 f"{names} drops all visual tokens there. Put text into the prompt, or choose a policy that keeps some."
             )
         call.observed.pop("attention", None)
@@ -451,7 +451,7 @@ class DecoderLayers:
         return hidden
 
     def _left(self, call: ForwardCall, number: int) -> list[int] | None:
-        """Visual tokens of each sequence that are left behind layer ``number``; ``None`` if only the device knows."""
+        """Visual tokens of each sequence that are left after layer ``number``; ``None`` if only the device knows."""
         (policy, budget), *others = self.pruned[number]
         if others or call.unknown_features or type(policy).left is Policy.left:
             return None

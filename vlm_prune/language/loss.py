@@ -1,4 +1,4 @@
-"""The loss of a pruned model: a row whose successor was dropped learns to predict the one behind it.
+"""The loss of a pruned model: a row whose successor was dropped learns to predict the one after it.
 
 Trainers that sum a loss over several batches count the targets of all of them before any goes through the model
 (``num_items_in_batch``), those of tokens that will be dropped too. A batch knows its own targets only, so it takes from

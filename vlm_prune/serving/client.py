@@ -13,7 +13,7 @@ from ..errors import PolicyError, StateError
 
 @torch.no_grad()
 def image_embeds(model: Any, processor: Any, images: list[Any]) -> list[torch.Tensor]:
-    """What is left of each image behind the projector of a pruned model: a list of ``(tokens, channels)``.
+    """What is left of each image after the projector of a pruned model: a list of ``(tokens, channels)``.
 
     Send them in place of the images, to an engine started with ``enable_mm_embeds=True``:
     ``{"prompt": prompt, "multi_modal_data": {"image": embeds}}``. Budgets may differ from image to image, and depend on

@@ -13,7 +13,7 @@ class Mended:
 
 
 def mend() -> None:
-    """Let the CPU runner ask its config behind loading."""
+    """Let the CPU runner ask its config after loading."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     if hasattr(CPUModelRunner.load_model, "stock"):

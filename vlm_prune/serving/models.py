@@ -106,7 +106,7 @@ class Pruned:
     # --- start ---
 
     def process_weights_after_loading(self) -> None:
-        """vLLM's hook behind loading: the start-up self-check."""
+        """vLLM's hook after loading: the start-up self-check."""
         if (stock := getattr(super(), "process_weights_after_loading", None)) is not None:
             stock()
         if self.plan is not None:

@@ -94,7 +94,7 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
             self.see_attention(number, query, key, value, module.scale)
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Behind a block, whose hidden states are ``(patches, 1, channels)``: ask the policies, and cut."""
+        """After a block, whose hidden states are ``(patches, 1, channels)``: ask the policies, and cut."""
         left = super().leave_layer(number, module, args, output[:, 0])
         return None if left is None else left[:, None]
 

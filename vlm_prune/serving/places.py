@@ -34,9 +34,9 @@ def split_places(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prompt_positions(length: int, images: Sequence[tuple[int, int, int, int]]) -> tuple[torch.Tensor, int]:
-    """Positions of a prompt before any image was seen: int64 ``(3, length)``, and what is to be added behind it.
+    """Positions of a prompt before any image was seen: int64 ``(3, length)``, and what is to be added after it.
 
-    An image's tokens all stand at its start; the text behind it continues where it would behind the whole image.
+    An image's tokens all stand at its start; the text after it continues where it would after the whole image.
 
     Args:
         length: of the prompt, placeholders of dropped tokens left out.

@@ -59,7 +59,7 @@ class QwenDummies(qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder):
     """Prompts for vLLM's warm-up."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Text behind the images: `QwenPruning` refuses a prompt without."""
+        """Text after the images: `QwenPruning` refuses a prompt without."""
         return super().get_dummy_text(mm_counts) + "."
 
 
@@ -77,7 +77,7 @@ class QwenPruning(Pruning, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
         ends = [place.offset + place.length for place in found["mm_placeholders"].get("image", ())]
         if self.plan is not None and len(found["prompt_token_ids"]) in ends:
             raise UnsupportedCallError(
-                "The prompt ends with an image, and vLLM continues behind the last token of it that stays, not behind "
+                "The prompt ends with an image, and vLLM continues after the last token of it that stays, not after "
                 "the image. Let text or <|vision_end|> follow, as the chat template does."
             )
         return found
@@ -111,7 +111,7 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         if Plan.of(vllm_config.model_config.hf_config) is not None:
-            open_channel(vllm_config)  # the runner asks behind loading
+            open_channel(vllm_config)  # the runner asks after loading
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def image_tokens(self, **kwargs: Any) -> list[int]:
@@ -126,7 +126,7 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     def _encode(
         self, plan: Plan, budget: int, numbers: list[int], kwargs: Mapping[str, Any]
     ) -> list[torch.Tensor]:
-        """Embeddings of some images ``(tokens that stay, channels + 4)``, their places behind them."""
+        """Embeddings of some images ``(tokens that stay, channels + 4)``, their places after them."""
         sizes = kwargs["image_grid_thw"]
         patches = kwargs["pixel_values"].split(sizes.prod(-1).tolist())
         pixels = torch.cat([patches[number] for number in numbers])
@@ -153,7 +153,7 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[torch.Tensor, int]:
-        """Positions ``(3, tokens)`` before an image was seen, and what is added to those behind the prompt."""
+        """Positions ``(3, tokens)`` before an image was seen, and what is added to those after the prompt."""
         if self.plan is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)

@@ -57,7 +57,7 @@ class ServedStage:
         """Within the block, the tower keeps this many units of each tile. Outside of it, it is a stock tower."""
         self.active, self.budget = True, Budget(tokens=units)
         try:
-            with encoding(self.session):
+            with encoding(self.session, once=False):
                 yield
         finally:
             self.active = False

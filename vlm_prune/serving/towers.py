@@ -31,7 +31,7 @@ class PackedParts(NamedTuple):
     """The same of a model whose tower takes images of any size.
 
     Attributes:
-        tower: its ``attentions`` are called with query, key and value ``(1, patches, heads, head size)``, behind the
+        tower: its ``attentions`` are called with query, key and value ``(1, patches, heads, head size)``, after the
             rotary embedding, once for all images and windows.
         projector: the merger, takes ``(patches, 1, channels)``.
         heads: of a tower layer, over all tensor-parallel ranks.
