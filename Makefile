@@ -138,6 +138,16 @@ bench-check: $(READY) ## no ratio worse than in the benchmark that is committed 
 	$(VENV)/bin/vlm-prune bench --preset quick --tokens 64 --tokens 192 --rounds 5 --threads 1 \
 		--check eval/bench/baseline.json
 
+# A machine with a GPU may have packages of its own and no way to install any, so no virtual environment is made for it. The
+# four folders at the top become one package when installed; in a plain clone links do that.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
+
+.PHONY: gpu
+gpu: ## test, compare and measure on this machine's GPU, under 7 minutes: docs/gpu/<card>.md
+	@$(GPU_PYTHON) -c 'import vlm_prune.eval' 2>/dev/null || \
+		for folder in adapters policies eval; do ln -sfn ../$$folder vlm_prune/$$folder; done
+	$(GPU_PYTHON) -m vlm_prune.eval.bench.gpu
+
 results: $(READY) ## every policy on the shipped models (about half an hour): docs/results.md, docs/policies.md
 	$(VENV)/bin/vlm-prune run examples/results-tiny.yaml --page docs/results.md
 	$(RUN) vlm_prune.eval.policy_pages

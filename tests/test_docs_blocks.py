@@ -39,6 +39,7 @@ from vlm_prune.eval.scenes import make_scene
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES += ["docs/gpu/README.md"]
 PAGES += [f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.md"))]
 COMMAND = typer.main.get_command(app)
 

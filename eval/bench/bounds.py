@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from vlm_prune import pruned
 from vlm_prune.call import stream
 from vlm_prune.call.flops import tower_flops
 from vlm_prune.contract.views import AttentionView, FeaturesView
+from vlm_prune.eval.bench.calls import Call
 from vlm_prune.eval.bench.clock import interleaved, moved_bytes, spent_in
 from vlm_prune.eval.bench.speed import Row
 from vlm_prune.eval.bench.subject import Subject
@@ -22,6 +23,19 @@ from vlm_prune.registry import POLICIES, find_anatomy, policy_class
 
 GROWTH = (576, 1152, 2304, 4608, 11520)
 """Visual tokens at which the growth of cost is measured."""
+
+
+BUSY = 16
+"""Prompts of a batch from which on a GPU computes for most of a call."""
+
+CALL_OVER_STOCK = {"agilepruner": 1.05, "vflowopt": 1.05, "flowcut": 1.05, "mustdrop": 1.15}
+"""Wall time of an eager call of one prompt on a GPU, over stock; 1.02 for other policies."""
+
+HOST_OVER_ORACLE = {"flowcut": 1.05, "mustdrop": 1.15}
+"""Wall time of a call over the oracle's where arithmetic is nothing; 1.03 for other policies."""
+
+MORE_WAITS = {"flowcut": 1, "mustdrop": 2}
+"""Waits of a call of one prompt beyond those of stock; none for other policies."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ def quietly(run: Callable[..., Any], *args: Any) -> None:
 
 @torch.no_grad()
 def bounds(subject: Subject, rows: list[Row], rounds: int) -> Iterator[Bound]:
-    """Measure all of them; ``rows`` are those of `speed.speed`."""
+    """Measure those of a CPU, which computes for most of a call; ``rows`` are those of `speed.speed`."""
     for row in rows:
         if row.prefill_over_oracle is not None and row.decode_over_oracle is not None:
             at = f"{row.policy} at {row.tokens}"
@@ -65,6 +79,43 @@ def bounds(subject: Subject, rows: list[Row], rounds: int) -> Iterator[Bound]:
     yield from growth(rounds)
 
 
+def gpu_bounds(rows: Sequence[Row], calls: Sequence[Call]) -> Iterator[Bound]:
+    """What a GPU has to keep: one prompt takes the host little more than stock, a large batch the GPU hardly more than
+    the oracle.
+
+    A policy's own work compared with arithmetic says nothing there: at one prompt the GPU waits for the host. Batches
+    between 1 and `BUSY` are held to nothing but decoding, since neither the host nor arithmetic decides. ``calls`` have
+    the stock model's among them.
+    """
+    stock = {call.batch: call.counts.waits or 0 for call in calls if call.policy == "dense"}
+    for call in calls:
+        at, waits = f"{call.policy}, batch {call.batch}", call.counts.waits or 0
+        if call.policy == "dense":
+            continue
+        if call.batch == 1:
+            limit = CALL_OVER_STOCK.get(call.policy, 1.02)
+            yield Bound(f"whole call, {at}", call.wall_over_dense, limit, "stock")
+            yield Bound(f"waits, {at}", waits - stock[1], MORE_WAITS.get(call.policy, 0), "stock")
+        elif call.batch >= BUSY:
+            yield Bound(f"peak memory, {at}", call.peak_over_oracle, 1.05, "oracle")
+    for row in rows:
+        at = f"{row.policy} at {row.tokens}, batch {row.batch}"
+        if row.prefill_over_oracle is not None:
+            yield Bound(f"decode step, {at}", row.decode_over_dense, 1.01, "stock")
+            if row.batch >= BUSY:
+                yield Bound(f"prefill, {at}", row.prefill_over_oracle, 1.01, "oracle")
+
+
+def host_bounds(calls: Sequence[Call]) -> Iterator[Bound]:
+    """What the host has to keep, on shapes so narrow that arithmetic is nothing."""
+    for call in calls:
+        if call.policy != "dense":
+            limit = HOST_OVER_ORACLE.get(call.policy, 1.03)
+            yield Bound(
+                f"host time, {call.policy}, batch {call.batch}", call.wall_over_oracle, limit, "oracle"
+            )
+
+
 def scoring_ms(subject: Subject, name: str, rounds: int) -> float | None:
     """Milliseconds in a policy's own methods for one prompt, at the published depth; ``None`` if it has none there.
 
@@ -81,7 +132,7 @@ def scoring_ms(subject: Subject, name: str, rounds: int) -> float | None:
             owner = type(subject.model.pruning.policies[0])
             with spent_in(owner, ("encode", "encode_final", "prefill", "modulate")) as spent:
                 for _ in range(rounds):
-                    subject.model(**subject.inputs, use_cache=True, logits_to_keep=1)
+                    subject.call()
             total = 0.0
             for stage, calls in spent.items():
                 asked = {"prefill": policy.prefill_layers, "modulate": policy.modulate_layers}.get(stage)

@@ -61,6 +61,15 @@ def interleaved(
     return {name: Times(spent) for name, spent in found.items()}
 
 
+def shortest(run: Callable[[], float | None], times: int) -> Callable[[], float]:
+    """A run that repeats ``run`` and returns its shortest time: what interrupts the host for a moment is left out."""
+
+    def turn() -> float:
+        return min(interleaved({"run": run}, times, warm=0)["run"].rounds)
+
+    return turn
+
+
 @contextmanager
 def timed(module: torch.nn.Module) -> Iterator[list[float]]:
     """Milliseconds of each call of a module inside the block, all of its hooks included."""

@@ -21,6 +21,8 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -52,6 +54,7 @@ class Preset:
         tokens: visual tokens kept by default, per tile.
         image: the arguments of a forward that bring one image.
         build: from numbers of decoder and vision layers to a config and its class.
+        typed: whether a prompt says of each token whether it stands for an image, as Qwen-VL's does.
     """
 
     model: str
@@ -61,10 +64,13 @@ class Preset:
     tokens: int
     image: Callable[[], Mapping[str, torch.Tensor]]
     build: Callable[[int, int], tuple[type[PreTrainedModel], Any]]
+    typed: bool = False
 
-    def make(self, layers: int | None, dtype: torch.dtype, device: str) -> PreTrainedModel:
-        """The model with ``layers`` decoder layers, in eval mode."""
-        kind, config = self.build(layers or self.layers, self.tower_layers)
+    def make(
+        self, layers: int | None, dtype: torch.dtype, device: str, tower: int | None = None
+    ) -> PreTrainedModel:
+        """The model with ``layers`` decoder layers and ``tower`` vision layers, in eval mode."""
+        kind, config = self.build(layers or self.layers, tower or self.tower_layers)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -87,7 +93,10 @@ class Preset:
 def restore_buffers(model: PreTrainedModel, kind: type[PreTrainedModel], config: Any) -> None:
     """Position numbers and rotary frequencies, which are no parameters, as a model of few layers has them."""
     config = copy.deepcopy(config)
-    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    config.text_config.num_hidden_layers = 1
+    setattr(
+        config.vision_config, "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers", 1
+    )
     small = dict(kind(config).named_buffers())
     for name, buffer in model.named_buffers():
         if name in small:
@@ -133,6 +142,35 @@ def _internvl(layers: int, tower: int) -> tuple[type[PreTrainedModel], Any]:
     )
 
 
+def _qwen2_5(layers: int, tower: int) -> tuple[type[PreTrainedModel], Any]:
+    vision = {
+        "depth": tower, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1_000_000.0}
+    text = {
+        **QWEN2_7B,
+        "num_hidden_layers": layers,
+        "rope_parameters": rope,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=IMAGE + 1,
+        vision_start_token_id=IMAGE + 2, vision_end_token_id=IMAGE + 3, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _host(layers: int, tower: int) -> tuple[type[PreTrainedModel], Any]:
+    narrow = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**narrow, num_hidden_layers=tower, image_size=112, patch_size=14)
+    text = LlamaConfig(**narrow, num_hidden_layers=layers, vocab_size=32064)
+    return LlavaForConditionalGeneration, LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE
+    )
+
+
 def _quick(layers: int, tower: int) -> tuple[type[PreTrainedModel], Any]:
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=512, num_attention_heads=4, num_hidden_layers=tower,
@@ -169,8 +207,15 @@ PRESETS = {
     "internvl3-8b": Preset(
         "InternViT-300M/448 and Qwen2.5-7B, 4 tiles", 28, 1, 6, 64, _pixels(4, 3, 448, 448), _internvl
     ),
+    "qwen2.5-vl-7b": Preset(
+        "Qwen2.5-VL-7B, 672 x 672 pixels", 28, 1, 8, 64,
+        _pixels(48 * 48, 3 * 2 * 14 * 14, image_grid_thw=torch.tensor([[1, 48, 48]])), _qwen2_5, typed=True,
+    ),
+    "host": Preset(
+        "LLaVA-1.5-7B's depth at a width of 32", 32, 32, 24, 8, _pixels(1, 3, 112, 112), _host
+    ),
     "quick": Preset(
         "a small tower and a decoder of width 1024", 8, 8, 4, 64, _pixels(1, 3, 336, 336), _quick
     ),
 }  # fmt: skip
-"""Name -> shapes. ``quick`` is no published model."""
+"""Name -> shapes. ``quick`` and ``host`` are no published models; on ``host`` arithmetic is next to nothing."""

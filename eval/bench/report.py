@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vlm_prune.eval.bench.bounds import Bound
+from vlm_prune.eval.bench.calls import Call
 from vlm_prune.eval.bench.speed import Row
 
 RATIOS = ("prefill_over_oracle", "decode_over_oracle", "kv_over_dense")
@@ -22,12 +23,13 @@ SLACK = {"prefill_over_oracle": 0.03, "decode_over_oracle": 0.03, "kv_over_dense
 def table(rows: Sequence[Row]) -> Table:
     """One line a policy and budget; ratios in brackets."""
     shown = Table(
-        "policy", "tokens", "prefill ms", "over oracle", "decode ms", "over oracle", "tower ms", "end to end ms",
-        "peak MiB", "KV MiB", "TFLOP", box=SIMPLE_HEAD,
+        "policy", "batch", "tokens", "prefill ms", "over oracle", "decode ms", "over oracle", "tower ms",
+        "end to end ms", "requests/s", "tokens/s", "peak MiB", "KV MiB", "TFLOP", box=SIMPLE_HEAD,
     )  # fmt: skip
     for row in rows:
         shown.add_row(
             row.policy,
+            str(row.batch),
             str(row.tokens),
             f"{row.prefill_ms:.1f} ±{row.prefill_spread:.0%} ({row.prefill_over_dense:.2f})",
             "" if row.prefill_over_oracle is None else f"{row.prefill_over_oracle:.3f}",
@@ -35,9 +37,37 @@ def table(rows: Sequence[Row]) -> Table:
             "" if row.decode_over_oracle is None else f"{row.decode_over_oracle:.3f}",
             f"{row.tower_ms:.0f} ({row.tower_over_dense:.2f})",
             f"{row.end_to_end_ms:.0f} ({row.end_to_end_over_dense:.2f})",
+            f"{row.requests_per_s:.3g}",
+            f"{row.tokens_per_s:.3g}",
             f"{row.peak_bytes / 2**20:.0f}",
             f"{row.kv_bytes / 2**20:.2f} ({row.kv_over_dense:.2f})",
             f"{row.flops / 1e12:.3f}",
+        )
+    return shown
+
+
+def calls_table(calls: Sequence[Call]) -> Table:
+    """One line a policy and batch: the whole call. Columns of the device are there where there is one."""
+    device = ["device ms", "launches", "waits"] if any(c.counts.device_ms is not None for c in calls) else []
+    shown = Table(
+        "whole call", "batch", "tokens", "wall ms", "over stock", "over oracle", *device, "operations", "reads",
+        "peak MiB", "over oracle", box=SIMPLE_HEAD,
+    )  # fmt: skip
+    for call in calls:
+        seen = call.counts
+        on_device = [] if seen.device_ms is None else [f"{seen.device_ms:.2f}", seen.launches, seen.waits]
+        shown.add_row(
+            call.policy,
+            str(call.batch),
+            str(call.tokens),
+            f"{call.wall_ms:.1f} ±{call.wall_spread:.0%}",
+            f"{call.wall_over_dense:.2f}",
+            f"{call.wall_over_oracle:.2f}",
+            *map(str, on_device),
+            str(seen.operations),
+            str(seen.reads),
+            f"{call.peak_bytes / 2**20:.0f}",
+            f"{call.peak_over_oracle:.2f}",
         )
     return shown
 
@@ -52,10 +82,14 @@ def bounds_table(bounds: Sequence[Bound]) -> Table:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Prefill time and KV bytes against kept tokens, with the oracle's time as the ceiling of what can be saved."""
+    """Prefill time and KV bytes against kept tokens, with the oracle's time as the ceiling of what can be saved.
+
+    Of several batches the first is drawn.
+    """
     from matplotlib.figure import Figure
 
-    dense, others = rows[0], sorted(rows[1:], key=lambda row: row.prompt_rows)
+    dense, *pruned = (row for row in rows if row.batch == rows[0].batch)
+    others = sorted(pruned, key=lambda row: row.prompt_rows)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for policy in dict.fromkeys(row.policy for row in others):
@@ -76,10 +110,10 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def regressions(rows: Sequence[Row], before: dict[str, Any]) -> list[str]:
     """In words, the ratios that got worse than in an earlier benchmark's JSON by more than `SLACK`."""
-    known = {(row["policy"], row["tokens"]): row for row in before["rows"]}
+    known = {(row["policy"], row.get("batch", 1), row["tokens"]): row for row in before["rows"]}
     worse = []
     for row in rows:
-        old = known.get((row.policy, row.tokens))
+        old = known.get((row.policy, row.batch, row.tokens))
         if old is None:
             continue
         for name in RATIOS:

@@ -11,11 +11,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from vlm_prune import pruned
-from vlm_prune.eval.bench.clock import timed
+from vlm_prune import prune, pruned, unprune
+from vlm_prune.eval.bench.clock import interleaved, timed
 from vlm_prune.eval.bench.presets import IMAGE, PRESETS, TEXT_TOKENS, Preset
 from vlm_prune.registry import find_anatomy
 from vlm_prune.versions import CACHE, cache_of
+
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+"""Arguments of a forward that are no part of the image."""
 
 
 @dataclass
@@ -24,20 +27,39 @@ class Subject:
 
     Attributes:
         preset: whose shapes the ``model`` has.
-        inputs: arguments of a forward: one prompt with one image.
-        visual: placeholders in it.
+        inputs: arguments of a forward: as many prompts as the batch has, each with one image.
+        visual: placeholders in a prompt.
+        batch: prompts.
     """
 
     preset: Preset
     model: PreTrainedModel
     inputs: dict[str, torch.Tensor]
     visual: int
+    batch: int = 1
 
     @classmethod
-    def of(cls, name: str, layers: int | None, dtype: torch.dtype, device: str) -> Subject:
-        """Build the model of a preset, and a prompt as its processor would write it."""
+    def of(
+        cls,
+        name: str,
+        layers: int | None,
+        dtype: torch.dtype,
+        device: str,
+        tower: int | None = None,
+        attn: str | None = None,
+    ) -> Subject:
+        """Build the model of a preset, and a prompt as its processor would write it.
+
+        ``layers`` and ``tower`` replace the preset's depths, ``attn`` is the attention implementation, transformers'
+        own choice by default.
+
+        Raises:
+            ValueError, ImportError: transformers does not know ``attn`` or lacks what it needs.
+        """
         preset = PRESETS[name]
-        model = preset.make(layers, dtype, device)
+        model = preset.make(layers, dtype, device, tower)
+        if attn is not None:
+            model.set_attn_implementation(attn)
         media = {key: x.to(device) for key, x in preset.image().items()}
         media["pixel_values"] = media["pixel_values"].to(dtype)
         with torch.no_grad():
@@ -46,17 +68,46 @@ class Subject:
         ids = torch.randint(3, IMAGE, (1, visual + TEXT_TOKENS), generator=torch.Generator().manual_seed(2))
         ids[:, 4 : 4 + visual] = IMAGE
         ids = ids.to(device)
-        return cls(preset, model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **media}, visual)
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if preset.typed:
+            text["mm_token_type_ids"] = (ids == IMAGE).int()
+        return cls(preset, model, {**text, **media}, visual)
+
+    def batched(self, batch: int) -> Subject:
+        """The same model with ``batch`` prompts, all alike."""
+        repeated = {key: x.repeat(batch, *[1] * (x.dim() - 1)) for key, x in self.inputs.items()}
+        return Subject(self.preset, self.model, repeated, self.visual, batch)
+
+    @property
+    def media(self) -> dict[str, torch.Tensor]:
+        """The arguments that bring the images."""
+        return {key: x for key, x in self.inputs.items() if key not in TEXT}
+
+    def under(
+        self, policy: str, options: dict[str, Any], run: Callable[[], Any], warm: int = 0
+    ) -> Callable[[], float]:
+        """A run that prunes the model for itself alone, and returns its own time without that of pruning.
+
+        It is called ``warm`` times before it is timed.
+        """
+
+        def call() -> float:
+            prune(self.model, policy, **options)
+            try:
+                return interleaved({"run": run}, 1, warm)["run"].median
+            finally:
+                unprune(self.model)
+
+        return call
+
+    def call(self) -> None:
+        """A whole forward of the model as it is, tower to logits."""
+        self.model(**self.inputs, use_cache=True, logits_to_keep=1)
 
     @property
     def decoder(self) -> Any:
         """The language model."""
         return find_anatomy(self.model).decoder
-
-    @property
-    def tower(self) -> Any:
-        """The vision tower."""
-        return getattr(find_anatomy(self.model).tower, "module", None)
 
     @cached_property
     def layers(self) -> int:
@@ -73,7 +124,7 @@ class Subject:
         with pruned(self.model, policy, **options):
             # registered last, so it sees what pruning made of the arguments
             handle = self.decoder.register_forward_pre_hook(look, with_kwargs=True)
-            self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+            self.call()
             handle.remove()
         seen.pop(CACHE, None)
         return seen
@@ -83,7 +134,7 @@ class Subject:
 
         def run() -> float:
             with timed(self.decoder) as spent:
-                self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+                self.call()
             return spent[0]
 
         return run
@@ -93,10 +144,9 @@ class Subject:
 
         The tower is not run in between: it would leave caches and memory in another state than the oracle finds.
         """
-        media = {key: x for key, x in self.inputs.items() if key not in ("input_ids", "attention_mask")}
-        text = {key: x for key, x in self.inputs.items() if key in ("input_ids", "attention_mask")}
+        text = {key: x for key, x in self.inputs.items() if key in TEXT}
         with pruned(self.model, policy, **options):
-            encoded = self.model.base_model.get_image_features(**media, return_dict=True)
+            encoded = self.model.base_model.get_image_features(**self.media, return_dict=True)
 
         def run() -> float:
             with pruned(self.model, policy, **options), timed(self.decoder) as spent:
@@ -121,10 +171,12 @@ class Subject:
         Each run lengthens the cache by a row.
         """
         cache, word, state = cache_of(prefill()), self.inputs["input_ids"][:, -1:], {"at": length}
+        counted_on = find_anatomy(self.model).mrope  # from where the prompt's image ends, by the model itself
 
         def run() -> None:
-            position = torch.tensor([[state["at"]]], device=word.device)
-            self.model(input_ids=word, position_ids=position, **{CACHE: cache}, use_cache=True)
+            position = torch.full((self.batch, 1), state["at"], device=word.device)
+            more = {} if counted_on else {"position_ids": position}
+            self.model(input_ids=word, **more, **{CACHE: cache}, use_cache=True)
             state["at"] += 1
 
         return run
@@ -136,13 +188,14 @@ class Subject:
 
     def oracle_steps(self, shortened: dict[str, Any]) -> Callable[[], None]:
         """Decoding steps of the stock decoder after the shortened prompt."""
-        last = int(shortened["position_ids"].max()) + 1
+        places = shortened["position_ids"]  # None: counted by the decoder itself
+        last = shortened["inputs_embeds"].shape[1] if places is None else int(places.max()) + 1
         call = {**shortened, CACHE: DynamicCache(config=self.decoder.config)}
         return self.steps(lambda: self.decoder(**call), last)
 
     def encode(self) -> Callable[[], None]:
         """A run of the tower and the projector."""
-        media = {key: x for key, x in self.inputs.items() if key not in ("input_ids", "attention_mask")}
+        media = self.media
 
         def run() -> None:
             self.model.base_model.get_image_features(**media, return_dict=True)
