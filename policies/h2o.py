@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class H2O(Policy):
     """H2O, in the KV cache (decode stage): each KV head keeps the visual rows that got most attention.
 
-    What all rows of the prompt pay to a row is summed up, in each layer and each KV head by itself; the visual rows with
-    most of it are the heavy hitters and stay. Earlier rows are seen by more rows, so the sum leans towards the start of
-    the image. The prefill sees the whole image, so the first word of the answer is the unpruned model's.
+    What all rows of the prompt pay to a row is summed up, in each layer and each KV head by itself; the visual rows
+    with most of it are the heavy hitters and stay. Earlier rows are seen by more rows, so the sum leans towards the
+    start of the image. The prefill sees the whole image, so the first word of the answer is the unpruned model's.
 
     Paper's definition, not run against released code. It differs in that it is about visual rows alone, and all text
-    stays, which takes the place of the paper's recent tokens. No visual row comes while decoding, so a budget that holds
-    after the prefill holds from then on, and no further row has to leave for those that the answer brings. Heads that
-    share keys are judged together, by their mean; the paper has no such models.
+    stays, which takes the place of the paper's recent tokens. No visual row comes while decoding, so a budget that
+    holds after the prefill holds from then on: no row has to leave for those that the answer brings, and attention
+    is not summed up further. Heads that share keys are judged together, by their mean; the paper has no such models.
 
     Attributes:
         positions: has no effect, since what stays in a cache keeps the positions that it was computed with.

@@ -65,7 +65,7 @@ def attention_by_head(view: AttentionView, asking: torch.Tensor, most: int | Non
 
 
 def top_by_head(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """`top_mask` in each head: ``scores`` ``(batch, heads, rows)``, ``count`` ``(batch,)``, ``among`` ``(batch, rows)``."""
+    """`top_mask` in each head of ``scores`` ``(batch, heads, rows)``, among the same ``(batch, rows)`` in all heads."""
     batch, heads, rows = scores.shape
     among = among[:, None].expand(-1, heads, -1).reshape(-1, rows)
     return top_mask(scores.flatten(0, 1), count.repeat_interleave(heads), among).view(batch, heads, rows)

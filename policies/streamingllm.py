@@ -27,8 +27,8 @@ def sinks_then_recent(visual: torch.Tensor, sinks: int) -> torch.Tensor:
 class StreamingLLM(ScorerPolicy):
     """StreamingLLM, in the KV cache (decode stage): the first and the last visual rows of a prompt stay.
 
-    The prefill sees the whole image; then every layer's cache keeps the first `sinks` visual rows, and of the others the
-    last ones, as many as the budget allows. It looks at no content, which makes it the baseline of cache methods.
+    The prefill sees the whole image; then every layer's cache keeps the first `sinks` visual rows, and of the others
+    the last ones, as many as the budget allows. It looks at no content, which makes it the baseline of cache methods.
 
     Paper's definition, not run against released code. It differs in that it is about visual rows alone, and all text
     stays: so the window does not move on while the answer grows, as it would over a whole sequence. Rows keep the

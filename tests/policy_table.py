@@ -19,10 +19,11 @@ class Row:
         holds: what the budget means. "tile": exactly that many tokens of each tile enter the decoder; "most": not
             more; "prompt": exactly that share of a prompt's tokens leaves it; "average": the decoder's layers hold it
             on average; "exit": none leaves it; "all": none is dropped; "cache":
-            none is, and that share of a prompt's tokens stays in every layer's cache.
+            none is, and that share of a prompt's tokens stays in the layers' caches, on average.
         idle: further fields with which a policy without budget changes nothing.
         exact: whether it then gives the stock model's bits.
-        text_blind: whether the text has no say, so that a prompt may come in one turn or in two.
+        text_blind: whether the text has no say and never sees what is dropped, so that a prompt may come in one turn or
+            in two.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +60,7 @@ TABLE = {
     "scope": Row(),
     "snapkv": Row({"window": 3, "kernel": 3}, "cache", text_blind=False),
     "sparsevlm": Row(holds="average", text_blind=False),
-    "streamingllm": Row({"sinks": 2}, "cache"),
+    "streamingllm": Row({"sinks": 2}, "cache", text_blind=False),
     "uniform": Row(),
     "var": Row(
         {"tau": 1.7, "first_layer": 1, "min_visual_mass": 0.02, "max_sink_share": 0.95, "move": 0.9},
@@ -70,6 +71,7 @@ TABLE = {
     ),
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
+    "vlcache": Row(holds="cache", text_blind=False),
     "visionzip": Row(),
     "vispruner": Row(),
     "zooprune": Row({"directions": 8}),

@@ -16,6 +16,7 @@ from vlm_prune.policies.h2o import H2O
 from vlm_prune.policies.prompt_attention import last_of
 from vlm_prune.policies.snapkv import SnapKV, pooled
 from vlm_prune.policies.streamingllm import StreamingLLM, sinks_then_recent
+from vlm_prune.policies.vlcache import VLCache, layer_counts
 from vlm_prune.versions import CACHE, cache_of
 
 FAMILIES = ["llava", "llava-gqa", "internvl"]
@@ -88,6 +89,43 @@ def h2o_by_hand(family, batch):
     return keep
 
 
+def shared_out(density, held, total):
+    """Rows of each layer: one each, then in proportion, what a full layer cannot take going to the others."""
+    layers, left, full = range(len(density)), total - len(density), set()
+    while True:
+        weight = sum(density[n] for n in layers if n not in full)
+        given = sum(held[n] - 1 for n in full)
+        share = [held[n] - 1 if n in full else (left - given) * density[n] / weight for n in layers]
+        over = {n for n in layers if n not in full and share[n] > held[n] - 1}
+        if not over:
+            break
+        full |= over
+    counts, end, before = [], 0.0, 0
+    for part in share:
+        end += part
+        counts.append(1 + int(end + 0.5) - before)
+        before = int(end + 0.5)
+    return counts
+
+
+def vlcache_by_hand(family, batch, threshold):
+    images, voters = image_rows(batch), asking(batch)
+    layers, density, keep = maps(family, batch), [], []
+    for layer in layers:
+        rows = [head[row][: row + 1] for head in layer.tolist() for row in voters]
+        dense = sum(paid >= threshold * max(row) for row in rows for paid in row)
+        density.append(dense / sum(map(len, rows)))
+    total = round(RATIO * len(images)) * len(layers)
+    counts = shared_out(density, [len(images)] * len(layers), total)
+    assert sum(counts) == total
+    for layer, count in zip(layers, counts, strict=True):
+        keep.append([])
+        for group in grouped(layer, family):
+            score = [sum(head[row][i] for head in group for row in voters) for i in range(len(batch.ids[0]))]
+            keep[-1].append(best(score, images, count))
+    return keep
+
+
 def streaming_by_hand(family, batch, sinks):
     images = image_rows(batch)
     count = round(RATIO * len(images))
@@ -110,6 +148,8 @@ CASES = {
         lambda f, b: snapkv_by_hand(f, b, 2, 3, "max"),
     ),
     "h2o": (H2O(), h2o_by_hand),
+    "vlcache": (VLCache(), lambda f, b: vlcache_by_hand(f, b, 0.01)),
+    "vlcache-high-threshold": (VLCache(threshold=0.3), lambda f, b: vlcache_by_hand(f, b, 0.3)),
 }
 
 
@@ -152,6 +192,32 @@ def test_layers_and_heads_choose_for_themselves():
         assert len({tuple(rows) for layer in keep for rows in layer}) == sum(map(len, keep))
 
 
+def test_layers_get_shares_of_their_own():
+    keep = CASES["vlcache-high-threshold"][1]("llava-gqa", prompt("llava-gqa", [LAYOUTS["one"]]))
+    assert len({len(layer[0]) for layer in keep}) > 1
+
+
+def test_shares_of_a_budget_by_hand():
+    density = torch.tensor([[0.5, 0.25, 0.25], [0.98, 0.01, 0.01], [0.98, 0.01, 0.01], [0.2, 0.3, 0.5]])
+    held = torch.tensor([[20, 20, 20], [20, 20, 20], [20, 20, 20], [4, 0, 9]])
+    counts = layer_counts(density, held, torch.tensor([23, 30, 60, 100]))
+    assert counts.tolist() == [[11, 6, 6], [20, 5, 5], [20, 20, 20], [4, 0, 9]]
+
+
+def test_shares_of_random_budgets_add_up():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        layers = int(torch.randint(1, 9, (), generator=generator))
+        density = torch.rand(1, layers, generator=generator) ** 3 + 1e-3
+        total = int(torch.randint(layers, 12 * layers + 1, (), generator=generator))
+        counts = layer_counts(density, torch.full((1, layers), 12), torch.tensor([total]))[0]
+        assert counts.sum() == total
+        assert counts.min() >= 1
+        assert counts.max() <= 12
+        want = shared_out(density[0].tolist(), [12] * layers, total)
+        assert max(abs(a - b) for a, b in zip(counts.tolist(), want, strict=True)) <= 1  # of equal halves
+
+
 def test_sinks_then_the_last_ones():
     visual = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
     order = sinks_then_recent(visual, 1).masked_fill(~visual, -1).argsort(descending=True, stable=True)
@@ -177,6 +243,7 @@ def test_pooling_by_hand():
         (StreamingLLM, {"sinks": -1}, "sinks=-1: choose a number from 0"),
         (SnapKV, {"window": 0}, "window=0: choose a number from 1"),
         (SnapKV, {"kernel": 4}, "kernel=4: choose an odd number"),
+        (VLCache, {"threshold": 1.5}, "threshold=1.5: choose a number from 0 to 1"),
         (SnapKV, {"pooling": "avg"}, "'mean' or 'max'"),
     ],
 )

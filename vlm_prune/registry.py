@@ -42,6 +42,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
+    "vlcache": "vlm_prune.policies.vlcache:VLCache",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
@@ -52,7 +53,7 @@ POLICIES: dict[str, str | type[Policy]] = {
 BUILT_IN = tuple(POLICIES)
 """Names of the policies that the package brings."""
 
-ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop"}
+ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop", "vl-cache": "vlcache"}
 """Other names that policies go by."""
 
 ELSEWHERE = "vlm_prune.policies.elsewhere:not_among"
