@@ -21,6 +21,7 @@ from tests.policy_checks import (
 from tests.policy_table import CACHE, ENCODE, RATIO, TABLE, options
 from vlm_prune import prune, pruned, unprune
 from vlm_prune.registry import POLICIES
+from vlm_prune.versions import cache_of
 
 alone = pytest.mark.parametrize("policy", sorted(TABLE))
 families = pytest.mark.parametrize("family", ["llava", "internvl"])
@@ -88,6 +89,18 @@ def test_a_batch_gives_what_its_rows_give_alone(policy, family):
         assert left == came == dense
     if holds in ("tile", "most"):
         assert left == came
+
+
+@pytest.mark.parametrize("policy", CACHE)
+@families
+def test_caches_hold_their_budget(policy, family):
+    model = tiny(family)
+    with pruned(model, **options(policy)):
+        for row in prompt(family, RAGGED).rows():
+            stored = [layer.keys.shape[2] for layer in cache_of(model(**row.inputs)).layers]
+            images = int((row.ids == IMAGE).sum())
+            share = row.ids.shape[1] - images + round(RATIO * images)
+            assert sum(stored) == share * len(stored)
 
 
 @families
