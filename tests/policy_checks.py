@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from tests.models import IMAGE, prompt, shared
-from tests.policy_table import CACHE
+from tests.policy_table import EVICTING
 from vlm_prune.call.encode_call import current_encode
 from vlm_prune.call.forward_call import current_forward
 from vlm_prune.registry import policy_class
@@ -82,7 +82,9 @@ def assert_adds_up(model, batch, out, composition):
     assert receipt.decoder_tokens == sorted(receipt.decoder_tokens, reverse=True)
     assert max(last) <= receipt.decoder_tokens[-1]
     stages = {stage for name in composition.split("+") for stage in policy_class(name).stages}
-    if set(CACHE) & set(composition.split("+")):  # layers lose more than what was dropped before the last one
+    if set(EVICTING) & set(
+        composition.split("+")
+    ):  # layers lose more than what was dropped before the last one
         assert all(max(text) <= n <= of for n, of in zip(stored, receipt.decoder_tokens, strict=True))
     elif "decode" in stages:  # layers also lose what later ones dropped
         assert set(stored) == {max(last)}

@@ -89,7 +89,7 @@ PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 """Of the policies that act in prefill those that may follow one of the encode stage."""
 
 
-CACHE = [name for name in in_stage("decode") if policy_class(name).stages == ("decode",)]
+EVICTING = [name for name in in_stage("decode") if policy_class(name).stages == ("decode",)]
 """Policies that drop rows of the cache and nothing else."""
 
 IN_DECODER = [name for name in sorted(TABLE) if policy_class(name).stages != ("encode",)]

@@ -18,7 +18,7 @@ from tests.policy_checks import (
     stock,
     tiny,
 )
-from tests.policy_table import CACHE, ENCODE, RATIO, TABLE, options
+from tests.policy_table import ENCODE, EVICTING, RATIO, TABLE, options
 from vlm_prune import prune, pruned, unprune
 from vlm_prune.registry import POLICIES
 from vlm_prune.versions import cache_of
@@ -59,10 +59,10 @@ def test_policies_do_something(policy, family):
         pytest.skip("keeps all by its nature")
     model, batch = tiny(family), prompt(family, RAGGED)
     logits, _ = stock(family)
-    if policy in CACHE:  # the prefill sees everything, and the second word is the first that may differ
+    if policy in EVICTING:  # the prefill sees everything, and the second word is the first that may differ
         logits = answer(model, batch.inputs)[1][:, :2]
     with pruned(model, **options(policy)):
-        ours = answer(model, batch.inputs)[1][:, :2] if policy in CACHE else model(**batch.inputs).logits
+        ours = answer(model, batch.inputs)[1][:, :2] if policy in EVICTING else model(**batch.inputs).logits
     assert ((ours[:, -1] - logits[:, -1]).abs().amax(-1) > 1e-3).all()
 
 
@@ -91,7 +91,7 @@ def test_a_batch_gives_what_its_rows_give_alone(policy, family):
         assert left == came
 
 
-@pytest.mark.parametrize("policy", CACHE)
+@pytest.mark.parametrize("policy", EVICTING)
 @families
 def test_caches_hold_their_budget(policy, family):
     model = tiny(family)
