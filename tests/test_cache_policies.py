@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.models import IMAGE, prompt, shared
+from tests.policy_table import options
 from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
-from vlm_prune import pruned
+from vlm_prune import PolicyError, pruned
 from vlm_prune.policies.h2o import H2O
 from vlm_prune.policies.prompt_attention import last_of
 from vlm_prune.policies.snapkv import SnapKV, pooled
@@ -223,6 +224,14 @@ def test_sinks_then_the_last_ones():
     order = sinks_then_recent(visual, 1).masked_fill(~visual, -1).argsort(descending=True, stable=True)
     assert order[0, :4].tolist() == [1, 5, 4, 2]
     assert order[1, :5].tolist() == [0, 4, 3, 2, 1]
+
+
+def test_mustdrop_leaves_heads_that_choose_for_themselves_uneven():
+    model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
+    with pruned(model, **options("mustdrop+snapkv")), pytest.raises(PolicyError, match="equally many"):
+        model(**batch.inputs, use_cache=True)
+    with pruned(model, **options("mustdrop+streamingllm")):
+        assert model(**batch.inputs, use_cache=True).logits.isfinite().all()
 
 
 def test_last_of():
