@@ -42,11 +42,13 @@ class Seen:
         edits: (layer, relative change of each head's output ``(rows, heads)``).
         visual: bool ``(rows,)`` of the prompt.
         lifted: bool per visual token that PAINT lifts, in any layer.
+        cached: by layer, the visual tokens that stay in the cache of its first KV head.
     """
 
     edits: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
     visual: torch.Tensor | None = None
     lifted: torch.Tensor | None = None
+    cached: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
 
 def watched(policy: Policy, seen: Seen) -> Policy:
@@ -66,6 +68,12 @@ def watched(policy: Policy, seen: Seen) -> Policy:
                 chosen = (view.carry["paint_local"] + view.carry["paint_summary"])[0] > 0
                 seen.lifted = chosen[view.visual[0]]
             return output
+
+        def evict(self, view: Any) -> Any:
+            keep = super().evict(view)
+            first = keep[0] if keep.dim() == 2 else keep[0, 0]
+            seen.cached[view.layer] = first[view.visual[0]].nonzero()[:, 0].tolist()
+            return keep
 
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     watcher: Policy = Watched(**fields)
@@ -87,7 +95,7 @@ def draw_all(folder: Path, names: Sequence[str] = tuple(POLICIES)) -> list[Path]
 def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any]) -> Path:
     """The picture of one policy; ``inputs`` are those of several scenes, of which diagrams take the first."""
     policy = policy_class(name)(**SETTINGS.get(name, {}))
-    inside = any(stage in policy.stages for stage in ("prefill", "modulate"))
+    inside = any(stage in policy.stages for stage in ("prefill", "decode", "modulate"))
     drawings: list[Drawing] = []
     for one in inputs[: 1 if inside else len(inputs)]:
         seen = Seen()
@@ -100,6 +108,8 @@ def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any
             drawings += modulation(tile, receipt, seen)
         elif "prefill" in policy.stages:
             drawings += cuts(tile, receipt)
+        elif "decode" in policy.stages:
+            drawings += caches(tile, receipt, seen)
         else:
             kept = receipt.kept[0]
             shown = COARSE[name](tile, receipt) if name in COARSE else viz.fade(tile, kept, receipt.grid)
@@ -120,6 +130,15 @@ def cuts(tile: viz.Pixels, receipt: Receipt) -> list[Drawing]:
             stages.append((f"{len(behind)} behind layer {layer}", behind))
     shown = stages if len(stages) < 4 else [*stages[:2], stages[-1]]
     return [image(viz.fade(tile, kept, receipt.grid), title) for title, kept in shown]
+
+
+def caches(tile: viz.Pixels, receipt: Receipt, seen: Seen) -> list[Drawing]:
+    """What stays in the first KV head's cache, in the first, the middle and the last layer."""
+    layers = sorted(seen.cached)
+    return [
+        image(viz.fade(tile, seen.cached[layer], receipt.grid), f"{len(seen.cached[layer])} in layer {layer}")
+        for layer in (layers[0], layers[len(layers) // 2], layers[-1])
+    ]
 
 
 def modulation(tile: viz.Pixels, receipt: Receipt, seen: Seen) -> list[Drawing]:

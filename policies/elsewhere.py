@@ -34,8 +34,8 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     "exit": ("drops all visual tokens from a layer on", "dyvte", "VTW ShortV FlexExit"),
     "cache": (
         "evicts rows of the KV cache",
-        "mustdrop",
-        "H2O SnapKV PyramidKV StreamingLLM LOOK-M VL-Cache PrefixKV MEDA SparseMM AirCache MixKV TGV-KV AdaKV TOVA",
+        "snapkv",
+        "PyramidKV LOOK-M PrefixKV MEDA SparseMM AirCache MixKV TGV-KV AdaKV TOVA",
     ),
     "video": (
         "drops tokens that repeat from frame to frame",

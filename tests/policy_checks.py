@@ -7,8 +7,10 @@ from functools import cache
 import torch
 
 from tests.models import IMAGE, prompt, shared
+from tests.policy_table import EVICTING
 from vlm_prune.call.encode_call import current_encode
 from vlm_prune.call.forward_call import current_forward
+from vlm_prune.registry import policy_class
 from vlm_prune.versions import cache_of
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-3}
@@ -79,7 +81,12 @@ def assert_adds_up(model, batch, out, composition):
     assert receipt.decoder_tokens[0] == max(first)
     assert receipt.decoder_tokens == sorted(receipt.decoder_tokens, reverse=True)
     assert max(last) <= receipt.decoder_tokens[-1]
-    if "mustdrop" in composition:  # its layers also lose what later ones dropped
+    stages = {stage for name in composition.split("+") for stage in policy_class(name).stages}
+    if set(EVICTING) & set(
+        composition.split("+")
+    ):  # layers lose more than what was dropped before the last one
+        assert all(max(text) <= n <= of for n, of in zip(stored, receipt.decoder_tokens, strict=True))
+    elif "decode" in stages:  # layers also lose what later ones dropped
         assert set(stored) == {max(last)}
     else:
         assert stored == receipt.decoder_tokens

@@ -18,10 +18,12 @@ class Row:
         settings: its fields, chosen so that it does something in a decoder of three layers.
         holds: what the budget means. "tile": exactly that many tokens of each tile enter the decoder; "most": not
             more; "prompt": exactly that share of a prompt's tokens leaves it; "average": the decoder's layers hold it
-            on average; "exit": none leaves it; "all": none is dropped.
+            on average; "exit": none leaves it; "all": none is dropped; "cache":
+            none is, and that share of a prompt's tokens stays in the layers' caches, on average.
         idle: further fields with which a policy without budget changes nothing.
         exact: whether it then gives the stock model's bits.
-        text_blind: whether the text has no say, so that a prompt may come in one turn or in two.
+        text_blind: whether the text has no say and never sees what is dropped, so that a prompt may come in one turn or
+            in two.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +42,7 @@ TABLE = {
     "dyvte": Row({"exit_layer": 1}, "exit"),
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
     "flowcut": Row(),
+    "h2o": Row(holds="cache", text_blind=False),
     "mmtok": Row(text_blind=False),
     "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
@@ -55,7 +58,9 @@ TABLE = {
     "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),
+    "snapkv": Row({"window": 3, "kernel": 3}, "cache", text_blind=False),
     "sparsevlm": Row(holds="average", text_blind=False),
+    "streamingllm": Row({"sinks": 2}, "cache", text_blind=False),
     "uniform": Row(),
     "var": Row(
         {"tau": 1.7, "first_layer": 1, "min_visual_mass": 0.02, "max_sink_share": 0.95, "move": 0.9},
@@ -66,6 +71,7 @@ TABLE = {
     ),
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
+    "vlcache": Row(holds="cache", text_blind=False),
     "visionzip": Row(),
     "vispruner": Row(),
     "zooprune": Row({"directions": 8}),
@@ -82,6 +88,9 @@ MODULATE = in_stage("modulate")
 PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 """Of the policies that act in prefill those that may follow one of the encode stage."""
 
+
+EVICTING = [name for name in in_stage("decode") if policy_class(name).stages == ("decode",)]
+"""Policies that drop rows of the cache and nothing else."""
 
 IN_DECODER = [name for name in sorted(TABLE) if policy_class(name).stages != ("encode",)]
 """Policies that act in the decoder, alone or among other places."""

@@ -14,7 +14,7 @@ from tests.policy_checks import (
     stock,
     tiny,
 )
-from tests.policy_table import ENCODE, MODULATE, PREFILL, TABLE, options
+from tests.policy_table import ENCODE, EVICTING, MODULATE, PREFILL, TABLE, options
 from vlm_prune import BudgetError, PolicyError, prune, pruned, unprune
 from vlm_prune.policies.mustdrop import MustDrop
 from vlm_prune.policies.paint import Paint
@@ -23,6 +23,9 @@ from vlm_prune.registry import policy_class
 PAIRS = [f"{e}+{p}" for e in ENCODE for p in PREFILL]
 PAIRS += [f"{e}+{m}" for e in ENCODE for m in MODULATE]
 PAIRS += [f"{p}+{m}" for p in PREFILL for m in MODULATE]
+PAIRS += [f"flowcut+{c}" for c in EVICTING] + [
+    f"{e}+snapkv" for e in (*ENCODE, *PREFILL) if e != "flowcut" and "decode" not in policy_class(e).stages
+]
 PAIRS += ["fastv+dyvte", "vhr+fastv", "paint+flowcut", "vhr+var", "var+paint"]
 TRIPLES = [
     f"{e}+{PREFILL[i % len(PREFILL)]}+{MODULATE[i % len(MODULATE)]}" for i, e in enumerate(sorted(ENCODE))

@@ -127,8 +127,8 @@ def test_a_config_alone_is_taken_by_all_three():
     [
         ("ToMe", ["ToMe, which merges alike tokens", '"visionzip"']),
         ("tome", ["ToMe, which merges alike tokens", "docs/contributing.md"]),
-        ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"mustdrop"']),
-        ("snap_kv", ["SnapKV", '"mustdrop"']),
+        ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"snapkv"']),
+        ("snap_kv", ['Did you mean "snapkv"?']),
         ("llava-prumerge", ["LLaVA-PruMerge", '"visionzip"']),
         ("opera", ["OPERA", '"paint"']),
         ("flowcutt", ['Did you mean "flowcut"?']),

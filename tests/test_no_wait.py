@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration
 import vlm_prune
 from tests.arranged import ARRANGED
 from tests.models import EVERY, FAMILIES, prompt, shared
-from tests.policy_table import TABLE, options
+from tests.policy_table import EVICTING, TABLE, options
 from vlm_prune import pruned
 from vlm_prune.call.timing import Stopwatch
 from vlm_prune.policies import fastv
@@ -31,8 +31,8 @@ from vlm_prune.support import PART, support
 from vlm_prune.versions import CACHE, cache_of
 
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique", "unique_dim", "bincount", "equal", "_linalg_eigh")
-ADAPTIVE = ("flowcut", "mustdrop", "sparsevlm")
-"""Policies that let the image decide how many tokens they drop where."""
+ADAPTIVE = ("flowcut", "mustdrop", "sparsevlm", *EVICTING)
+"""Policies that let the image decide how many tokens they drop where, and those whose rows a cache counts itself."""
 SOLVES = {"agilepruner": ["_linalg_eigh"]}
 """torch waits for its eigenvalue solver on a GPU, to see whether it converged."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models import IMAGE, PAD, prompt, shared
-from tests.policy_table import options
+from tests.policy_table import EVICTING, options
 from vlm_prune import UnsupportedCallError, pruned
 from vlm_prune.errors import UnsupportedModelError
 from vlm_prune.eval.census.prompts import prompt as census_prompt
@@ -47,7 +47,8 @@ def works(model, family, policy, rows):
         assert together.logits.isfinite().all()
         dropped = (batch.ids == IMAGE) & ~together.logits.any(-1)
         drops = policy_class(policy).stages != ("modulate",) and policy != "none"
-        assert bool(dropped.any()) == drops
+        assert bool(dropped.any()) == (drops and policy not in EVICTING)
+        assert (receipt.kv_bytes < receipt.kv_bytes_dense) == drops
         assert (receipt.stand_in is not None) == ("cls" in support(policy, family).notes), (
             "the receipt names what stands in for CLS"
         )

@@ -25,6 +25,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
     "fastv": "vlm_prune.policies.fastv:FastV",
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
+    "h2o": "vlm_prune.policies.h2o:H2O",
     "mmtok": "vlm_prune.policies.mmtok:MMTok",
     "holov": "vlm_prune.policies.holov:HoloV",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
@@ -35,10 +36,13 @@ POLICIES: dict[str, str | type[Policy]] = {
     "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
     "scope": "vlm_prune.policies.scope:SCOPE",
+    "snapkv": "vlm_prune.policies.snapkv:SnapKV",
     "sparsevlm": "vlm_prune.policies.sparsevlm:SparseVLM",
+    "streamingllm": "vlm_prune.policies.streamingllm:StreamingLLM",
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
+    "vlcache": "vlm_prune.policies.vlcache:VLCache",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
@@ -49,7 +53,7 @@ POLICIES: dict[str, str | type[Policy]] = {
 BUILT_IN = tuple(POLICIES)
 """Names of the policies that the package brings."""
 
-ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop"}
+ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop", "vl-cache": "vlcache"}
 """Other names that policies go by."""
 
 ELSEWHERE = "vlm_prune.policies.elsewhere:not_among"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -207,6 +207,7 @@ class CacheView:
         remaining: bool ``(batch, rows)``, rows whose tokens also reached the last layer.
         target: int64 ``(batch,)``, visual tokens that the budget wants in the end.
         scores: what `Policy.observe` returned for this layer, for its rows; ``None`` if it did not look.
+        all_scores: the same of every layer that it looked at, by the layer's number; rows of layers may differ.
         keys, values: ``(batch, kv_heads, rows, head_dim)``, positions applied.
         step: decoding steps since the prefill; 0 right after it.
         attention: what the layer's attention computed with in this decoding step; ``None`` in a prefill, where
@@ -224,6 +225,7 @@ class CacheView:
     values: torch.Tensor
     step: int = 0
     attention: AttentionView | None = None
+    all_scores: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -70,6 +70,7 @@ class Eviction:
             keys, values = read(stored.inner, stored.physical)
             keep: torch.Tensor | None = None
             for policy, _ in entries:
+                scores = {layer: x for (layer, owner), x in call.scores.items() if owner == id(policy)}
                 view = CacheView(
                     layer=number,
                     depth=self.depth,
@@ -77,7 +78,8 @@ class Eviction:
                     valid=rows.mask,
                     remaining=remaining,
                     target=targets[id(policy)],
-                    scores=call.scores.get((number, id(policy))),
+                    scores=scores.get(number),
+                    all_scores=scores,
                     keys=keys[:, :, -rows.count :],
                     values=values[:, :, -rows.count :],
                 )

@@ -1,0 +1,71 @@
+"""What rows of a prompt paid to each row in a decoder layer, head by head: scores for the rows of its KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..contract.keep import top_mask
+from .attention_rows import BLOCK, masked_softmax, row_logits, rows_where
+from .scores import last_row
+
+if TYPE_CHECKING:
+    from ..contract.views import AttentionView, PrefillView
+
+
+def question_rows(view: PrefillView) -> torch.Tensor:
+    """Text behind the last visual token, bool ``(batch, rows)``; the last row of a prompt that ends with its image."""
+    text = view.text
+    return text | (last_row(view.valid, view.visual) & ~text.any(-1, keepdim=True))
+
+
+def last_of(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The last ``count`` of the marked ``rows`` of each sequence, bool ``(batch, rows)``."""
+    after = rows.long().flip(-1).cumsum(-1).flip(-1)
+    return rows & (after <= count)
+
+
+def attention_blocks(
+    view: AttentionView, asking: torch.Tensor, most: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Attention that ``asking`` rows pay, some rows at a time, and which keys these see.
+
+    Causal over all valid keys, in fp32 or better: ``(batch, heads, some, keys)``, rows that nobody asked for zeroed,
+    and bool ``(batch, some, keys)``. Keys of earlier turns come first.
+
+    Args:
+        view: of a decoder layer's prefill; keys may be more than queries, and have fewer heads.
+        asking: bool ``(batch, rows)``.
+        most: a bound on how many of them a sequence has; ``None`` waits for the device to count.
+    """
+    _, heads, rows, dim = view.query.shape
+    keys = view.key.shape[2]
+    for index in rows_where(asking, most).split(BLOCK, 1):
+        real = asking.gather(1, index)
+        query = view.query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim))
+        number = index + keys - rows
+        paid = masked_softmax(row_logits(query, view.key, view.scaling), number, view.valid)
+        seen = (torch.arange(keys, device=number.device) <= number[..., None]) & real[..., None]
+        if view.valid is not None:
+            seen = seen & view.valid[:, None]
+        yield paid.masked_fill(~seen[:, None], 0), seen
+
+
+def attention_by_head(view: AttentionView, asking: torch.Tensor, most: int | None = None) -> torch.Tensor:
+    """The sum of what ``asking`` rows pay to each row of this prompt: ``(batch, kv_heads, rows)``.
+
+    Query heads that share a KV head are averaged. Arguments as for `attention_blocks`.
+    """
+    batch, kv_heads, keys, _ = view.key.shape
+    total = sum(paid.sum(2) for paid, _ in attention_blocks(view, asking, most))
+    grouped = torch.as_tensor(total).view(batch, kv_heads, -1, keys).mean(2)
+    return grouped[..., -view.query.shape[2] :]
+
+
+def top_by_head(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """`top_mask` in each head of ``scores`` ``(batch, heads, rows)``, among the same ``(batch, rows)`` in all heads."""
+    batch, heads, rows = scores.shape
+    among = among[:, None].expand(-1, heads, -1).reshape(-1, rows)
+    return top_mask(scores.flatten(0, 1), count.repeat_interleave(heads), among).view(batch, heads, rows)

@@ -1,0 +1,85 @@
+"""SnapKV: the end of the prompt votes on what each head keeps (Li et al., NeurIPS 2024, arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch.nn import functional
+
+from ..contract.policy import Policy, Positions
+from .prompt_attention import attention_by_head, last_of, question_rows, top_by_head
+from .settings import check_choice, check_number
+
+if TYPE_CHECKING:
+    from ..contract.views import CacheView, PrefillView
+
+
+def pooled(votes: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
+    """Votes ``(batch, heads, rows)`` pooled over ``kernel`` neighbouring rows, an odd number; same shape.
+
+    What lies beyond the ends counts as zero.
+    """
+    pool = functional.avg_pool1d if pooling == "mean" else functional.max_pool1d
+    return pool(votes, kernel, stride=1, padding=kernel // 2)
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """SnapKV, in the KV cache (decode stage): each KV head keeps the visual rows that the prompt's end looks at.
+
+    The last rows of the prompt are an observation window. What they attend to, summed over the window and pooled over
+    neighbouring rows so that clusters stay together, ranks the visual rows, in each layer and each KV head by itself.
+    The prefill sees the whole image, so the first word of the answer is the unpruned model's.
+
+    Paper's definition, not run against released code. It differs in these points:
+
+    - It is about visual rows alone, and all text stays. The window is the text behind the image, at most `window` rows
+      of it; a prompt that ends with its image is judged by its last row.
+    - Text counts as zero in the pooling, so that what text is attended to does not spread to its neighbours.
+    - Heads that share keys vote together, by their mean; the paper has no such models.
+
+    Attributes:
+        window: rows of the observation window, at most.
+        kernel: rows to pool over, an odd number; 1 for none.
+        pooling: ``"mean"`` or ``"max"``.
+        positions: has no effect, since what stays in a cache keeps the positions that it was computed with.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    stages: ClassVar[tuple[str, ...]] = ("decode",)
+    default_ratio: ClassVar[float] = 0.25
+
+    positions: Positions | None = "original"
+    window: int = 32
+    kernel: int = 5
+    pooling: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, window=(1, 10**6), kernel=(1, 999))
+        check_choice(self, pooling=("mean", "max"))
+        if self.kernel % 2 == 0:
+            raise ValueError(
+                f"kernel={self.kernel}: choose an odd number, so that a row has as many neighbours on both sides"
+            )
+
+    def observed_layers(self, depth: int) -> Collection[int]:
+        """All."""
+        return range(depth)
+
+    def observe(self, view: PrefillView) -> torch.Tensor:
+        """The pooled votes of the window, ``(batch, kv_heads, rows)``."""
+        window = last_of(question_rows(view), self.window)
+        votes = attention_by_head(view.recorded, window, self.window)
+        return pooled(votes.masked_fill(~view.visual[:, None], 0), self.kernel, self.pooling)
+
+    def evicted_layers(self, depth: int) -> Collection[int]:
+        """All."""
+        return range(depth)
+
+    def evict(self, view: CacheView) -> torch.Tensor | None:
+        """In each head the visual rows with most votes."""
+        return None if view.scores is None else top_by_head(view.scores, view.target, view.visual)

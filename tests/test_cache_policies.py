@@ -1,0 +1,261 @@
+"""Policies of the KV cache against plain loops over the attention maps of the stock model.
+
+What a loop keeps is cut out of a stock cache by hand; the pruned model's cache must hold the same rows, and its next
+steps must say the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import IMAGE, prompt, shared
+from tests.policy_table import options
+from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
+from vlm_prune import PolicyError, pruned
+from vlm_prune.policies.h2o import H2O
+from vlm_prune.policies.prompt_attention import last_of
+from vlm_prune.policies.snapkv import SnapKV, pooled
+from vlm_prune.policies.streamingllm import StreamingLLM, sinks_then_recent
+from vlm_prune.policies.vlcache import VLCache, layer_counts
+from vlm_prune.versions import CACHE, cache_of
+
+FAMILIES = ["llava", "llava-gqa", "internvl"]
+LAYOUTS = {"one": (3, -1, 9), "two": (1, -1, 2, -2, 3), "image-last": (4, -1)}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def maps(family, batch):
+    """Attention of an eager stock prefill: for each layer ``(heads, rows, rows)``."""
+    return [layer[0] for layer in shared(family, "eager")(**batch.inputs, output_attentions=True).attentions]
+
+
+def image_rows(batch):
+    return [i for i, token in enumerate(batch.ids[0].tolist()) if token == IMAGE]
+
+
+def asking(batch):
+    """Rows of text behind the image, or the last row."""
+    rows = len(batch.ids[0])
+    return list(range(image_rows(batch)[-1] + 1, rows)) or [rows - 1]
+
+
+def grouped(layer, family):
+    """Which query heads share each KV head."""
+    heads = shared(family).config.text_config.num_key_value_heads
+    return layer.unflatten(0, (heads, -1)).tolist()
+
+
+def best(score, images, count):
+    """The ``count`` images of highest score, and all text, ascending."""
+    chosen = sorted(images, key=lambda i: -score[i])[:count]
+    return sorted({*range(len(score))} - {*images} | {*chosen})
+
+
+def snapkv_by_hand(family, batch, window, kernel, pooling):
+    images, voters = image_rows(batch), asking(batch)[-window:]
+    keep = []
+    for layer in maps(family, batch):
+        keep.append([])
+        for group in grouped(layer, family):
+            votes = [0.0] * len(batch.ids[0])
+            for i in images:
+                votes[i] = sum(head[row][i] for head in group for row in voters) / len(group)
+            half = kernel // 2
+            around = [
+                [votes[j] if 0 <= j < len(votes) else 0.0 for j in range(i - half, i + half + 1)]
+                for i in range(len(votes))
+            ]
+            score = [sum(near) / kernel if pooling == "mean" else max(near) for near in around]
+            keep[-1].append(best(score, images, round(RATIO * len(images))))
+    return keep
+
+
+def h2o_by_hand(family, batch):
+    images, keep = image_rows(batch), []
+    for layer in maps(family, batch):
+        keep.append([])
+        for group in grouped(layer, family):
+            score = [0.0] * len(batch.ids[0])
+            for head in group:
+                for row in head:
+                    for i, paid in enumerate(row):
+                        score[i] += paid / len(group)
+            keep[-1].append(best(score, images, round(RATIO * len(images))))
+    return keep
+
+
+def shared_out(density, held, total):
+    """Rows of each layer: one each, then in proportion, what a full layer cannot take going to the others."""
+    layers, left, full = range(len(density)), total - len(density), set()
+    while True:
+        weight = sum(density[n] for n in layers if n not in full)
+        given = sum(held[n] - 1 for n in full)
+        share = [held[n] - 1 if n in full else (left - given) * density[n] / weight for n in layers]
+        over = {n for n in layers if n not in full and share[n] > held[n] - 1}
+        if not over:
+            break
+        full |= over
+    counts, end, before = [], 0.0, 0
+    for part in share:
+        end += part
+        counts.append(1 + int(end + 0.5) - before)
+        before = int(end + 0.5)
+    return counts
+
+
+def vlcache_by_hand(family, batch, threshold):
+    images, voters = image_rows(batch), asking(batch)
+    layers, density, keep = maps(family, batch), [], []
+    for layer in layers:
+        rows = [head[row][: row + 1] for head in layer.tolist() for row in voters]
+        dense = sum(paid >= threshold * max(row) for row in rows for paid in row)
+        density.append(dense / sum(map(len, rows)))
+    total = round(RATIO * len(images)) * len(layers)
+    counts = shared_out(density, [len(images)] * len(layers), total)
+    assert sum(counts) == total
+    for layer, count in zip(layers, counts, strict=True):
+        keep.append([])
+        for group in grouped(layer, family):
+            score = [sum(head[row][i] for head in group for row in voters) for i in range(len(batch.ids[0]))]
+            keep[-1].append(best(score, images, count))
+    return keep
+
+
+def streaming_by_hand(family, batch, sinks):
+    images = image_rows(batch)
+    count = round(RATIO * len(images))
+    first = images[: min(sinks, count)]
+    late = images[len(images) - (count - len(first)) :]
+    kept = sorted({*range(len(batch.ids[0]))} - {*images} | {*first, *late})
+    model = shared(family).config.text_config
+    return [[kept] * model.num_key_value_heads for _ in range(model.num_hidden_layers)]
+
+
+CASES = {
+    "streamingllm": (StreamingLLM(), lambda f, b: streaming_by_hand(f, b, 4)),
+    "streamingllm-more-sinks-than-budget": (
+        StreamingLLM(sinks=50),
+        lambda f, b: streaming_by_hand(f, b, 50),
+    ),
+    "snapkv": (SnapKV(), lambda f, b: snapkv_by_hand(f, b, 32, 5, "mean")),
+    "snapkv-window-max": (
+        SnapKV(window=2, kernel=3, pooling="max"),
+        lambda f, b: snapkv_by_hand(f, b, 2, 3, "max"),
+    ),
+    "h2o": (H2O(), h2o_by_hand),
+    "vlcache": (VLCache(), lambda f, b: vlcache_by_hand(f, b, 0.01)),
+    "vlcache-high-threshold": (VLCache(threshold=0.3), lambda f, b: vlcache_by_hand(f, b, 0.3)),
+}
+
+
+def steps(model, batch, policy, count=3):
+    """The cache after a pruned prefill, and the logits of the steps behind it."""
+    with pruned(model, policy, ratio=RATIO):
+        out = model(**batch.inputs, use_cache=True)
+        cache, logits = cache_of(out), []
+        held = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        token, mask = out.logits[:, -1:].argmax(-1), batch.mask
+        for _ in range(count):
+            mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+            logits.append(
+                model(input_ids=token, attention_mask=mask, **{CACHE: cache}, use_cache=True).logits[:, -1]
+            )
+            token = logits[-1].argmax(-1, keepdim=True)
+    return held, torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_and_next_steps_by_hand(case, family, layout):
+    policy, by_loops = CASES[case]
+    model, batch = shared(family), prompt(family, [LAYOUTS[layout]])
+    keep = by_loops(family, batch)
+    held, logits = steps(model, batch, policy)
+    _, stock = dropped(model, batch, keep, by_layer=True)
+    for (keys, values), layer in zip(held, stock.layers, strict=True):
+        torch.testing.assert_close(keys, layer.keys, **CLOSE)
+        torch.testing.assert_close(values, layer.values, **CLOSE)
+    torch.testing.assert_close(logits, by_hand(model, batch, keep, by_layer=True), **CLOSE)
+
+
+def test_layers_and_heads_choose_for_themselves():
+    """Guards the cases above: they would show little if all heads kept the same."""
+    batch = prompt("llava-gqa", [LAYOUTS["one"]])
+    for case in ("snapkv", "h2o"):
+        keep = CASES[case][1]("llava-gqa", batch)
+        assert len({tuple(rows) for layer in keep for rows in layer}) == sum(map(len, keep))
+
+
+def test_layers_get_shares_of_their_own():
+    keep = CASES["vlcache-high-threshold"][1]("llava-gqa", prompt("llava-gqa", [LAYOUTS["one"]]))
+    assert len({len(layer[0]) for layer in keep}) > 1
+
+
+def test_shares_of_a_budget_by_hand():
+    density = torch.tensor([[0.5, 0.25, 0.25], [0.98, 0.01, 0.01], [0.98, 0.01, 0.01], [0.2, 0.3, 0.5]])
+    held = torch.tensor([[20, 20, 20], [20, 20, 20], [20, 20, 20], [4, 0, 9]])
+    counts = layer_counts(density, held, torch.tensor([23, 30, 60, 100]))
+    assert counts.tolist() == [[11, 6, 6], [20, 5, 5], [20, 20, 20], [4, 0, 9]]
+
+
+def test_shares_of_random_budgets_add_up():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        layers = int(torch.randint(1, 9, (), generator=generator))
+        density = torch.rand(1, layers, generator=generator) ** 3 + 1e-3
+        total = int(torch.randint(layers, 12 * layers + 1, (), generator=generator))
+        counts = layer_counts(density, torch.full((1, layers), 12), torch.tensor([total]))[0]
+        assert counts.sum() == total
+        assert counts.min() >= 1
+        assert counts.max() <= 12
+        want = shared_out(density[0].tolist(), [12] * layers, total)
+        assert max(abs(a - b) for a, b in zip(counts.tolist(), want, strict=True)) <= 1  # of equal halves
+
+
+def test_sinks_then_the_last_ones():
+    visual = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
+    order = sinks_then_recent(visual, 1).masked_fill(~visual, -1).argsort(descending=True, stable=True)
+    assert order[0, :4].tolist() == [1, 5, 4, 2]
+    assert order[1, :5].tolist() == [0, 4, 3, 2, 1]
+
+
+def test_mustdrop_leaves_heads_that_choose_for_themselves_uneven():
+    model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
+    with pruned(model, **options("mustdrop+snapkv")), pytest.raises(PolicyError, match="equally many"):
+        model(**batch.inputs, use_cache=True)
+    with pruned(model, **options("mustdrop+streamingllm")):
+        assert model(**batch.inputs, use_cache=True).logits.isfinite().all()
+
+
+def test_last_of():
+    rows = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
+    assert last_of(rows, 2).int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
+
+
+def test_pooling_by_hand():
+    votes = torch.tensor([[[3.0, 0, 0, 6]]])
+    assert pooled(votes, 3, "mean").tolist() == [[[1, 1, 2, 2]]]
+    assert pooled(votes, 3, "max").tolist() == [[[3, 3, 6, 6]]]
+    assert pooled(votes, 1, "mean").tolist() == votes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "message"),
+    [
+        (StreamingLLM, {"sinks": -1}, "sinks=-1: choose a number from 0"),
+        (SnapKV, {"window": 0}, "window=0: choose a number from 1"),
+        (SnapKV, {"kernel": 4}, "kernel=4: choose an odd number"),
+        (VLCache, {"threshold": 1.5}, "threshold=1.5: choose a number from 0 to 1"),
+        (SnapKV, {"pooling": "avg"}, "'mean' or 'max'"),
+    ],
+)
+def test_settings(policy, settings, message):
+    with pytest.raises(ValueError, match=message):
+        policy(**settings)
