@@ -9,7 +9,7 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     "merge": (
         "merges alike tokens",
         "visionzip",
-        "ToMe ToFu LLaVA-PruMerge PruMerge PruMerge+ LLaVA-PruMerge+ FOLDER PACT",
+        "ToMe ToFu FOLDER PACT",
     ),
     "tower": (
         "chooses by the vision tower's own attention",
@@ -19,7 +19,7 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     "diverse": (
         "chooses tokens that differ from each other",
         "divprune",
-        "ZOO-Prune GreedyPrune Cen-Prune OccamToken",
+        "GreedyPrune Cen-Prune OccamToken",
     ),
     "question": (
         "chooses by the question",
@@ -29,7 +29,7 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     "decoder": (
         "drops tokens between decoder layers",
         "fastv",
-        "SparseVLM FitPrune TopV V2Drop ATP-LLaVA FEATHER FiCoCo IVC-Prune DUET-VLM ViTCoP PyramidDrop ZipVL",
+        "FitPrune TopV V2Drop ATP-LLaVA FEATHER FiCoCo IVC-Prune DUET-VLM ViTCoP ZipVL",
     ),
     "exit": ("drops all visual tokens from a layer on", "dyvte", "VTW ShortV FlexExit"),
     "cache": (

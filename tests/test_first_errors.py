@@ -129,7 +129,7 @@ def test_a_config_alone_is_taken_by_all_three():
         ("tome", ["ToMe, which merges alike tokens", "docs/contributing.md"]),
         ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"snapkv"']),
         ("snap_kv", ['Did you mean "snapkv"?']),
-        ("llava-prumerge", ["LLaVA-PruMerge", '"visionzip"']),
+        ("llava-prumerge", ['Did you mean "prumerge"?']),
         ("opera", ["OPERA", '"paint"']),
         ("flowcutt", ['Did you mean "flowcut"?']),
     ],
