@@ -220,6 +220,11 @@ class Policy:
         raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")
 
 
+def _every_step(policy: Policy, step: int) -> bool:
+    """`Policy.evicts_at` where the place is the cache while decoding."""
+    return True
+
+
 @dataclass(frozen=True)
 class SelectPolicy(Policy):
     """A policy that makes one choice at one `place`, by `select`; stages and flags follow from the place."""
@@ -234,6 +239,8 @@ class SelectPolicy(Policy):
             cls.late = place in ("features", "projected", "entry")
             cls.after_projector = place == "projected"
             cls.reads_attention = place == "layer"
+            if place == "decode" and cls.evicts_at is Policy.evicts_at:
+                cls.evicts_at = _every_step  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
 
     def select(self, view: Any) -> Keep | None:
@@ -314,10 +321,6 @@ class ScorerPolicy(SelectPolicy):
         """The ``view.target`` visual rows of highest score in each sequence, and all text."""
         scores = self._checked(view, tuple(view.visual.shape))
         return ~view.visual | top_mask(scores, view.target, view.visual)
-
-    def evicts_at(self, step: int) -> bool:
-        """Every step, if the place is the cache while decoding."""
-        return self.place == "decode"
 
     def _checked(self, view: Any, shape: tuple[int, ...]) -> torch.Tensor:
         scores: Any = self.score(view)
