@@ -49,9 +49,9 @@ class Identity(SelectPolicy):
     """Keeps every visual token. The stock model with a receipt."""
 
     name: ClassVar[str] = "none"
+    keeps_all: ClassVar[bool] = True
     place: ClassVar[Place] = "features"
     default_ratio: ClassVar[float] = 1.0
-    keeps_all: ClassVar[bool] = True
 
     def select(self, view: FeaturesView) -> None:
         """All of them."""

@@ -24,9 +24,10 @@ import vlm_prune
 from tests.arranged import ARRANGED
 from tests.models import EVERY, FAMILIES, prompt, shared
 from tests.policy_table import EVICTING, TABLE, options
-from vlm_prune import pruned
+from vlm_prune import cache, call, encode, language, pruned
 from vlm_prune.call.timing import Stopwatch
 from vlm_prune.policies import fastv
+from vlm_prune.registry import policy_class
 from vlm_prune.support import PART, support
 from vlm_prune.versions import CACHE, cache_of
 
@@ -105,16 +106,16 @@ class Questions:
         return ask
 
 
-OURS = {Path(vlm_prune.__file__).parent, Path(fastv.__file__).parent}
+OURS = {Path(module.__file__).parent for module in (vlm_prune, cache, call, encode, language, fastv)}
 BATCH = {
-    **{policy: ["census.py"] for policy in TABLE},
+    **{policy: ["row_counts.py"] for policy in TABLE},
     "none": [],
-    "flowcut": ["flowcut.py", "flowcut.py", "flowcut.py", "census.py"],
+    "flowcut": ["flowcut.py", "flowcut.py", "flowcut.py", "row_counts.py"],
     # works out two cuts of two sequences on the host
-    "vflowopt": ["census.py", "vflowopt.py", "vflowopt.py", "vflowopt.py", "vflowopt.py"],
+    "vflowopt": ["row_counts.py", "vflowopt.py", "vflowopt.py", "vflowopt.py", "vflowopt.py"],
     "mustdrop": [
         "window_merge.py",
-        "census.py",
+        "row_counts.py",
         "scores.py",
         "layers.py",
         "scores.py",
@@ -122,7 +123,6 @@ BATCH = {
     ],
     # words that rate, raters, and merged tokens; the rows of two cuts
     "sparsevlm": [
-        "census.py",
         "attention_rows.py",
         "scores.py",
         "sparsevlm.py",
@@ -130,7 +130,11 @@ BATCH = {
         "scores.py",
         "sparsevlm.py",
         "layers.py",
+        "row_counts.py",
     ],
+    # rows that leave the cache are counted once for all layers
+    **{key: ["eviction.py", "row_counts.py"] for key in ("h2o", "snapkv", "streamingllm")},
+    "vlcache": [*["attention_rows.py"] * 3, "eviction.py", "row_counts.py"],
 }
 """Who asks in the prefill of a padded batch: the census, and the policies that let the image decide."""
 
@@ -145,7 +149,7 @@ def test_waits_of_a_padded_batch(policy, monkeypatch):
     assert questions.seen == BATCH[policy]
 
 
-ON_THE_HOST = ("packing.py", "checks.py", "vflowopt.py")
+ON_THE_HOST = ("assembly.py", "encode_call.py", "checks.py", "vflowopt.py")
 """Their questions are about tensors that are made on the host, or asked only if they are there."""
 
 
@@ -165,7 +169,9 @@ def test_waits_of_one_sequence_where_images_have_any_size(family, monkeypatch):
             model(**inputs)
         seen = [name for name in questions.seen if name not in ON_THE_HOST]
         cuts = ["layers.py"] * 2 if policy == "vflowopt" else []
-        allowed = [[], ["census.py", *cuts]] if family in ARRANGED else [["packed.py"]]
+        # at the entry, newlines and padding go by what was chosen: rows are counted before and after
+        again = ["row_counts.py"] if policy_class(policy).enters else []
+        allowed = [[], ["row_counts.py", *again, *cuts]] if family in ARRANGED else [["packed.py"]]
         assert seen in allowed, policy
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -215,6 +217,7 @@ def test_fastv_keeps_what_the_last_row_attends_to(family):
     model, batch = shared(family), prompt(family, [(3, -1, 5)])
     seen = []
 
+    @dataclass(frozen=True)
     class Watching(FastV):
         def prefill(self, view):
             seen.append(view.attention)
@@ -396,6 +399,7 @@ def test_pixels_that_policies_see_are_those_of_the_image(family):
     ids = torch.tensor([ids])
     seen = []
 
+    @dataclass(frozen=True)
     class Watching(Random):
         def encode_final(self, view):
             seen.append(view)

@@ -100,13 +100,22 @@ def test_config_of_a_policy_of_ones_own(monkeypatch, tmp_path):
     monkeypatch.setattr("vlm_prune.registry.POLICIES", dict(POLICIES))
     model = make("llava")
     prune(model, Loudest(powers=(1.0,)), tokens=5)
-    with pytest.raises(
-        PolicyError, match=r'Loudest is not registered.*register_policy\("loudest", Loudest\)'
-    ):
+    # one that can be imported is named by its module and class
+    assert model.pruning.config["policy"] == f"{__name__}:Loudest"
+    unprune(model)
+
+    @dataclass(frozen=True)
+    class Hidden(Loudest):
+        pass
+
+    prune(model, Hidden(powers=(1.0,)), tokens=5)
+    with pytest.raises(PolicyError, match=r'Hidden is not registered.*register_policy\("loudest", Hidden\)'):
         _ = model.pruning.config
     with pytest.raises(PolicyError, match="not registered"):
         model.save_pretrained(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+    unprune(model)
+    prune(model, Loudest(powers=(1.0,)), tokens=5)
     register_policy("loudest", Loudest)
     want = answers(model)
     model.save_pretrained(tmp_path)

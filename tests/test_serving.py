@@ -26,7 +26,10 @@ from vlm_prune.serving import image_embeds
 from vlm_prune.serving.encoder import ServedEncoder, live_rows
 from vlm_prune.serving.plan import Plan, check_served
 
-SERVED = ("agilepruner", "divprune", "flowcut", "pool", "random", "uniform", "visionzip")
+SERVED = (
+    "agilepruner", "divprune", "flowcut", "holov", "pool", "random", "scope", "uniform", "visionzip",
+    "vispruner", "zooprune",
+)  # fmt: skip
 FAMILIES = ("llava", "llava-full", "internvl")
 
 
@@ -147,9 +150,12 @@ def test_policies_that_vllm_has_no_place_for_say_why(name):
         check_served(policy_class(name)())
         return
     reason = {
+        "cdpruner": "knows no question",
         "downsample": "smaller image",
+        "mmtok": "knows no question",
         "none": "stock model",
         "mustdrop": "block table",
+        "prumerge": "layer after the consumed one",
         "vhr": "attention kernels",
     }
     with pytest.raises(PolicyError, match=reason.get(name, "inside the language model")):

@@ -146,6 +146,11 @@ class Pruning:
         return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(stages)}>"
 
     @property
+    def positions(self) -> str:
+        """The rule for the RoPE positions of kept tokens: "original" or "compact"."""
+        return self._composition.positions
+
+    @property
     def config(self) -> dict[str, Any]:
         """Policies, budget and settings as JSON can hold them: ``prune(other, config=...)`` prunes alike.
 

@@ -189,7 +189,7 @@ def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
     if any(keep.rows is not None for keep in receipt.keeps or ()):
         found.append("Dropped patches are not all lost: some are merged into kept ones.")
     if "decode" in acts:
-        found.append("More is taken out of the cache while the answer is written.")
+        found.append("Rows leave the KV cache as well, after the prompt or while the answer is written.")
     return found
 
 

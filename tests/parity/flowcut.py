@@ -21,7 +21,7 @@ from vlm_prune import prune
 from vlm_prune.adapters.llava_next import _next_images
 from vlm_prune.call import stream
 from vlm_prune.call.assembly import read_packing
-from vlm_prune.call.encode_call import current_encode
+from vlm_prune.call.encode_call import current_encode, encoding
 from vlm_prune.contract.views import AttentionView
 from vlm_prune.policies.flowcut import FlowCutDecoder, drop_counts, information_score, value_magnitude
 from vlm_prune.policies.scores import global_attention, global_similarity
@@ -104,7 +104,8 @@ def check_tower(golden: Golden) -> None:
     units = model.model.vision_tower.config.image_size // model.model.vision_tower.config.patch_size
     prune(model, "flowcut", tokens=min(tokens, units**2 + cls), compat="official")
 
-    output = model.model.vision_tower(pixels, output_hidden_states=True)
+    with encoding(model.pruning):  # a tower called by itself is a stock one
+        output = model.model.vision_tower(pixels, output_hidden_states=True)
     features = output.hidden_states[meta["mm_vision_select_layer"]][:, 1 - cls :]
     live = ~features[..., 0].isnan()
     batch = len(pixels)

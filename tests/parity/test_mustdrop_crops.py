@@ -17,7 +17,7 @@ from tests.parity import mustdrop
 from tests.parity._files import Golden
 from tests.parity._given import embeds_model
 from vlm_prune import prune
-from vlm_prune.call.encode_call import RIDE
+from vlm_prune.call.encode_call import RIDE, encoding
 from vlm_prune.policies.mustdrop import KEY, MustDrop
 
 WIDTH, SIDE, PATCH, CROPS, LAYERS, TOWER = 16, 126, 14, 3, 16, 4
@@ -87,7 +87,8 @@ def expected(weights: dict[str, torch.Tensor], images: torch.Tensor) -> dict[str
         {name.removeprefix(prefix): value for name, value in tower.items()}, strict=False
     )
     prune(halves, MustDrop(compat="official"))
-    seen = halves.model.vision_tower(images, output_hidden_states=True)
+    with encoding(halves.pruning):  # a tower called by itself is a stock one
+        seen = halves.model.vision_tower(images, output_hidden_states=True)
     features = seen.hidden_states[-2][:, 1:]
     live = ~features[..., 0].isnan()
     merged = features[live].view(CROPS, -1, WIDTH)

@@ -44,10 +44,7 @@ class Encoder(EncodeStage):
         module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
-        last = len(self.tower.layers) - 1
-        # before the first layer that is asked about, nothing changes from layer to layer
-        for number in sorted({*range(min(self.asked, default=last), last), *self.tower.feature_layers, last}):
-            layer = self.tower.layers[number]
+        for number, layer in enumerate(self.tower.layers):
             # in front of the hooks by which transformers collects hidden states: they must see the cut ones
             handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
         # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
@@ -169,12 +166,11 @@ class Encoder(EncodeStage):
         if call is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        alike = number + 1 - len(call.tower_tokens)  # this layer, and those before it that nobody asks about
-        call.tower_tokens += [hidden.shape[1]] * alike
+        call.tower_tokens.append(hidden.shape[1])
         state: TowerState | None = call.state
         if state is not None:
             state.follow(hidden.device)
-        call.tower_keeps += [None if state is None else [Keep(state.units, state.valid)]] * alike
+        call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
         if state is None:
             return None
         if state.attention is not None:

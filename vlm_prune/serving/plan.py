@@ -183,11 +183,16 @@ def tiles_of(config: Any) -> Tiles:
         raise UnsupportedModelError(f"vlm_prune cannot prune this {kind} model in vLLM: {error}.") from error
 
 
+FEATURE_LAYER = 22
+"""Of any tower: only what comes after it matters here."""
+
+
 def check_served(policy: Policy) -> None:
     """Raise if vLLM has no place for a policy, and say which one it lacks."""
     others = [stage for stage in policy.stages if stage != "encode"]
     if others:
         reason = {
+            "entry": "vLLM encodes an image once for all prompts that hold it, and knows no question by then",
             "prefill": "vLLM's layers share one block table and the positions that were fixed at scheduling, so no "
             "layer can hold fewer tokens than another",
             "decode": "vLLM's layers share one block table, so a layer cannot lose keys on its own",
@@ -197,10 +202,12 @@ def check_served(policy: Policy) -> None:
             f'policy="{policy.name}" acts in the {others[0]} stage, inside the language model: {reason}. Choose a '
             "policy that acts in the encode stage alone, such as flowcut, visionzip, agilepruner or divprune."
         )
-    if all(
-        getattr(type(policy), method) is getattr(Policy, method)
-        for method in ("encode", "encode_final", "tower_grid")
-    ):
+    if any(layer > FEATURE_LAYER for layer in policy.tower_layers(FEATURE_LAYER)):
+        raise PolicyError(
+            f'policy="{policy.name}" looks at the tower layer after the consumed one, which vLLM does not load. Choose '
+            "a policy that looks at the consumed layers alone, such as flowcut, visionzip, agilepruner or divprune."
+        )
+    if policy.keeps_all:
         raise PolicyError(
             f'policy="{policy.name}" drops no tokens: leave "{KEY}" out of hf_overrides for the stock model. A '
             'request may ask for all tokens of a pruned engine by {"ratio": 1.0}.'
