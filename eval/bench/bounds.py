@@ -130,7 +130,9 @@ def scoring_ms(subject: Subject, name: str, rounds: int) -> float | None:
         budget = {"ratio": 1 / 9} if policy.prunes else {}
         with pruned(subject.model, [policy], **budget):
             owner = type(subject.model.pruning.policies[0])
-            with spent_in(owner, ("encode", "encode_final", "prefill", "modulate")) as spent:
+            with spent_in(
+                owner, ("encode", "encode_final", "entry", "prefill", "observe", "evict", "modulate")
+            ) as spent:
                 for _ in range(rounds):
                     subject.call()
             total = 0.0

@@ -240,7 +240,7 @@ class SelectPolicy(Policy):
             cls.after_projector = place == "projected"
             cls.reads_attention = place == "layer"
             if place == "decode" and cls.evicts_at is Policy.evicts_at:
-                cls.evicts_at = _every_step  # type: ignore[method-assign]
+                cls.evicts_at = _every_step  # type: ignore[assignment, method-assign]
         super().__init_subclass__(**kwargs)
 
     def select(self, view: Any) -> Keep | None:
