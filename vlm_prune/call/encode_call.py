@@ -92,7 +92,6 @@ class EncodeCall:
         packings: what comes of it, image by image.
         offers: what the decoder's entry is to choose among, if a policy does so there.
         entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
-        drops_newlines: whether a newline goes as soon as a token of its image is dropped.
         trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
     """
 
@@ -112,7 +111,6 @@ class EncodeCall:
     packings: list[Packing] = field(default_factory=list)
     offers: list[Offer] = field(default_factory=list)
     entering: torch.Tensor | None = None
-    drops_newlines: bool = False
     trusted: bool = True
 
     @property
@@ -219,7 +217,7 @@ class EncodeCall:
             ):
                 chosen = mask & ~packing.newline.to(mask.device)
                 keeps += packing.kept(chosen)
-                parts.append(chosen if self.drops_newlines else chosen | packing.ends_line(chosen))
+                parts.append(chosen | packing.ends_line(chosen))
             alive, self.keeps = torch.cat(parts), keeps
         self.receipt.keeps = self.keeps
         return alive

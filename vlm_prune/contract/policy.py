@@ -310,8 +310,7 @@ class ScorerPolicy(SelectPolicy):
 
     def prefill(self, view: PrefillView) -> torch.Tensor:
         """The ``view.target`` visual rows of highest score in each sequence, and all text."""
-        scores = self._checked(view, tuple(view.visual.shape))
-        return ~view.visual | top_mask(scores, view.target, view.visual)
+        return self._highest(view)
 
     def evicted_layers(self, depth: int) -> Collection[int]:
         """All layers, if the place is the cache."""
@@ -319,6 +318,9 @@ class ScorerPolicy(SelectPolicy):
 
     def evict(self, view: CacheView) -> torch.Tensor:
         """The ``view.target`` visual rows of highest score in each sequence, and all text."""
+        return self._highest(view)
+
+    def _highest(self, view: PrefillView | CacheView) -> torch.Tensor:
         scores = self._checked(view, tuple(view.visual.shape))
         return ~view.visual | top_mask(scores, view.target, view.visual)
 
