@@ -38,6 +38,7 @@ TABLE = {
     "cdpruner": Row(text_blind=False),
     "dart": Row({"k": 1, "image_pivots": 2, "text_pivots": 2}, "prompt", text_blind=False),
     "divprune": Row(),
+    "dola": Row({"layers": (0, 1), "beta": 0}, "all", {"alpha": 0}),
     "downsample": Row(holds="most"),
     "dyvte": Row({"exit_layer": 1}, "exit"),
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
@@ -47,6 +48,9 @@ TABLE = {
     "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
     "none": Row(holds="all"),
+    "pai": Row(
+        {"first_layer": 1, "alpha": 0.9, "gamma": 1.5, "beta": 0}, "all", {"alpha": 0, "gamma": 1, "beta": 0}
+    ),
     "paint": Row(
         {"first_layer": 1, "local_ratio": 0.3, "alpha": 0.9, "beta": 0.6},
         "all",
@@ -69,6 +73,7 @@ TABLE = {
         exact=False,
         text_blind=False,
     ),
+    "vcd": Row({"beta": 0}, "all", {"alpha": 0, "beta": 0}),
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "vlcache": Row(holds="cache", text_blind=False),
@@ -101,5 +106,5 @@ def options(composition: str, ratio: float = RATIO, **changes: Any) -> dict[str,
     names = composition.split("+")
     rows = {name: TABLE[name].settings for name in names}
     settings = {**rows[names[0]], **changes} if len(names) == 1 else rows
-    budget = {"ratio": ratio} if any(policy_class(name).stages != ("modulate",) for name in names) else {}
+    budget = {"ratio": ratio} if any(policy_class(name).prunes for name in names) else {}
     return {"policy": composition, **budget, **settings}

@@ -12,14 +12,17 @@ from ..errors import PolicyError
 from .keep import Keep, top_mask
 
 if TYPE_CHECKING:
-    from .views import CacheView, EntryView, FeaturesView, ModulateView, PrefillView, TowerView
+    from .views import CacheView, EntryView, FeaturesView, GuideView, ModulateView, PrefillView, TowerView
 
 __all__ = ["PLACES", "STAGES", "Keep", "Place", "Policy", "Positions", "ScorerPolicy", "SelectPolicy"]
 
 Positions = Literal["original", "compact"]
 
-STAGES = ("encode", "entry", "prefill", "decode", "modulate")
+STAGES = ("encode", "entry", "prefill", "decode", "modulate", "guide")
 """Stages that `Policy.stages` may name, in the order of a call."""
+
+KEEPING = {"modulate", "guide"}
+"""Stages that drop no token."""
 
 Place = Literal["tower", "features", "projected", "entry", "layer", "cache", "decode"]
 """Where a `SelectPolicy` chooses: after a layer of the vision tower, after the tower, after the projector, at the
@@ -49,7 +52,7 @@ class Policy:
 
     name: ClassVar[str]
     stages: ClassVar[tuple[str, ...]]
-    """Where it acts, of `STAGES`: "modulate" edits attention and drops no token, all others drop tokens there."""
+    """Where it acts, of `STAGES`: "modulate" edits attention and "guide" logits, all others drop tokens there."""
     prunes: ClassVar[bool] = True
     """Whether it drops tokens, and so takes a budget. Follows from `stages`."""
     encodes: ClassVar[bool] = True
@@ -89,13 +92,16 @@ class Policy:
     """Whether `modulate` compares with a pass over the prompt without its images."""
     modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "outputs"
     """What `modulate` edits. Whatever the written order, logits come first and outputs last."""
+    second_pass: ClassVar[Literal["image", "text"] | None] = None
+    """What `guide` compares with: the same model asked about an image that went through `distort`, or without its
+    images."""
 
     positions: Positions | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stages = getattr(cls, "stages", ())
-        cls.prunes = tuple(stages) != ("modulate",)
+        cls.prunes = not stages or not KEEPING.issuperset(stages)
         cls.enters = "entry" in stages
         cls.encodes = cls.enters or "encode" in stages
 
@@ -218,6 +224,18 @@ class Policy:
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
         """After an attention call: new head outputs, shaped like ``view.output``, or ``None``."""
         raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")
+
+    def distort(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the second pass of `guide` sees in place of ``pixels`` ``(images, ...)``, all of one shape."""
+        raise NotImplementedError(f"{self.name} compares with another image but does not make one")
+
+    def early_layers(self, depth: int) -> Collection[int]:
+        """Decoder layers, of ``depth``, whose output `guide` reads as logits: 0 is what enters the first layer."""
+        return ()
+
+    def guide(self, view: GuideView) -> torch.Tensor:
+        """After the language-model head: new logits, shaped like ``view.logits``."""
+        raise NotImplementedError(f"{self.name} guides decoding but does not say how")
 
 
 def _every_step(policy: Policy, step: int) -> bool:
