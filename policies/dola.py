@@ -50,7 +50,8 @@ class DoLa(Policy):
 
     Of the candidate layers the one whose distribution is furthest from the last one's is contrasted, chosen for each
     token of each sequence, where the released code takes one for a whole batch. There is no second pass: it costs the
-    language-model head once for each candidate. Tokens that the last layer finds implausible get ``-inf``.
+    language-model head once for each candidate. Tokens that the last layer finds implausible get ``-inf``. Prompts
+    without an image are left alone.
 
     Attributes:
         layers: the candidates: ``"high"`` or ``"low"``, every other layer of the upper or lower half, or numbers, where

@@ -5,6 +5,7 @@ Follows the released ``vcd_sample.py`` (how logits are contrasted) and ``vcd_add
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -23,8 +24,11 @@ def diffusion_signal(step: int, steps: int = 1000) -> float:
 
     The noise of a step is a sigmoid's share of 0.005, from 0.00001 up. Official: ``add_diffusion_noise``.
     """
-    noise = torch.linspace(-6, 6, steps).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
-    return float((1 - noise).cumprod(0)[step])
+    left = 1.0
+    for number in range(step + 1):
+        share = 1 / (1 + math.exp(6 - 12 * number / (steps - 1)))
+        left *= 1 - (share * (0.5e-2 - 1e-5) + 1e-5)
+    return left
 
 
 @dataclass(frozen=True)

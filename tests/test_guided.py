@@ -175,14 +175,14 @@ def test_the_second_pass_is_pruned_like_the_first(family, policy):
         torch.testing.assert_close(ours[:, -1], 1.7 * first[:, -1] - 0.7 * second[:, -1], **CLOSE)
         assert receipt.kept == kept.kept
         assert receipt.flops == pytest.approx(2 * kept.flops, rel=0.02)  # newlines go with what is dropped
-        assert receipt.guide_kv_bytes == pytest.approx(receipt.kv_bytes, rel=0.05)
+        assert receipt.guide_kv_bytes == pytest.approx(receipt.kv_bytes, rel=0.1)
         assert "second pass" in str(receipt)
 
 
 def test_rows_before_the_image_and_sequences_without_one_are_stock():
     model, batch = tiny("llava"), prompt("llava", [(2, -1, 4), (9,), (45,)])
     stock = model(**batch.inputs).logits
-    for policy in ("vcd", "pai"):
+    for policy in ("vcd", "pai", "dola"):
         with pruned(model, policy, **({"alpha": 0} if policy == "pai" else {})):
             ours = model(**batch.inputs).logits
             tokens = generate(model, batch.inputs).sequences

@@ -17,6 +17,7 @@ from .contract.policy import Policy
 from .errors import PolicyError, UnsupportedModelError
 
 POLICIES: dict[str, str | type[Policy]] = {
+    "act": "vlm_prune.policies.act:ACT",
     "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",
     "cdpruner": "vlm_prune.policies.cdpruner:CDPruner",
     "dart": "vlm_prune.policies.dart:DART",
@@ -49,6 +50,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
+    "zerotuning": "vlm_prune.policies.zerotuning:ZeroTuning",
     "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""

@@ -259,7 +259,7 @@ class PrunedLayer(CacheLayerMixin):
         self.seen = None if valid is None else torch.nn.functional.pad(valid, (self.missing, 0), value=False)
         self.prefilled, self.turn = logical, None
 
-    def _batch(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _batch(self, move: Callable[[torch.Tensor], torch.Tensor], twin: Callable[[Cache], Any]) -> None:
         """Let what is known of each sequence follow its rows."""
         for name in ("seen", "shift"):
             if (state := getattr(self, name)) is not None:
@@ -267,30 +267,25 @@ class PrunedLayer(CacheLayerMixin):
         self.marks = {name: move(x) for name, x in self.marks.items()}
         self.state = {name: move(x) for name, x in self.state.items()}
         if self.twin is not None:
-            self.twin.active = move(self.twin.active)
-            self.twin.mask = None if self.twin.mask is None else move(self.twin.mask)
+            self.twin.rearrange(move, twin)
         self.describe_slots()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
         self.inner.reorder_cache(beam_idx)
-        self._batch(lambda x: x[beam_idx.to(x.device)])
-        if self.twin is not None:
-            self.twin.cache.reorder_cache(beam_idx)
+        self._batch(lambda x: x[beam_idx.to(x.device)], lambda cache: cache.reorder_cache(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         self.inner.batch_repeat_interleave(repeats)
-        self._batch(lambda x: x.repeat_interleave(repeats, 0))
-        if self.twin is not None:
-            self.twin.cache.batch_repeat_interleave(repeats)
+        self._batch(
+            lambda x: x.repeat_interleave(repeats, 0), lambda cache: cache.batch_repeat_interleave(repeats)
+        )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows of the batch."""
         self.inner.batch_select_indices(indices)
-        self._batch(lambda x: x[indices.to(x.device)])
-        if self.twin is not None:
-            self.twin.cache.batch_select_indices(indices)
+        self._batch(lambda x: x[indices.to(x.device)], lambda cache: cache.batch_select_indices(indices))
 
 
 class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
@@ -316,25 +311,33 @@ class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
 
 @dataclass
 class Twin:
-    """The cache of the second pass over the same sequences, of which the image is another one, or missing.
+    """What guided decoding remembers of the sequences in a cache, and the cache of its second pass over them.
 
     It stays with the cache that it belongs to: what happens to the rows of that one's batch, or to its end, happens
     here too.
 
     Attributes:
-        cache: the second pass's own.
-        active: bool ``(batch,)``, sequences that have an image by now; others are not compared.
-        mask: int64 ``(batch, tokens)``, real tokens of those in ``cache``; ``None`` where they are the first pass's.
+        active: bool ``(batch,)``, sequences that have an image by now; others are not guided.
+        cache: the second pass's own; ``None`` if there is no such pass.
+        mask: int64 ``(batch, tokens)``, which of the tokens in ``cache`` are real; ``None`` if all are.
     """
 
-    cache: Cache
     active: torch.Tensor
+    cache: Cache | None = None
     mask: torch.Tensor | None = None
 
     def crop(self, count: int) -> None:
         """Remove the last ``count`` tokens."""
-        self.cache.crop(-count)
         self.mask = None if self.mask is None else self.mask[:, : self.mask.shape[1] - count]
+        if self.cache is not None:
+            self.cache.crop(-count)
+
+    def rearrange(self, rows: Callable[[torch.Tensor], torch.Tensor], cache: Callable[[Cache], Any]) -> None:
+        """Let the sequences follow those of the cache that this belongs to."""
+        self.active = rows(self.active)
+        self.mask = None if self.mask is None else rows(self.mask)
+        if self.cache is not None:
+            cache(self.cache)
 
 
 def twin_of(cache: Cache | None) -> Twin | None:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache.layers import Twin, attach_twin, kv_bytes, twin_of
+from ..cache.masks import is_prepared, padding_mask
 from ..call import flops, stream
 from ..call.encode_call import ride_of
 from ..contract.anatomy import Anatomy
@@ -46,7 +47,7 @@ class Guided:
         owner: whose forward it is.
         after: bool ``(batch, tokens)``, the rows to guide among those of this call; ``None`` guides none.
         second: logits of the second pass, whose last rows are those of this call's.
-        twin: the second pass's cache, to be left with the caller's.
+        twin: what is remembered of these sequences, to be left with the caller's cache.
         second_pass: True while that pass is under way.
         shows_hidden: whether the caller asked for hidden states.
     """
@@ -86,23 +87,16 @@ class Guidance:
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         images, twin = self._images(given, rows), twin_of(cache_of(given))
-        if self.policy.second_pass is None:
-            guided.after = self._after(images, rows)
-        elif images is not None or twin is not None:
+        if images is not None or twin is not None:
             active = (
                 rows.new_zeros(len(rows), dtype=torch.bool) if twin is None else twin.active.to(rows.device)
             )
             active = active if images is None else active | images.any(-1)
             guided.after = self._after(images, rows) & active[:, None]
-            guided.second_pass = True
-            receipt = self.session.receipt
-            try:
-                self._run_second(guided, given, images, twin, active)
-            finally:
-                guided.second_pass = False
-                if receipt is not None:
-                    self.session.publish(receipt)
-        if not self.early:
+            guided.twin = Twin(active)
+            if self.policy.second_pass is not None:
+                self._second(guided, given, images, twin)
+        if not self.early or guided.after is None:
             return None
         guided.shows_hidden = bool(given.get("output_hidden_states"))
         return args, {**kwargs, "output_hidden_states": True}
@@ -112,11 +106,11 @@ class Guidance:
         features = [x for x in (given.get("mm_encoder_outputs") or {}).values() if x is not None]
         pixels = [name for name in PIXELS if given.get(name) is not None]
         if not (features or pixels):
-            if rows.dim() == 3 and rows.shape[1] > 1:
+            if rows.dim() == 3 and rows.shape[1] > 1 and self.policy.second_pass is not None:
                 raise UnsupportedCallError(
                     f"inputs_embeds of {rows.shape[1]} tokens without pixel_values: {self.policy.name} asks the model "
-                    "a second time about another image, and cannot tell whether there are features of one in them. "
-                    "Pass input_ids and pixel_values instead."
+                    "a second time about other visual tokens, and cannot tell which these are, or whether there are "
+                    "any. Pass input_ids and pixel_values instead."
                 )
             return None
         if rows.dim() == 3:
@@ -133,15 +127,22 @@ class Guidance:
 
     # --- the second pass ---
 
-    def _run_second(
-        self,
-        guided: Guided,
-        given: dict[str, Any],
-        images: torch.Tensor | None,
-        twin: Twin | None,
-        active: torch.Tensor,
+    def _second(
+        self, guided: Guided, given: dict[str, Any], images: torch.Tensor | None, twin: Twin | None
     ) -> None:
-        """Ask the model a second time."""
+        """Ask the model a second time, and leave everything else as it is."""
+        guided.second_pass = True
+        receipt = self.session.receipt
+        try:
+            self._run_second(guided, given, images, twin)
+        finally:
+            guided.second_pass = False
+            if receipt is not None:
+                self.session.publish(receipt)
+
+    def _run_second(
+        self, guided: Guided, given: dict[str, Any], images: torch.Tensor | None, twin: Twin | None
+    ) -> None:
         cache: Cache | None = cache_of(given)
         if isinstance(given.get("logits_to_keep"), torch.Tensor):
             raise UnsupportedCallError(
@@ -149,27 +150,42 @@ class Guidance:
                 "number, or leave it out."
             )
         use_cache = given.get("use_cache", getattr(self.anatomy.decoder.config, "use_cache", True))
-        if twin is None and (cache is not None or use_cache):
+        held = None if twin is None else twin.cache
+        if held is None and (cache is not None or use_cache):
             # what came before the first image is the same for both passes
             before = cache is not None and int(cache.get_seq_length()) > 0
             held = copy.deepcopy(cache) if before else DynamicCache(config=self.anatomy.decoder.config)
-            twin = Twin(held, active)
-        asked, mask = (self._about_other if self.policy.second_pass == "image" else self._about_text)(
-            given, images, twin
-        )
+        known = None if twin is None else twin.mask
+        ask = self._about_other if self.policy.second_pass == "image" else self._about_text
+        asked, real = ask(given, images, known, self._mask(given, known), held)
         name = CACHE if CACHE in inspect.signature(self.model.forward).parameters else "past_key_values"
         with torch.no_grad():
-            output = self.model(**asked, **{name: None if twin is None else twin.cache})
+            output = self.model(**asked, **{name: held})
         guided.second = output.logits
-        if twin is not None:
-            guided.twin = Twin(twin.cache, active, mask)
+        if guided.twin is not None:
+            guided.twin.cache, guided.twin.mask = held, real
         if images is not None:
-            guided.cost = self._cost(output, twin)
+            guided.cost = self._cost(asked, output, held)
+
+    def _mask(self, given: dict[str, Any], known: torch.Tensor | None) -> torch.Tensor | None:
+        """The padding mask of a call; ``generate`` makes others of it for static caches."""
+        mask: torch.Tensor | None = given.get("attention_mask")
+        rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        if mask is None or not is_prepared(mask):
+            return mask
+        if rows.shape[1] == 1:  # a step: nothing but prompts is padded
+            return None if known is None else torch.nn.functional.pad(known.to(rows.device), (0, 1), value=1)
+        return padding_mask(mask, cache_of(given), blocks=False)
 
     def _about_other(
-        self, given: dict[str, Any], images: torch.Tensor | None, twin: Twin | None
-    ) -> tuple[dict[str, Any], None]:
-        """The arguments of a pass that sees other images."""
+        self,
+        given: dict[str, Any],
+        images: torch.Tensor | None,
+        known: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        held: Cache | None,
+    ) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """The arguments of a pass that sees other images, and which of the tokens after it are real."""
         left_out = ("labels", "output_hidden_states", "past_key_values", CACHE)
         asked = {name: x for name, x in given.items() if name not in left_out}
         for name, grid in PIXELS.items():
@@ -177,7 +193,7 @@ class Guidance:
                 asked[name] = self._distorted(asked[name], asked.get(grid))
         if encoded := {k: x for k, x in (given.get("mm_encoder_outputs") or {}).items() if x is not None}:
             asked["mm_encoder_outputs"] = self._encoded(given, encoded)
-        return asked, None
+        return {**asked, "attention_mask": mask}, mask
 
     def _distorted(self, pixels: Any, grid: torch.Tensor | None) -> Any:
         """Other pixels: of each image of a packed tensor ``(patches, values)``, of each tile of others."""
@@ -196,9 +212,10 @@ class Guidance:
             ride = ride_of(output)
             if ride is None or ride.asked is None:
                 raise UnsupportedCallError(
-                    "The image features of this call are not all that the tower of this pruned model returned: "
-                    f"chunked prefill takes a part, or they come from elsewhere. {self.policy.name} has to ask the "
-                    "tower again about another image. Leave prefill_chunk_size out, or encode the images with the pruned model."
+                    "The image features of this call are not all that the tower of this pruned model returned: chunked "
+                    "prefill takes a part, or they come from elsewhere. The tower has to be asked again about another "
+                    f"image for {self.policy.name}. Leave prefill_chunk_size out, or encode the images with the pruned "
+                    "model."
                 )
             method, arguments = ride.asked
             other = {**arguments}
@@ -222,7 +239,12 @@ class Guidance:
         return repeated[kind]
 
     def _about_text(
-        self, given: dict[str, Any], images: torch.Tensor | None, twin: Twin | None
+        self,
+        given: dict[str, Any],
+        images: torch.Tensor | None,
+        known: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        held: Cache | None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The arguments of a pass without images, and which of the tokens after it are real."""
         asked = {name: given[name] for name in KEPT if given.get(name) is not None}
@@ -233,7 +255,6 @@ class Guidance:
         }
         some = next(iter(rows.values()))
         batch, length = some.shape[:2]
-        mask = given.get("attention_mask")
         now = (
             some.new_ones(batch, length, dtype=torch.int64)
             if mask is None
@@ -244,22 +265,20 @@ class Guidance:
             order = left.to(torch.int8).argsort(dim=-1, stable=True)[:, -int(left.sum(-1).max()) :]
             rows = {name: stream.compact(x, order) for name, x in rows.items()}
             now = (now * left).gather(1, order)
-        held = twin.mask if twin is not None else None
-        if held is None and twin is not None and (before := int(twin.cache.get_seq_length())):
-            held = now.new_ones(batch, before) if mask is None else mask[:, :before].to(torch.int64)
-        real = now if held is None else torch.cat([held.to(now.device), now], 1)
+        if known is None and held is not None and (before := int(held.get_seq_length())):
+            known = now.new_ones(batch, before) if mask is None else mask[:, :before].to(torch.int64)
+        real = now if known is None else torch.cat([known.to(now.device), now], 1)
         positions = (real.cumsum(-1) - 1).clamp(min=0)[:, -now.shape[1] :]
         return {**asked, **rows, "attention_mask": real, "position_ids": positions}, real
 
-    def _cost(self, output: Any, twin: Twin | None) -> dict[str, int]:
+    def _cost(self, asked: dict[str, Any], output: Any, held: Cache | None) -> dict[str, int]:
         """Operations and KV bytes of the second pass over a prompt."""
-        batch, depth = len(output.logits), len(self.anatomy.decoder_layers)
         if self.policy.second_pass == "image" and (receipt := self.session.receipt) is not None:
             operations = receipt.flops
         else:
-            length = output.logits.shape[1] if twin is None else int(twin.cache.get_seq_length())
-            operations = batch * flops.decoder_flops(self.anatomy.decoder.config, [length] * depth)
-        return {"guide_flops": operations, "guide_kv_bytes": 0 if twin is None else kv_bytes(twin.cache)[0]}
+            rows, depth = asked["position_ids"], len(self.anatomy.decoder_layers)
+            operations = len(rows) * flops.decoder_flops(self.anatomy.decoder.config, [rows.shape[1]] * depth)
+        return {"guide_flops": operations, "guide_kv_bytes": 0 if held is None else kv_bytes(held)[0]}
 
     # --- after the forward ---
 
