@@ -15,8 +15,9 @@ from vlm_prune.errors import UnsupportedModelError
 from vlm_prune.eval.census.prompts import prompt as census_prompt
 from vlm_prune.eval.census.shrink import tiny_model
 from vlm_prune.registry import ADAPTERS, BUILT_IN, POLICIES, find_anatomy, policy_class
-from vlm_prune.support import FAMILIES, FULL, elsewhere, markdown, support
+from vlm_prune.support import FULL, elsewhere, families, markdown, support
 
+FAMILIES = families()
 SMALL = {"llava_onevision": [(2, -1, 1, -2, 4), (6, -3, 2)]}
 """Images that are not resized: several of a prompt come as one tile each, and the third sketch is a small one."""
 BATCH = [(2, -1, 4), (1, -2, 3), (7,)]
