@@ -161,7 +161,7 @@ class DecoderTrainer:
             for turns in batch.turns
         ]
         pack = self.packer.pack(batch.kept, totals, batch.packed, segments)
-        with torch.autocast("cpu", torch.bfloat16):
+        with attention.autocast():
             hidden = packed_hidden(self.model, features, pack)
             supervised = pack.labels != LABEL_IGNORE
             logits = self.model.lm_head(hidden[supervised]).float()

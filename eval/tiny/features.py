@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..scenes import PATCH, Part, Scene, coverage, make_desk, make_scene
+from . import attention
 from .configs import MEAN, STD
 from .views import SIZES, normalize, views
 
@@ -111,13 +112,13 @@ def training_scenes(count: int, seed: int, tiled: bool, desks: float = 0.0) -> I
 
 @torch.no_grad()
 def build_cache(model: PreTrainedModel, scenes: Iterable[Scene], count: int) -> FeatureCache:
-    """Run the frozen tower once over all scenes, in bfloat16."""
+    """Run the frozen tower once over all scenes."""
     cell = PATCH * 2 if is_tiled(model) else PATCH
     features, shares, parts, sizes = [], [], [], []
     waiting: list[torch.Tensor] = []
 
     def flush() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with attention.autocast():
             features.append(consumed_features(model, torch.cat(waiting)).flatten(0, 1).bfloat16())
         waiting.clear()
 

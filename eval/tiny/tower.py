@@ -94,7 +94,7 @@ class TrainedTower(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Head outputs for normalised pixels `(batch, 3, 128, 128)`."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with attention.autocast():
             outputs = self.tower(pixels, output_hidden_states=True)
             cls = (
                 outputs.pooler_output
