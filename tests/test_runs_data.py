@@ -22,10 +22,10 @@ from vlm_prune.eval.runs.asking import batches, tiles_of
 from vlm_prune.eval.runs.images import Picture
 from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample, build_samples
-from vlm_prune.eval.scenes.questions import CATEGORIES
 from vlm_prune.eval.runs.tiles import Tiles
 from vlm_prune.eval.runs.yaml_file import parse_config
 from vlm_prune.eval.scenes import make_scene, make_scenes
+from vlm_prune.eval.scenes.questions import CATEGORIES
 from vlm_prune.eval.vqa import exact_accuracy, normalised, vqa_accuracy
 
 weights = pytest.mark.skipif(

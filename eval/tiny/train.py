@@ -75,16 +75,6 @@ SPECS = {
         Recipe(220, seed=23, bias=HALLUCINATION, curriculum=False, dropout=0.25, scale=0.4),
         start="tiny-llava",
     ),
-    "tiny-llava-desk": Spec(
-        build_llava,
-        "clip-desk",
-        4,
-        1500,
-        14_000,
-        Recipe(3000, seed=24, scale=0.7),
-        start="tiny-llava",
-        desks=0.75,
-    ),
 }
 """Recipe of each model, by name."""
 
