@@ -433,13 +433,11 @@ class RunConfig(Strict):
         )
 
     def budgets(self, entry: PolicyEntry) -> list[Budget]:
-        """A policy's own budgets or the run's. One that drops no tokens has none; ``none`` is run once.
+        """A policy's own budgets or the run's. One that drops no tokens has none, and is run once.
 
         Raises:
             PolicyError: there is no such policy.
         """
-        if entry.policy == "none":
-            return [{}]
         own = entry.ratios is not None or entry.tokens is not None
         ratios, tokens = (entry.ratios, entry.tokens) if own else (self.ratios, self.tokens)
         of = {"per": "image"} if (entry.per or self.per) == "image" else {}
