@@ -110,11 +110,14 @@ class ScenesData(Strict):
 
     Attributes:
         scenes: how many.
+        kind: ``shapes``, a few coloured objects; ``desk``, with signs, charts, tiny objects and clutter as well, of
+            which a ``vqa`` task asks one question a category.
         size: width and height in pixels.
         sizes: the same for single models, by label.
     """
 
     scenes: Annotated[int, Field(ge=1)]
+    kind: Literal["shapes", "desk"] = "shapes"
     size: tuple[int, int] = (128, 128)
     sizes: dict[str, tuple[int, int]] = Field(default_factory=dict)
 
