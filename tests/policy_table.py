@@ -103,9 +103,7 @@ EVICTING = [name for name in in_stage("decode") if policy_class(name).stages == 
 """Policies that drop rows of the cache and nothing else."""
 
 IN_DECODER = [
-    name
-    for name in sorted(TABLE)
-    if policy_class(name).stages not in (("encode",), ("guide",)) or policy_class(name).second_pass
+    name for name in sorted(TABLE) if policy_class(name).acts.watches or policy_class(name).second_pass
 ]
 """Policies that need the whole prompt with its images at once: those that act in the decoder, or ask a second time."""
 

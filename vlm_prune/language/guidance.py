@@ -358,7 +358,7 @@ class _Lazy(Mapping[int, torch.Tensor]):
 
 def guiding(policies: tuple[Policy, ...]) -> Policy | None:
     """The one of ``policies`` that guides decoding, if any does. Raises if several do."""
-    found = [policy for policy in policies if "guide" in policy.stages]
+    found = [policy for policy in policies if policy.acts.guides]
     if len(found) > 1:
         raise PolicyError(
             f"{' and '.join(policy.name for policy in found)} both guide decoding: keep one, beside policies of "
