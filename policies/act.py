@@ -13,7 +13,7 @@ import torch
 
 from ..contract.policy import Policy
 from ..kernels import overwrite_rows
-from .attention_rows import BLOCK, all_rows, first_key, row_probabilities, weighted_values
+from .attention_rows import BLOCK, all_rows, first_key, real_rows, row_probabilities, weighted_values
 from .settings import check_number
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class ACT(Policy):
         Raises:
             ValueError: ``heads`` has one that the layer does not have.
         """
-        selected = (self._heads(view) & view.visual.any(-1, keepdim=True))[..., None]
+        chosen, real = self._heads(view), real_rows(view)
         first = torch.nn.functional.one_hot(first_key(view), view.key.shape[2]).bool()[:, None, None]
         whole = self._sinks(view) if view.prefill else None
         output = view.output
@@ -100,6 +100,7 @@ class ACT(Policy):
                 brings = True if view.brings is None else view.brings[:, None, None, None]
                 sinks = torch.where(torch.as_tensor(brings, device=sinks.device), whole[:, :, None], sinks)
             new = calibrate(probabilities, sinks & ~first, self.kept)
+            selected = chosen[:, None] & real.gather(1, rows)[:, None]
             output = overwrite_rows(output, rows, weighted_values(new, view.value), selected)
         return output
 
@@ -118,8 +119,7 @@ class ACT(Policy):
     def _sinks(self, view: ModulateView) -> torch.Tensor:
         """Keys with more than ``threshold``, averaged over the rows that see them: bool ``(batch, heads, keys)``."""
         queries, keys = view.query.shape[2], view.key.shape[2]
-        real = torch.ones_like(view.visual) if view.valid is None else view.valid
-        real = real[:, keys - queries :]
+        real = real_rows(view)
         total = view.query.new_zeros(*view.query.shape[:2], keys, dtype=torch.float32)
         for rows in all_rows(view).split(BLOCK, dim=1):
             probabilities = row_probabilities(view, rows, view.logit_edits)

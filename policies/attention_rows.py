@@ -88,6 +88,13 @@ def first_key(view: ModulateView) -> torch.Tensor:
     return view.valid.to(torch.int8).argmax(-1)
 
 
+def real_rows(view: ModulateView) -> torch.Tensor:
+    """Rows of a call that are not padding, of sequences with an image: bool ``(batch, queries)``."""
+    queries, keys = view.query.shape[2], view.key.shape[2]
+    real = torch.ones_like(view.visual) if view.valid is None else view.valid
+    return real[:, keys - queries :] & view.visual.any(-1, keepdim=True)
+
+
 def rows_where(wanted: torch.Tensor, most: int | None = None) -> torch.Tensor:
     """The numbers of ``wanted`` rows, bool ``(batch, queries)``, as many as the fullest sequence has, at least one.
 

@@ -14,7 +14,7 @@ import torch
 
 from ..contract.policy import Policy
 from ..kernels import overwrite_rows
-from .attention_rows import BLOCK, all_rows, first_key, row_probabilities, weighted_values
+from .attention_rows import BLOCK, all_rows, first_key, real_rows, row_probabilities, weighted_values
 from .settings import check_number
 
 if TYPE_CHECKING:
@@ -82,9 +82,10 @@ class ZeroTuning(Policy):
             return logits + shift[:, None, None] * chosen[:, None, None]
 
         edits, output = [*view.logit_edits, edit], view.output
-        selected = (chosen & view.visual.any(-1, keepdim=True))[..., None] & (self.gamma != 1)
+        chosen, real = chosen & (self.gamma != 1), real_rows(view)
         for rows in all_rows(view).split(BLOCK, dim=1):
             new = weighted_values(row_probabilities(view, rows, edits), view.value)
+            selected = chosen[:, None] & real.gather(1, rows)[:, None]
             output = overwrite_rows(output, rows, new, selected)
         view.logit_edits.append(edit)
         return output

@@ -106,11 +106,11 @@ class Guidance:
         features = [x for x in (given.get("mm_encoder_outputs") or {}).values() if x is not None]
         pixels = [name for name in PIXELS if given.get(name) is not None]
         if not (features or pixels):
-            if rows.dim() == 3 and rows.shape[1] > 1 and self.policy.second_pass is not None:
+            if rows.dim() == 3 and rows.shape[1] > 1:
                 raise UnsupportedCallError(
-                    f"inputs_embeds of {rows.shape[1]} tokens without pixel_values: {self.policy.name} asks the model "
-                    "a second time about other visual tokens, and cannot tell which these are, or whether there are "
-                    "any. Pass input_ids and pixel_values instead."
+                    f"inputs_embeds of {rows.shape[1]} tokens without pixel_values: {self.policy.name} guides what "
+                    "follows an image, and cannot tell which of these are visual tokens, or whether there are any. "
+                    "Pass input_ids and pixel_values instead."
                 )
             return None
         if rows.dim() == 3:
