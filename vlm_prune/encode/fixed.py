@@ -200,7 +200,7 @@ class Encoder(EncodeStage):
         for keep in self._answers(number, view, call):
             spared = keep.sparing(call.late, state.units.shape[1])
             if spared is not None:
-                hidden = state.cut(hidden, spared)
+                hidden = state.cut(hidden, spared) + stream.overflow(view.hidden)
         return hidden
 
     def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
@@ -255,14 +255,17 @@ class Encoder(EncodeStage):
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0], features.device)
-        if rows is None:
+        if rows is None:  # chosen in the tower
             rows = gather_rows(features, index, valid)
         elif valid is not None:
             rows = rows.masked_fill(~valid[..., None], 0)
         return (rows, *args[1:])
 
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
-        """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
+        """Ask the policies that choose at this side of the projector.
+
+        Returns the rows that they keep, CLS in front where the language model gets it; ``None`` if none chooses here.
+        """
         state: TowerState | None = call.state
         if call.keeps is not None or state is None or call.whole:
             return None
@@ -294,7 +297,8 @@ class Encoder(EncodeStage):
         if keep is None:
             return None
         call.keeps = [keep]
-        return None if keep.rows is None else torch.cat([cls, keep.rows], 1)
+        rows = gather_rows(features, keep.index) if keep.rows is None else keep.rows
+        return torch.cat([cls, rows + stream.overflow(features)], 1)
 
     def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
@@ -337,7 +341,6 @@ class Encoder(EncodeStage):
             self.forget()
         if output is None:
             return None
-        projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
         if (entry := self.composition.entry) is not None:
             call.entering = args[0][:, call.extra :] if entry.reads_tower else None
@@ -351,6 +354,4 @@ class Encoder(EncodeStage):
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0], output.device)
-        if not projected:
-            output = gather_rows(output, index) if rows is None else rows
-        return stream.open_holes(output, index, call.rows[0], valid)
+        return stream.open_holes(output if rows is None else rows, index, call.rows[0], valid)
