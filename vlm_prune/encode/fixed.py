@@ -23,7 +23,7 @@ from ..composition import Composition
 from ..contract.anatomy import Tower
 from ..contract.policy import Keep
 from ..contract.views import AttentionView, FeaturesView, TowerView
-from ..errors import UnsupportedCallError
+from ..errors import PruningError, UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows, to_device
 from ..sites import Site
 from .fixed_state import TowerState
@@ -50,6 +50,7 @@ class Encoder(EncodeStage):
         # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
+        self._check_attention(UnsupportedModelError)
         handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
         handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
 
@@ -62,7 +63,7 @@ class Encoder(EncodeStage):
         if not self.enters():
             return None
         self.check_recompute()
-        self._check_attention()
+        self._check_attention(UnsupportedCallError)
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         under_way, merge = current_encoding(self.session), self.tower.merge
         arrangement = None if under_way is None else under_way.arrangement
@@ -102,13 +103,14 @@ class Encoder(EncodeStage):
         kwargs = {**kwargs, **self.tower.resizing}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
-    def _check_attention(self) -> None:
+    def _check_attention(self, error: type[PruningError]) -> None:
         """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
         if any(site.stock_config._attn_implementation == "flex_attention" for site in self.sites):
-            raise UnsupportedCallError(
-                "The vision tower runs on flex attention, and this policy acts between its layers, where tiles may "
-                'keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", "text_config": '
-                '"flex_attention"}), or choose a policy that reads no attention of the tower, such as uniform.'
+            raise error(
+                f"The vision tower runs on flex attention, and {self.composition.name} acts between its layers, where "
+                'tiles may keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", '
+                '"text_config": "flex_attention"}), or choose a policy that reads no attention of the tower, such as '
+                "uniform."
             )
 
     def _check_at_hand(self) -> None:
