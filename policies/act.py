@@ -27,10 +27,10 @@ def calibrate(probabilities: torch.Tensor, sinks: torch.Tensor, kept: float) -> 
     Official: ``atten_process_eval``.
     """
     taken = (probabilities * sinks).sum(-1, keepdim=True)
-    others = 1 - taken
+    others = (probabilities * ~sinks).sum(-1, keepdim=True)  # not 1 - taken, which loses what is small
     gain = 1 + (1 - kept) * taken / others.clamp(min=torch.finfo(probabilities.dtype).tiny)
     changed = probabilities * torch.where(sinks, kept, gain)
-    return torch.where(others > 1e-6, changed, probabilities)
+    return torch.where(others > 1e-20, changed, probabilities)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def naive_act(probabilities, seen, policy, alone, heads=range(HEADS)):
             mean = row[key] if alone else sum(probabilities[b, h, r, key] for r in rows) / max(len(rows), 1)
             sinks[key] = key != FIRST[b] and mean > policy.threshold
         given, held = row[sinks].sum(), row[~sinks].sum()
-        if held > 1e-6:
+        if held > 1e-20:
             row[~sinks] += (1 - policy.kept) * given * row[~sinks] / held
             row[sinks] *= policy.kept
     return result
