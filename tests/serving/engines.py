@@ -108,8 +108,12 @@ def expect(name: str | Path, asks: list[Ask], plan: dict[str, Any] | None, most:
     model, processor = hugging_face(name)
     found = []
     for one in asks:
-        options = {key: value for key, value in (plan or {}).items() if key not in ("tokens", "ratio")}
-        budget = one.budget or {key: value for key, value in (plan or {}).items() if key not in options}
+        options = {
+            key: value for key, value in (plan or {}).items() if key not in ("tokens", "ratio", "ceiling")
+        }
+        budget = one.budget or {
+            key: value for key, value in (plan or {}).items() if key in ("tokens", "ratio")
+        }
         prune = pruned(model, **options, **budget) if plan and one.images else nullcontext()
         inputs = processor(images=list(one.images) or None, text=one.prompt, return_tensors="pt")
         with prune:
