@@ -42,6 +42,33 @@ def with_twice_the_heads(name: str, folder: Path) -> Path:
     return folder
 
 
+def with_adapter(name: str, folder: Path, rank: int = 4) -> tuple[Path, Path]:
+    """A LoRA adapter of the decoder of a shipped model, and the model with it merged in: two folders."""
+    adapter, merged = folder / "adapter", folder / "merged"
+    adapter.mkdir()
+    shutil.copytree(model_path(name), merged)
+    weights, lora = load_file(merged / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for key in [
+        key
+        for key in weights
+        if "language_model" in key and key.endswith(("q_proj.weight", "up_proj.weight"))
+    ]:
+        outer, inner = weights[key].shape
+        down = torch.randn(rank, inner, generator=generator) / inner**0.5
+        up = torch.randn(outer, rank, generator=generator) / 8
+        module = f"base_model.model.{key.removesuffix('.weight')}"
+        lora |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+        weights[key] += up @ down
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "up_proj"]}
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**settings, "bias": "none", "task_type": "CAUSAL_LM"})
+    )
+    save_file(lora, adapter / "adapter_model.safetensors")
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    return adapter, merged
+
+
 QWENS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 

@@ -79,12 +79,14 @@ def engine(model: str | Path, plan: dict[str, Any] | None, **options: Any) -> It
         cleanup_dist_env_and_memory()
 
 
-def ask(llm: Any, asks: list[Ask], most: int = 24, requests: list[Any] | None = None) -> list[Answer]:
-    """Answers of an engine to all prompts at once."""
+def ask(
+    llm: Any, asks: list[Ask], most: int = 24, requests: list[Any] | None = None, **more: Any
+) -> list[Answer]:
+    """Answers of an engine to all prompts at once; ``more`` are arguments of ``generate``."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=most, logprobs=0)
-    outputs = llm.generate(requests or [one.request() for one in asks], sampling, use_tqdm=False)
+    outputs = llm.generate(requests or [one.request() for one in asks], sampling, use_tqdm=False, **more)
     found = []
     for output in outputs:
         tokens, seen = list(output.outputs[0].token_ids), output.outputs[0].logprobs
