@@ -151,6 +151,12 @@ def compare(
         with Server(model, asked, folder / f"{name}.log", options) as server:
             sides[name] = measure(server, load, token_bytes, say)
     dense, pruned = sides["dense"], sides["pruned"]
+    if pruned.prompt >= dense.prompt:
+        raise OSError(
+            f"the server that was to prune had prompts of {pruned.prompt} tokens, the dense one of {dense.prompt}: the "
+            "plug-in was not found, or the budget is all there is. vLLM finds it once this package is installed with "
+            "pip, in the same environment."
+        )
     return {
         "model": str(model),
         "load": asdict(load),

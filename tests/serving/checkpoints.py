@@ -119,8 +119,9 @@ def random_qwen(kind: str, folder: Path) -> Path:
         text |= {
             "num_experts": 4,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
+            "moe_intermediate_size": 96,
             "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
         }
     config = CONFIG_MAPPING[kind](text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

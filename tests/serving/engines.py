@@ -138,10 +138,10 @@ def expect(name: str | Path, asks: list[Ask], plan: dict[str, Any] | None, most:
     return found
 
 
-def same(ours: list[Answer], theirs: list[Answer]) -> None:
+def same(ours: list[Answer], theirs: list[Answer], tolerance: float = TOLERANCE) -> None:
     """Raise unless tokens, prompt lengths and log-probabilities agree."""
     assert [one.rows for one in ours] == [one.rows for one in theirs]
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.tokens == other.tokens, f"prompt {number}: {mine.tokens} is not {other.tokens}"
         worst = max(abs(a - b) for a, b in zip(mine.logprobs, other.logprobs, strict=True))
-        assert worst < TOLERANCE, f"prompt {number}: log-probabilities differ by {worst}"
+        assert worst < tolerance, f"prompt {number}: log-probabilities differ by {worst}"
