@@ -93,6 +93,8 @@ class EncodeCall:
         offers: what the decoder's entry is to choose among, if a policy does so there.
         entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
         trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
+        asked: the feature method that encoded them and its arguments, where one did: what is asked again about another
+            image.
     """
 
     grids: list[tuple[int, int]]
@@ -112,6 +114,7 @@ class EncodeCall:
     offers: list[Offer] = field(default_factory=list)
     entering: torch.Tensor | None = None
     trusted: bool = True
+    asked: tuple[str, dict[str, Any]] | None = None
 
     @property
     def tiles(self) -> int:
