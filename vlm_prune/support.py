@@ -17,11 +17,13 @@ class Family:
         title: its name to people.
         cls: whether its vision tower has a CLS token.
         resizes: whether the grid of large images, and of videos, is resized after the projector.
+        frames: whether it hands on frames of videos like tiles of images, so that nobody knows which form a video.
     """
 
     title: str
     cls: bool = True
     resizes: bool = False
+    frames: bool = False
 
 
 FAMILIES = {
@@ -30,7 +32,7 @@ FAMILIES = {
     "llava_next": Family("LLaVA-NeXT"),
     "llava_next_video": Family("LLaVA-NeXT-Video"),
     "llava_onevision": Family("LLaVA-OneVision", cls=False, resizes=True),
-    "internvl": Family("InternVL"),
+    "internvl": Family("InternVL", frames=True),
     "qwen2_vl": Family("Qwen2-VL", cls=False),
     "qwen2_5_vl": Family("Qwen2.5-VL", cls=False),
     "qwen3_vl": Family("Qwen3-VL", cls=False),
@@ -42,12 +44,14 @@ NOTES = {
     "cls": "There is no CLS token: the mean query over all patches stands in for it, and the receipt says so.",
     "resized": "Images that the model does not resize (up to nine tiles); large ones and videos raise, because the "
     "policy chooses among tokens that are blended afterwards.",
+    "frames": "Frames of a video come like tiles of images, and each has its own budget: the policy treats each as a "
+    "video of one frame.",
     "others": "Every other model that puts image features at placeholders, found by reading it; "
     "[families](docs/families.md) lists them. Those with a tower like Qwen's take all policies.",
 }
 """Footnotes of the matrix, in its order."""
 
-MARKS = ("¹", "²", "³")
+MARKS = ("¹", "²", "³", "⁴")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def support(policy: str, family: str) -> Cell:
     cls = ("cls",) if kind.reads_cls and not facts.cls else ()
     if facts.resizes and kind.encodes and not kind.late:
         return Cell(PART, (*cls, "resized"))
-    return Cell(FULL, cls)
+    return Cell(FULL, (*cls, "frames") if facts.frames and kind.over_frames else cls)
 
 
 def elsewhere(policy: str) -> Cell:
