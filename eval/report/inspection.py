@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from vlm_prune import Receipt, pruned
 from vlm_prune.call.survivors import Grids, Units
+from vlm_prune.contract.stages import Stages
 from vlm_prune.eval.measure import model_inputs, prompt_text, receipt_of
 from vlm_prune.eval.models import MODELS, exit_gates, load_model
 from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
@@ -135,7 +136,7 @@ def inspect(
     before = ask()
     with pruned(model, policy, **options):
         after, receipt = ask(), receipt_of(model)
-        acts = {stage for each in model.pruning.policies for stage in each.stages}
+        acts = model.pruning.acts
     return Inspection(
         image=image,
         prompt=prompt,
@@ -174,12 +175,12 @@ def _layers(numbers: Sequence[int]) -> str:
     return f"layers {numbers[0]}–{numbers[-1]}"  # noqa: RUF001
 
 
-def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
+def remarks(receipt: Receipt, acts: Stages) -> list[str]:
     """What is to be known beside the pictures. ``acts`` are the stages that the policies act in."""
     found = []
-    if acts == {"modulate"}:
+    if not acts.prunes:
         found.append(f"{receipt.policy} edits attention and drops nothing: every layer computes every patch.")
-    elif "modulate" in acts:
+    elif acts.edits:
         found.append("Attention is edited as well, which a picture of kept patches does not show.")
     if receipt.tower_units and len(receipt.tower_units[0][0]) < receipt.units:
         found.append(
@@ -188,7 +189,7 @@ def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
         )
     if any(keep.rows is not None for keep in receipt.keeps or ()):
         found.append("Dropped patches are not all lost: some are merged into kept ones.")
-    if "decode" in acts:
+    if acts.evicts:
         found.append("Rows leave the KV cache as well, after the prompt or while the answer is written.")
     return found
 

@@ -110,11 +110,14 @@ class ScenesData(Strict):
 
     Attributes:
         scenes: how many.
+        kind: ``shapes``, a few coloured objects; ``desk``, with signs, charts, tiny objects and clutter as well, of
+            which a ``vqa`` task asks one question a category.
         size: width and height in pixels.
         sizes: the same for single models, by label.
     """
 
     scenes: Annotated[int, Field(ge=1)]
+    kind: Literal["shapes", "desk"] = "shapes"
     size: tuple[int, int] = (128, 128)
     sizes: dict[str, tuple[int, int]] = Field(default_factory=dict)
 
@@ -430,13 +433,11 @@ class RunConfig(Strict):
         )
 
     def budgets(self, entry: PolicyEntry) -> list[Budget]:
-        """A policy's own budgets or the run's. One that drops no tokens has none; ``none`` is run once.
+        """A policy's own budgets or the run's. One that drops no tokens has none, and is run once.
 
         Raises:
             PolicyError: there is no such policy.
         """
-        if entry.policy == "none":
-            return [{}]
         own = entry.ratios is not None or entry.tokens is not None
         ratios, tokens = (entry.ratios, entry.tokens) if own else (self.ratios, self.tokens)
         of = {"per": "image"} if (entry.per or self.per) == "image" else {}
