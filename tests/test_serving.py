@@ -27,8 +27,8 @@ from vlm_prune.serving.encoder import ServedEncoder, live_rows
 from vlm_prune.serving.plan import Plan, check_served
 
 SERVED = (
-    "agilepruner", "divprune", "flowcut", "holov", "pool", "random", "scope", "uniform", "visionzip",
-    "vispruner", "zooprune",
+    "agilepruner", "divprune", "dycoke", "fastvid", "flowcut", "holov", "pool", "random", "scope", "uniform", "vidcom2",
+    "visionzip", "vispruner", "zooprune",
 )  # fmt: skip
 FAMILIES = ("llava", "llava-full", "internvl")
 
