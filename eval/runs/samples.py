@@ -12,18 +12,11 @@ from typing import Any
 from vlm_prune.eval.chair import CaptionReader, Vocabulary, coco_truth, read_image_ids, sample_image_ids
 from vlm_prune.eval.coco import ImageId, image_id, instance_objects, other_names
 from vlm_prune.eval.pope_questions import build_questions, read_object_lists
-from vlm_prune.eval.runs.config import (
-    ChairTask,
-    CocoData,
-    OnBadImage,
-    PopeTask,
-    ScenesData,
-    SpeedTask,
-    Task,
-    VqaTask,
-)
+from vlm_prune.eval.runs.config import OnBadImage
 from vlm_prune.eval.runs.images import Picture
+from vlm_prune.eval.runs.sources import CocoData, ScenesData
 from vlm_prune.eval.runs.tables import Row, table_rows
+from vlm_prune.eval.runs.tasks import ChairTask, PopeTask, SpeedTask, Task, VqaTask
 from vlm_prune.eval.scenes import PLURALS, Scene, make_desks, make_scenes, pope_questions
 from vlm_prune.eval.scenes.questions import desk_questions
 

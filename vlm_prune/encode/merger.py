@@ -146,6 +146,7 @@ class Merger:
         else:
             place, by_place = place.sort()
             left = merged[0][by_place]
+        left = left + stream.overflow(features[None])[0]
         units, counts = len(features) // len(tiles), [len(index)]
         if len(tiles) > 1:
             frame = torch.arange(len(tiles), device=place.device)[:, None]
