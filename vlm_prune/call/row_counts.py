@@ -1,4 +1,4 @@
-"""How many rows of a prefill are of each kind, on the host, so that shapes are planned without waiting for the device."""
+"""How many rows of a prefill are of each kind, known on the host, so that shapes need no wait for the device."""
 
 from __future__ import annotations
 
