@@ -17,10 +17,12 @@ from .contract.policy import Policy
 from .errors import PolicyError, UnsupportedModelError
 
 POLICIES: dict[str, str | type[Policy]] = {
+    "act": "vlm_prune.policies.act:ACT",
     "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",
     "cdpruner": "vlm_prune.policies.cdpruner:CDPruner",
     "dart": "vlm_prune.policies.dart:DART",
     "divprune": "vlm_prune.policies.divprune:DivPrune",
+    "dola": "vlm_prune.policies.dola:DoLa",
     "downsample": "vlm_prune.policies.pooling:Downsample",
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
     "fastv": "vlm_prune.policies.fastv:FastV",
@@ -30,6 +32,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "holov": "vlm_prune.policies.holov:HoloV",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
     "none": "vlm_prune.policies.baselines:Identity",
+    "pai": "vlm_prune.policies.pai:PAI",
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
     "prumerge": "vlm_prune.policies.prumerge:PruMerge",
@@ -41,11 +44,13 @@ POLICIES: dict[str, str | type[Policy]] = {
     "streamingllm": "vlm_prune.policies.streamingllm:StreamingLLM",
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
+    "vcd": "vlm_prune.policies.vcd:VCD",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vlcache": "vlm_prune.policies.vlcache:VLCache",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
+    "zerotuning": "vlm_prune.policies.zerotuning:ZeroTuning",
     "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""

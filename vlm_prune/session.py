@@ -28,6 +28,7 @@ from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_fo
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
 from .language.entry import Entry
+from .language.guidance import Guidance, forget_guided, guiding
 from .language.kinds import check_decoder, mask_maker
 from .language.layers import DecoderLayers
 from .language.loss import Loss
@@ -93,6 +94,8 @@ class Pruning:
         )
         # what looks at the prompt in the decoder must see all of it, without drafts after it
         self._reads_prompt = self._layers is not None or entry is not None
+        guide = guiding(composition.policies)
+        self._guidance = None if guide is None else Guidance(model, anatomy, guide, self)
         self._claim()
         try:
             self._install()
@@ -169,6 +172,8 @@ class Pruning:
         # what the user saves is the model, or the PEFT model around it
         self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
         self._handles.append(Loss(self._model, self))
+        if self._guidance is not None:
+            self._guidance.install(self._handles)
         # older versions of transformers, and some families, encode images inside the first forward
         self._takes_encoded = takes_encoded(self._model)
         if not CHUNKS_BRING_IMAGES:
@@ -198,6 +203,8 @@ class Pruning:
     def remove(self) -> None:
         """Undo everything; the model is as it was before."""
         forget_calls(self)
+        if self._guidance is not None:
+            forget_guided(self._guidance)
         for module in _hooked(self._anatomy):
             _pruned.pop(module, None)
         for handle in self._handles:
@@ -312,7 +319,7 @@ class Pruning:
         if self._reads_prompt and ids is not None and ids.shape[1] > 1:
             call.image_masks = [ids == token for token in self._anatomy.image_tokens]
         elif self._reads_prompt and embeds is not None and embeds.shape[1] > 1:
-            call.image_masks = self._placeholders(module, embeds)
+            call.image_masks = self.placeholders(module, embeds)
             if not call.image_masks:
                 raise UnsupportedCallError(
                     f"inputs_embeds of {embeds.shape[1]} tokens, none of them an image placeholder: {self.name} acts "
@@ -320,7 +327,7 @@ class Pruning:
                     "Pass input_ids and pixel_values instead."
                 )
 
-    def _placeholders(self, base: Any, embeds: torch.Tensor) -> list[torch.Tensor]:
+    def placeholders(self, base: Any, embeds: torch.Tensor) -> list[torch.Tensor]:
         """Placeholders of each kind in embeddings ``(batch, length, channels)``; empty if there are none."""
         ids = torch.tensor(self._anatomy.image_tokens, device=embeds.device)
         known = base.get_input_embeddings()(ids).to(embeds.dtype)

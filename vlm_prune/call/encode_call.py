@@ -93,6 +93,7 @@ class EncodeCall:
         offers: what the decoder's entry chooses among, if a policy does so there.
         entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
         trusted: whether stock code is known to pass all rows on unchanged; else holes are counted on arrival.
+        asked: the feature method that encoded them with its arguments, if one did; called again for another image.
     """
 
     grids: list[tuple[int, int]]
@@ -112,6 +113,7 @@ class EncodeCall:
     offers: list[Offer] = field(default_factory=list)
     entering: torch.Tensor | None = None
     trusted: bool = True
+    asked: tuple[str, dict[str, Any]] | None = None
 
     @property
     def tiles(self) -> int:

@@ -35,6 +35,8 @@ class Receipt:
         stand_in: what was used instead of a CLS token that the policy needs and the tower lacks.
         kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
+        guide_flops: operations of the second pass over the prompt that guided decoding compares with, part of `flops`.
+        guide_kv_bytes: storage behind that pass's KV cache, beside `kv_bytes`.
     """
 
     policy: str
@@ -49,6 +51,8 @@ class Receipt:
     decoder_tokens: list[int] = field(default_factory=list)
     kv_bytes: int | None = None
     kv_bytes_dense: int | None = None
+    guide_flops: int = 0
+    guide_kv_bytes: int = 0
     keeps: list[Keep] | None = field(default=None, repr=False)
     tower_keeps: list[list[Keep] | None] = field(default_factory=list, repr=False)
     tower_grids: list[tuple[int, int]] = field(default_factory=list, repr=False)
@@ -121,7 +125,9 @@ class Receipt:
     def flops(self) -> int:
         """Operations of tower and prefill as they ran, by the formulas of `call.flops`."""
         tower = flops.tower_flops(*self.tower_size, self.tower_segments)
-        return tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)
+        return (
+            self.guide_flops + tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)
+        )
 
     @property
     def flops_dense(self) -> int:
@@ -162,6 +168,11 @@ class Receipt:
             lines.append(f"  compute  {self.flops / 1e9:.3g} of {self.flops_dense / 1e9:.3g} GFLOP")
         if self.kv_bytes is not None and self.kv_bytes_dense:
             lines.append(f"  KV cache {self.kv_bytes / 2**20:.3g} of {self.kv_bytes_dense / 2**20:.3g} MiB")
+        if self.guide_flops:
+            lines.append(
+                f"  guiding  {self.guide_flops / 1e9:.3g} GFLOP of these, and {self.guide_kv_bytes / 2**20:.3g} MiB "
+                "beside the KV cache, for a second pass"
+            )
         times = [
             f"{name} {ms:.1f} ms"
             for name, ms in (("tower", self.tower_ms), ("prefill", self.prefill_ms))

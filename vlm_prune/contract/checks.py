@@ -15,6 +15,7 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "prefill": (("prefill_layers",), ("prefill",)),
     "decode": (("evicted_layers",), ("evict",)),
     "modulate": (("modulate_layers",), ("modulate",)),
+    "guide": (("guide",),),
 }
 """For each stage, the methods that its policies override: at least one of each group."""
 

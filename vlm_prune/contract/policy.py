@@ -13,7 +13,7 @@ from .keep import Keep, top_mask
 from .stages import PLACES, STAGES, Place, Stages
 
 if TYPE_CHECKING:
-    from .views import CacheView, EntryView, FeaturesView, ModulateView, PrefillView, TowerView
+    from .views import CacheView, EntryView, FeaturesView, GuideView, ModulateView, PrefillView, TowerView
 
 __all__ = ["PLACES", "STAGES", "Keep", "Place", "Policy", "Positions", "ScorerPolicy", "SelectPolicy"]
 
@@ -32,7 +32,7 @@ class Policy:
 
     name: ClassVar[str]
     stages: ClassVar[tuple[str, ...]]
-    """Where it acts, of `STAGES`: "modulate" edits attention and drops no token, all others drop tokens there."""
+    """Where it acts, of `STAGES`: "modulate" edits attention and "guide" logits, all others drop tokens there."""
     acts: ClassVar[Stages] = Stages()
     """The same, to be asked what they mean. Follows from `stages`, as the next three do."""
     prunes: ClassVar[bool] = True
@@ -74,6 +74,9 @@ class Policy:
     """Whether `modulate` compares with a pass over the prompt without its images."""
     modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "outputs"
     """What `modulate` edits. Whatever the written order, logits come first and outputs last."""
+    second_pass: ClassVar[Literal["image", "text"] | None] = None
+    """What `guide` compares with: the same model asked about an image that went through `distort`, or without its
+    images."""
 
     positions: Positions | None = None
 
@@ -202,6 +205,18 @@ class Policy:
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
         """After an attention call: new head outputs, shaped like ``view.output``, or ``None`` for no change."""
         raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")
+
+    def distort(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the second pass of `guide` sees in place of ``pixels`` ``(images, ...)``, all of one shape."""
+        raise NotImplementedError(f"{self.name} compares with another image but does not make one")
+
+    def early_layers(self, depth: int) -> Collection[int]:
+        """Decoder layers, of ``depth``, whose output `guide` reads as logits: 0 is what enters the first layer."""
+        return ()
+
+    def guide(self, view: GuideView) -> torch.Tensor:
+        """After the language-model head: new logits, shaped like ``view.logits``."""
+        raise NotImplementedError(f"{self.name} guides decoding but does not say how")
 
 
 def _every_step(policy: Policy, step: int) -> bool:

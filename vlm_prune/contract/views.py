@@ -280,3 +280,19 @@ class ModulateView:
         after = after & self.visual.any(-1, keepdim=True)
         after = after if self.valid is None else after & self.valid
         return after[:, -queries:]
+
+
+@dataclass
+class GuideView:
+    """The logits of some rows, each of which predicts the token after it, and what they are to be compared with.
+
+    Attributes:
+        logits: ``(batch, rows, vocabulary)``, fp32.
+        second: the same rows' logits in the second pass, see `Policy.second_pass`; ``None`` if there is none.
+        early: by layer, what the language-model head makes of its output, with no norm in between; shaped like
+            ``logits``. Computed when asked for.
+    """
+
+    logits: torch.Tensor
+    second: torch.Tensor | None = None
+    early: Mapping[int, torch.Tensor] = field(default_factory=dict)

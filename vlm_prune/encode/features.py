@@ -136,7 +136,7 @@ class FeatureReader(FeatureMethod):
             if isinstance(output, ModelOutput):
                 let_ride(output, call)
             self.encoder.end(call)
-        return output
+        return self.note(output, args, kwargs)
 
 
 def field_of(output: ModelOutput) -> str:
