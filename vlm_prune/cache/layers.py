@@ -9,6 +9,7 @@ masks sliding windows. A static layer has slots instead, and is made with fewer 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class PrunedLayer(CacheLayerMixin):
         spared: slots that a static layer was made without; ``None`` if it cannot be made smaller.
         seen_slots: `seen` of a static layer, over all its slots: bool ``(slots,)``, those that it describes, and bool
             ``(batch, slots)``, what it says of them; ``None`` where `seen` is.
+        twin: what guided decoding compares with, in the first layer that holds rows.
     """
 
     def __init__(self, inner: CacheLayerMixin):
@@ -62,6 +64,7 @@ class PrunedLayer(CacheLayerMixin):
         self.short = self.admitted = False
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
+        self.twin: Twin | None = None
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for what is not set here: dtype, device, is_initialized, ...
@@ -208,6 +211,8 @@ class PrunedLayer(CacheLayerMixin):
         if kept < self.prefilled:
             self._crop_turn(kept, size)
         drop = size - kept
+        if self.twin is not None:
+            self.twin.crop(drop)
         self.inner.crop(tokens_to_remove if tokens_to_remove <= 0 else self.physical - drop)
 
     def _crop_turn(self, kept: int, size: int) -> None:
@@ -254,29 +259,33 @@ class PrunedLayer(CacheLayerMixin):
         self.seen = None if valid is None else torch.nn.functional.pad(valid, (self.missing, 0), value=False)
         self.prefilled, self.turn = logical, None
 
-    def _batch(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _batch(self, move: Callable[[torch.Tensor], torch.Tensor], twin: Callable[[Cache], Any]) -> None:
         """Let what is known of each sequence follow its rows."""
         for name in ("seen", "shift"):
             if (state := getattr(self, name)) is not None:
                 setattr(self, name, move(state))
         self.marks = {name: move(x) for name, x in self.marks.items()}
         self.state = {name: move(x) for name, x in self.state.items()}
+        if self.twin is not None:
+            self.twin.rearrange(move, twin)
         self.describe_slots()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
         self.inner.reorder_cache(beam_idx)
-        self._batch(lambda x: x[beam_idx.to(x.device)])
+        self._batch(lambda x: x[beam_idx.to(x.device)], lambda cache: cache.reorder_cache(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         self.inner.batch_repeat_interleave(repeats)
-        self._batch(lambda x: x.repeat_interleave(repeats, 0))
+        self._batch(
+            lambda x: x.repeat_interleave(repeats, 0), lambda cache: cache.batch_repeat_interleave(repeats)
+        )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows of the batch."""
         self.inner.batch_select_indices(indices)
-        self._batch(lambda x: x[indices.to(x.device)])
+        self._batch(lambda x: x[indices.to(x.device)], lambda cache: cache.batch_select_indices(indices))
 
 
 class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
@@ -298,6 +307,49 @@ class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
     def activate_past_recording(self) -> None:
         """As the stock layer."""
         self.inner.activate_past_recording()
+
+
+@dataclass
+class Twin:
+    """What guided decoding remembers of the sequences in a cache, and the cache of its second pass over them.
+
+    It stays with the cache that it belongs to: what happens to the rows of that one's batch, or to its end, happens
+    here too.
+
+    Attributes:
+        active: bool ``(batch,)``, sequences that have an image by now; others are not guided.
+        cache: the second pass's own; ``None`` if there is no such pass.
+        mask: int64 ``(batch, tokens)``, which of the tokens in ``cache`` are real; ``None`` if all are.
+    """
+
+    active: torch.Tensor
+    cache: Cache | None = None
+    mask: torch.Tensor | None = None
+
+    def crop(self, count: int) -> None:
+        """Remove the last ``count`` tokens."""
+        self.mask = None if self.mask is None else self.mask[:, : self.mask.shape[1] - count]
+        if self.cache is not None:
+            self.cache.crop(-count)
+
+    def rearrange(self, rows: Callable[[torch.Tensor], torch.Tensor], cache: Callable[[Cache], Any]) -> None:
+        """Let the sequences follow those of the cache that this belongs to."""
+        self.active = rows(self.active)
+        self.mask = None if self.mask is None else rows(self.mask)
+        if self.cache is not None:
+            cache(self.cache)
+
+
+def twin_of(cache: Cache | None) -> Twin | None:
+    """The second pass's part of a cache, if there has been one."""
+    layer = first_layer(cache)
+    return None if layer is None else layer.twin
+
+
+def attach_twin(cache: Cache, twin: Twin) -> None:
+    """Let ``twin`` stay with the first layer of ``cache`` that holds rows."""
+    index = next(n for n, layer in enumerate(cache.layers) if storage.has_rows(layer))
+    wrap(cache, index).twin = twin
 
 
 def first_layer(cache: Cache | None) -> PrunedLayer | None:

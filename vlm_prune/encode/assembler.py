@@ -16,7 +16,7 @@ import torch
 
 from ..call import stream
 from ..call.assembly import Group, Packing
-from ..call.encode_call import EncodeCall, Offer, encoding
+from ..call.encode_call import RIDE, EncodeCall, Offer, encoding
 from ..call.forward_call import ForwardCall, current_forward
 from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
@@ -50,10 +50,18 @@ class FeatureMethod:
         caller = sys._getframe(2).f_locals.get("self")
         return current_forward(self.encoder.session) if caller is self.base else None
 
+    def note(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let ``output`` tell what it was made of; returns it."""
+        call: EncodeCall | None = getattr(output, RIDE, None)
+        if call is not None:
+            given = self.__signature__.bind(*args, **kwargs).arguments
+            call.asked = self.method, {**given.pop("kwargs", {}), **given}
+        return output
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
         with encoding(self.encoder.session, forward=self._forward()):
-            return self.stock(*args, **kwargs)
+            return self.note(self.stock(*args, **kwargs), args, kwargs)
 
 
 class Arranger(FeatureMethod):
@@ -84,7 +92,7 @@ class Arranger(FeatureMethod):
         if as_tuple:
             return (output[0], rows, *output[2:])
         output.pooler_output = rows
-        return output
+        return self.note(output, args, kwargs)
 
     def _finish(self, call: EncodeCall, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Choose late, drop newlines, fill in the receipt; returns features ``(rows, channels)`` with all holes."""

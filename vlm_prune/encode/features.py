@@ -154,7 +154,7 @@ class FeatureReader(FeatureMethod):
             if isinstance(output, ModelOutput):
                 let_ride(output, call)
             self.encoder.end(call)
-        return output
+        return self.note(output, args, kwargs)
 
 
 def frames_of(given: Mapping[str, Any], tiles: int) -> list[int]:
