@@ -51,7 +51,10 @@ def features_of(model, pixels):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", SERVED)
 def test_a_served_tower_gives_the_rows_of_a_pruned_model(family, policy):
-    model, settings = shared(family), TABLE[policy].settings | {"positions": "compact"}  # as vLLM numbers them
+    model, settings = (
+        shared(family),
+        TABLE[policy].settings | {"positions": "compact"},
+    )  # as vLLM numbers them
     plan = Plan.of(with_plan(model, policy=policy, ratio=0.3, **settings))
     pixels = prompt(family, [(2, -3, 4)]).pixels
     with pruned(model, policy, ratio=0.3, **settings):

@@ -19,7 +19,7 @@ from .composition import Composition
 from .config import to_config
 from .contract.anatomy import Anatomy, FeatureTower, PackedTower
 from .contract.stages import Stages
-from .encode.assembler import FEATURE_METHODS, Arranger, FeatureMethod
+from .encode.assembler import FEATURE_METHODS, Assembler, FeatureMethod
 from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
@@ -189,7 +189,7 @@ class Pruning:
         inside = not isinstance(self._encoder, FeatureEncoder)  # which replaces the methods itself
         for method in {*FEATURE_METHODS, *arranging} if inside else ():
             if method in arranging:
-                self._handles.append(Arranger(base, arranging[method], self._encoder))
+                self._handles.append(Assembler(base, arranging[method], self._encoder))
             elif hasattr(base, method):
                 self._handles.append(FeatureMethod(base, method, self._encoder))
         self._decoder.install(self._handles)
