@@ -1,4 +1,4 @@
-"""The receipt: what a call kept, and what that cost and saved. Numbers are read off what ran, not planned."""
+"""The receipt: what a call kept, and what that cost and saved. Numbers come from what ran, not from the plan."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from . import flops
 from .survivors import DecoderTrace, Units, tile_units
 
 Segments = Callable[[], "list[list[int]]"]
-"""Reads lengths of sequences off the device, where a packed tower has them."""
+"""Reads sequence lengths from the device, where a packed tower has them."""
 
 MEAN_QUERY = "attention of the mean query"
-"""What `policies.scores.global_attention` takes where there is no CLS token."""
+"""What `policies.scores.global_attention` uses where there is no CLS token."""
 
 
 @dataclass
@@ -22,17 +22,17 @@ class Receipt:
     """What the last call with images did, in this thread.
 
     Attributes:
-        policy: the policy as it was asked for.
+        policy: the policy's name, as given.
         family: model family.
-        tile: what one entry of `kept` stands for, "image" or "tile".
+        tile: what one entry of `kept` is, "image" or "tile".
         grids: rows and columns of visual tokens of each tile before pruning.
         targets: visual tokens wanted of each tile.
         positions: the policy's rule for RoPE positions.
-        tower_tokens: tokens that each tower layer computed of the tile with most, CLS counted.
+        tower_tokens: tokens that each tower layer computed for the largest tile, CLS included.
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
         tower_size: channels of the tower, and elements of one of its layers' matrices.
-        stand_in: what took the place of a CLS token that the policy asks for and the tower does not have.
+        stand_in: what was used instead of a CLS token that the policy needs and the tower lacks.
         kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
         guide_flops: operations of the second pass over the prompt that guided decoding compares with, part of `flops`.
@@ -66,7 +66,7 @@ class Receipt:
 
     @property
     def tiles(self) -> int:
-        """How many tiles there were."""
+        """The number of tiles."""
         return len(self.grids)
 
     @property
@@ -123,7 +123,7 @@ class Receipt:
 
     @property
     def flops(self) -> int:
-        """Operations of tower and prefill as they ran, by the shape formula of `vlm_prune.flops`."""
+        """Operations of tower and prefill as they ran, by the formulas of `call.flops`."""
         tower = flops.tower_flops(*self.tower_size, self.tower_segments)
         return (
             self.guide_flops + tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)

@@ -31,7 +31,7 @@ class Stages(tuple[str, ...]):
 
     @classmethod
     def joined(cls, several: Iterable[tuple[str, ...]]) -> Stages:
-        """Those of several policies together, each once."""
+        """The union of several policies' stages, in order of first appearance."""
         return cls(dict.fromkeys(stage for stages in several for stage in stages))
 
     @property
