@@ -11,7 +11,6 @@ from vlm_prune.eval.amber import (
     AmberResult,
     Words,
     nltk_nouns,
-    plain_nouns,
     read_description,
     read_words,
     read_yes_no,
@@ -50,7 +49,7 @@ class Scorer:
         self._reader: CaptionReader | None = caption_reader(task) if isinstance(task, ChairTask) else None
         self._words: Words | None = None
         if isinstance(task, AmberGenerativeTask):
-            nouns = nltk_nouns() if task.nouns == "nltk" else plain_nouns
+            nouns = nltk_nouns() if task.nouns == "nltk" else None
             self._words = read_words(task.relations, task.safe, nouns)
 
     def judge(self, record: Record) -> Record:
