@@ -39,13 +39,13 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     ),
     "video": (
         "drops tokens that repeat from frame to frame",
-        "divprune",
-        "PruneVid DyCoke HoliTom FastVID VidCom2 FlashVID FrameFusion EVS PixelPrune",
+        "vidcom2",
+        "PruneVid HoliTom FlashVID FrameFusion EVS PixelPrune",
     ),
     "decoding": (
         "edits attention or logits against hallucination",
-        "paint",
-        "PAI VCD ICD OPERA DoLa HALC DeCo M3ID ACD LayerCD ZeroTuning ACT",
+        "vcd",
+        "ICD OPERA HALC DeCo M3ID ACD LayerCD",
     ),
     "trained": (
         "trains a smaller projector or new tokens, which this package does not",
