@@ -10,7 +10,7 @@ import torch
 from ..contract.numbers import is_whole
 from ..contract.policy import Keep, Place, ScorerPolicy, SelectPolicy
 from ..contract.views import FeaturesView
-from ..kernels import to_device
+from ..kernels import planned, to_device
 
 
 def uniform_index(grid: tuple[int, int], keep: int) -> list[int]:
@@ -92,5 +92,8 @@ class Uniform(SelectPolicy):
 
     def select(self, view: FeaturesView) -> Keep:
         """The same grid for every tile."""
-        index = to_device(uniform_index(view.grid, view.target), view.features.device)
+        grid, target, device = view.grid, view.target, view.features.device
+        index = planned(
+            ("uniform", grid, target, device), lambda: to_device(uniform_index(grid, target), device)
+        )
         return Keep(index.expand(len(view.features), -1))

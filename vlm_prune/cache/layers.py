@@ -34,6 +34,7 @@ class PrunedLayer(CacheLayerMixin):
         prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
         turn: the rows of the turn that ended there, ``None`` if they are not known any more.
         marks: values ``(batch, rows)`` of stored rows; rows after them, generated later, count as 0.
+        filled: whether some of its rows only fill up a batch of which other sequences have more.
         short: whether this layer, or another one of its cache, holds less than the caller passed.
         admitted: whether the rows that come next are those of a pruned decoder. Only such a one knows the positions and
             masks of what is left here.
@@ -47,7 +48,7 @@ class PrunedLayer(CacheLayerMixin):
     def __init__(self, inner: CacheLayerMixin):
         self.inner = inner
         # a sliding layer's slots are its window, which does not depend on how many tokens there are
-        sparable = storage.is_static(inner) and not storage.is_sliding(inner) and not inner.is_initialized
+        sparable = type(inner) is not DynamicLayer and storage.is_static(inner) and not storage.is_sliding(inner) and not inner.is_initialized
         self.spared: int | None = 0 if sparable else None
         self._forget()
 
@@ -59,7 +60,7 @@ class PrunedLayer(CacheLayerMixin):
         self.shift: torch.Tensor | None = None
         self.prefilled = self.decoded_from = 0
         self.turn: Rows | None = None
-        self.short = self.admitted = False
+        self.filled = self.short = self.admitted = False
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
 
@@ -123,6 +124,9 @@ class PrunedLayer(CacheLayerMixin):
     @property
     def dense_share(self) -> tuple[int, int]:
         """What this layer holds, and what it would hold without pruning: rows, or the slots of a static layer."""
+        if type(self.inner) is DynamicLayer:
+            rows = self.inner.get_seq_length()
+            return rows, rows + self.missing
         if storage.is_static(self):
             return self.slots, self.slots + (self.spared or 0)
         if self.is_sliding:
@@ -252,7 +256,7 @@ class PrunedLayer(CacheLayerMixin):
         storage.write(self.inner, *pick_kv(keys, values, index), None)
         self.missing = logical - count
         self.seen = None if valid is None else torch.nn.functional.pad(valid, (self.missing, 0), value=False)
-        self.prefilled, self.turn = logical, None
+        self.prefilled, self.turn, self.filled = logical, None, self.filled or ragged
 
     def _batch(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let what is known of each sequence follow its rows."""
@@ -310,7 +314,7 @@ def first_layer(cache: Cache | None) -> PrunedLayer | None:
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
     """The layers of a cache that a pruned prompt went through; empty for a stock cache."""
     layers = getattr(cache, "layers", ())  # the paged cache of continuous batching has none
-    return [layer for layer in layers if isinstance(layer, PrunedLayer)]
+    return [x for x in layers if type(x) is not DynamicLayer and isinstance(x, PrunedLayer)]
 
 
 def wrap(cache: Cache, index: int) -> PrunedLayer:
@@ -318,7 +322,9 @@ def wrap(cache: Cache, index: int) -> PrunedLayer:
     while len(cache.layers) <= index:  # a DynamicCache made without config grows its layers as they are used
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
-    if not isinstance(layer, PrunedLayer):
+    if type(layer) is DynamicLayer:  # by far the most: what follows asks abstract classes
+        cache.layers[index] = layer = PrunedLayer(layer)
+    elif not isinstance(layer, PrunedLayer):
         made = PrunedHybridLayer if isinstance(layer, storage.LINEAR) else PrunedLayer
         cache.layers[index] = layer = made(layer)
     return layer
@@ -343,6 +349,10 @@ def admit(layers: list[PrunedLayer]) -> None:
             layer.admitted = True
 
 
+SHARED = ("seen", "missing", "shift", "prefilled", "decoded_from", "turn", "filled")
+"""What layers that hold the same tokens know alike."""
+
+
 def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None) -> None:
     """Note in every layer of the cache which rows of the turn that just went through really exist.
 
@@ -358,8 +368,8 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
         before = layer.logical - rows.count
         like = alike.setdefault((id(rows), layer.like, before), index)
         if like < index:
-            for name in ("seen", "missing", "shift", "prefilled", "decoded_from", "turn"):
-                setattr(layer, name, getattr(cache.layers[like], name))
+            first = vars(cache.layers[like])
+            vars(layer).update({name: first[name] for name in SHARED})
         else:
             dropped = rows.length - rows.count
             seen = join_masks(past_mask(layer, mask, before), rows.mask, before, rows.count)
@@ -368,9 +378,10 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
             if rows.shift is not None:
                 layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
             layer.prefilled = layer.decoded_from = before + rows.length
-            layer.turn = rows
+            layer.turn, layer.filled = rows, layer.filled or rows.valid is not None
         layer.like = like
-        layer.describe_slots()
+        if layer.seen_slots is not None or type(layer.inner) is not DynamicLayer:
+            layer.describe_slots()
     layers = pruned_layers(cache)
     short = any(layer.missing or layer.seen is not None for layer in layers)
     for layer in layers:
@@ -432,6 +443,6 @@ def kv_bytes(cache: Cache) -> tuple[int, int]:
     held = dense = 0
     for layer in cache.layers:
         here = storage.kv_bytes(layer)
-        rows, of = layer.dense_share if isinstance(layer, PrunedLayer) else (1, 1)
+        rows, of = layer.dense_share if type(layer) in (PrunedLayer, PrunedHybridLayer) else (1, 1)
         held, dense = held + here, dense + here * of // rows
     return held, dense

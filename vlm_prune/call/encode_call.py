@@ -201,6 +201,12 @@ class EncodeCall:
             return None
         return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
 
+    def pass_layers(self, number: int, tokens: int, keeps: list[Keep] | None) -> None:
+        """All of the first ``number`` tower layers that are not noted yet computed ``tokens``, of the units ``keeps``."""
+        more = number - len(self.tower_tokens)
+        self.tower_tokens += [tokens] * more
+        self.tower_keeps += [keeps] * more
+
     def settle(self, alive: torch.Tensor) -> torch.Tensor:
         """Note which rows for the language model a late choice keeps, bool ``(rows,)``; returns it with newlines."""
         if self.arrangement is None:

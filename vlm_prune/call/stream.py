@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels import hole, live_order, place_rows
+from ..kernels import hole, live_order, numbers, place_rows, planned
 
 __all__ = [
     "compact",
@@ -119,7 +119,7 @@ def grouped(index: torch.Tensor, size: int) -> torch.Tensor:
     """The rows of groups ``index`` ``(groups,)`` where each group is ``size`` rows that stand together."""
     if size == 1:
         return index
-    return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
+    return (index[:, None] * size + numbers(size, index.device)).flatten()
 
 
 def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> torch.Tensor:
@@ -127,6 +127,10 @@ def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> tor
 
     ``grid`` counts patches; units are ``merge`` x ``merge`` squares of them, numbered in raster order themselves.
     """
-    rows, columns = grid
-    number = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)
-    return number.permute(0, 2, 1, 3).reshape(-1, merge * merge)
+
+    def make() -> torch.Tensor:
+        rows, columns = grid
+        number = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)
+        return number.permute(0, 2, 1, 3).reshape(-1, merge * merge)
+
+    return planned(("patches", grid, merge, device), make)

@@ -24,7 +24,7 @@ from ..contract.anatomy import Tower
 from ..contract.policy import Keep
 from ..contract.views import AttentionView, FeaturesView, TowerView
 from ..errors import UnsupportedCallError
-from ..kernels import gather_rows, to_device
+from ..kernels import gather_rows, numbers, to_device
 from ..sites import Site
 from .fixed_state import TowerState
 from .projection import Projection
@@ -44,9 +44,10 @@ class Encoder(EncodeStage):
         module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
-        for number, layer in enumerate(self.tower.layers):
+        for number in sorted({*self.asked, *self.tower.feature_layers}):
             # in front of the hooks by which transformers collects hidden states: they must see the cut ones
-            handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+            hook = partial(self.leave_layer, number)
+            handles.append(self.tower.layers[number].register_forward_hook(hook, prepend=True))
         # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
@@ -86,7 +87,7 @@ class Encoder(EncodeStage):
             if under_way is not None and under_way.forward is not None:
                 check_rows(under_way.forward, [span.rows for span in call.spans])
         if not call.whole or self.observes:
-            units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
+            units = numbers(count, pixels.device).expand(len(pixels), -1)
             slots = None
             if merge > 1:
                 slots = stream.unit_patches(patches, merge, pixels.device).expand(len(pixels), -1, -1)
@@ -166,13 +167,11 @@ class Encoder(EncodeStage):
         if call is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        call.tower_tokens.append(hidden.shape[1])
         state: TowerState | None = call.state
-        if state is not None:
-            state.follow(hidden.device)
-        call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
         if state is None:
             return None
+        state.follow(hidden.device)
+        call.pass_layers(number + 1, hidden.shape[1], [Keep(state.units, state.valid)])
         if state.attention is not None:
             hidden = self._ask(number, hidden, call, state, state.attention)
         if number in self.tower.feature_layers:
@@ -228,6 +227,8 @@ class Encoder(EncodeStage):
             return
         state: TowerState | None = call.state
         let_ride(output, call)
+        computed = None if state is None else [Keep(state.units, state.valid)]
+        call.pass_layers(len(self.tower.layers), output.last_hidden_state.shape[1], computed)
         if state is not None:
             # once more after the projector, where policies may merge
             call.carry = state.carried(call.units[0], call.extra)

@@ -8,6 +8,7 @@ both come with the first tensor on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from . import reference
+from .plans import numbers, planned
 from .reference import hole, live_order
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "hole",
     "live_order",
     "merge_rows",
+    "numbers",
     "overwrite_rows",
     "place_rows",
+    "planned",
     "to_device",
 ]
 
@@ -51,9 +55,17 @@ def _kernels(x: torch.Tensor) -> Any:
     return _ops() if x.device.type in DEVICES and x.dtype in DTYPES else None
 
 
-def to_device(numbers: list[int] | list[float], device: torch.device | str) -> torch.Tensor:
-    """Numbers that the host knows, on a device, without waiting for it: CUDA copies them aside before it returns."""
-    return torch.tensor(numbers).to(device, non_blocking=torch.device(device).type == "cuda")
+def to_device(values: Sequence[int] | Sequence[float], device: torch.device | str) -> torch.Tensor:
+    """Numbers that the host knows, on a device, without waiting for it: CUDA copies them aside before it returns.
+
+    The same numbers are the same tensor (see `planned`), so nobody may write into it.
+    """
+    device = torch.device(device)
+    whole = bool(values) and isinstance(values[0], int)
+    return planned(
+        ("values", whole, tuple(values), device),
+        lambda: torch.tensor(values).to(device, non_blocking=device.type == "cuda"),
+    )
 
 
 def gather_rows(

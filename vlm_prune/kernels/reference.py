@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .plans import planned
+
 CHUNK = 128
 """Rows of the attention map that exist at a time."""
 
@@ -18,7 +20,7 @@ def live_order(live: torch.Tensor, length: int) -> torch.Tensor:
     ``live`` is bool ``(batch, full length)``. Live rows keep their order and stand at the right; rows with fewer than
     ``length`` of them are filled up on the left with dead rows, each named once.
     """
-    return live.to(torch.int8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
+    return live.view(torch.uint8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
 
 
 def gather_rows(
@@ -34,10 +36,15 @@ def hole(like: torch.Tensor) -> torch.Tensor:
 
     All of it is lost on no way that rows go (casts, copies, other devices, scaling), and no overflow looks like it.
     """
-    row = like.new_full(like.shape[-1:], torch.inf)
-    row[2::2] = -torch.inf
-    row[:1] = torch.nan
-    return row
+    channels, dtype, device = like.shape[-1], like.dtype, like.device
+
+    def make() -> torch.Tensor:
+        row = torch.full((channels,), torch.inf, dtype=dtype, device=device)
+        row[2::2] = -torch.inf
+        row[:1] = torch.nan
+        return row
+
+    return planned(("hole", channels, dtype, device), make)
 
 
 def place_rows(
@@ -63,14 +70,15 @@ def close_holes(
     """See `vlm_prune.kernels.close_holes`."""
     batch = len(x)
     order = live_order(live, length).contiguous()
-    kept = live.gather(1, order)
+    kept = live.gather(1, order) if ragged or mask is None else mask.gather(1, order)
     rows = gather_rows(x, order, kept if ragged else None)
-    if mask is not None:
+    if ragged and mask is not None:
         kept = kept & mask.gather(1, order)
-    shift = order.new_zeros(batch)
     if gone is not None:
         before = gone.cumsum(-1)
-        positions, shift = positions - before, before[:, -1].clone()
+        positions, shift = positions - before, before[:, -1]
+    else:
+        shift = order.new_zeros(batch)
     positions = positions.expand(*positions.shape[:-2], batch, -1)
     index = order.expand(*positions.shape[:-2], -1, -1)
     return rows, order, kept, positions.gather(-1, index), shift

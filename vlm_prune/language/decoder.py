@@ -24,6 +24,7 @@ from ..call.receipt import JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
 from ..errors import UnsupportedCallError
+from ..kernels import numbers
 from ..versions import cache_of
 from .drafts import join, split
 from .entry import Entry
@@ -251,25 +252,26 @@ class Decoder:
         batch, length, _ = embeds.shape
         logical = int(past.get_seq_length()) if past is not None else 0
         now = None if mask is None else mask[:, -length:].bool()
-        positions, padding = kwargs.get("position_ids"), None
+        positions, given = kwargs.get("position_ids"), None
         if positions is None:
-            positions = torch.arange(logical, logical + length, device=embeds.device)[None]
-            padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
+            positions, given = numbers(logical + length, embeds.device)[None, logical:], mask
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
-        alive = ~call.holes(embeds) if holes else None
+        gone = call.holes(embeds) if holes else None
+        alive = None if gone is None else ~gone
         if choosing and self.entry is not None:
             chosen = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
+            gone = None
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if alive is not None:
             overflow = embeds[..., 0].isnan() & alive if batch > 1 and holes else None
             call.count(live, alive, overflow)
         rows = Rows(
             length=length,
-            order=torch.arange(length, device=embeds.device).expand(batch, -1),
+            order=numbers(length, embeds.device).expand(batch, -1),
             positions=positions,
             mask=now,
-            padding=padding,
+            given=given,
         )
         if inside:
             rows = call.mark_visual(rows)
@@ -279,7 +281,8 @@ class Decoder:
                 self._note_deepstack(call, kwargs, kwargs["visual_pos_masks"], list(features))
             return rows
 
-        census, gone = call.count(), ~alive if self.positions == "compact" else None
+        census = call.count()
+        gone = None if self.positions != "compact" else ~alive if gone is None else gone
         if logical and not census.even and forgets(self.module.config):
             raise UnsupportedCallError(
                 f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "

@@ -193,32 +193,33 @@ class DecoderLayers:
         if call is None or call.probing:
             return None
         hidden: torch.Tensor = args[0]
-        call.observed = {"hidden": hidden}
         call.positions = None  # stock code has made its rotary embeddings by now
         cache: Cache | None = cache_of(kwargs)
+        modulated = number in self.modulated
         if call.rows is not None:
             call.layer_rows.append(call.rows)
-            if cache is not None and number in self.modulated:
+            if cache is not None and modulated:
                 wrap(cache, number)
-            spare_slots(cache, number, call.rows, trimmed=number in self.eviction.layers)
-        layer, first = _pruned_layer(cache, number), first_layer(cache)
-        call.observed["layer"] = layer
-        looked_at = number in self.modulated or (self.sites and call.rows is not None)
-        stored = getattr(cache, "layers", ())[number : number + 1]
-        if looked_at and stored and is_static(stored[0]):
-            call.observed["rows"] = stored_rows(stored[0]) + hidden.shape[1]
+            if not _grows(cache, number):
+                spare_slots(cache, number, call.rows, trimmed=number in self.eviction.layers)
+        layer = _pruned_layer(cache, number)
+        call.observed = {"hidden": hidden, "layer": layer}
+        if (modulated or (self.sites and call.rows is not None)) and not _grows(cache, number):
+            stored = getattr(cache, "layers", ())[number : number + 1]
+            if stored and is_static(stored[0]):
+                call.observed["rows"] = stored_rows(stored[0]) + hidden.shape[1]
         changed: dict[str, Any] = {}
         if under_way is None:
             kwargs = {name: x for name, x in kwargs.items() if name != RESUME}
         if number == 0:
-            call.first = _key(call.entered, first)
+            call.first = _key(call.entered, first_layer(cache))
         if not self._stock_fits(call, number, layer, cache):
             key = (self.kinds[number], *_key(call.rows, layer))
             if key not in call.fitted:
-                call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
-            changed |= call.fitted[key]
-        if number in self.modulated and (under_way is None or runs_again(module)):
-            changed[RESUME] = replace(call)
+                call.fitted[key] = self._fit(call, number, hidden, layer, first_layer(cache), kwargs)
+            changed = call.fitted[key]
+        if modulated and (under_way is None or runs_again(module)):
+            changed = {**changed, RESUME: replace(call)}
         return (args, {**kwargs, **changed}) if changed or under_way is None else None
 
     def _stock_fits(
@@ -230,7 +231,7 @@ class DecoderLayers:
         if _key(call.rows, layer) != call.first:
             return False
         like = self.like[number]
-        return like == number or _key(call.rows, _pruned_layer(cache, like)) == call.first
+        return like in (0, number) or _key(call.rows, _pruned_layer(cache, like)) == call.first
 
     def _fit(
         self,
@@ -255,7 +256,7 @@ class DecoderLayers:
         mask = kwargs.get("attention_mask")
         slots = mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
         if slots is None or call.rows is not None or layer is None or not is_static(layer):
-            mask = self._mask(call, number, hidden, layer, cache_of(kwargs))
+            mask = self._mask(call, number, hidden, layer, cache_of(kwargs), mask)
         else:
             mask = slots_of(slots, layer, first)
         if mask is not None:
@@ -282,7 +283,9 @@ class DecoderLayers:
         hidden: torch.Tensor,
         layer: PrunedLayer | None,
         past: Cache | None,
+        given: Any,
     ) -> torch.Tensor | None:
+        """The mask of layer ``number``; ``given`` is what stock code made for the first layer of its kind."""
         kind, config = self.kinds[number], self.decoder.config
         if kind in STATES and call.rows is not None:
             return layer_mask(config, kind, hidden, call.rows.mask, None, None)
@@ -293,10 +296,28 @@ class DecoderLayers:
         now = None if call.mask is None else call.mask[:, logical:].bool()
         if call.rows is not None:
             now = call.rows.mask
+        if self._needs_no_mask(call, number, layer, given, count):
+            return None
         mask = join_masks(past_mask(layer, call.mask, logical), now, logical, count)
         cache = None if past is None else Cache(layers=[stored])
         mask = None if mask is None else mask.to(hidden.device)
         return layer_mask(config, kind, hidden, mask, cache, None)
+
+    def _needs_no_mask(
+        self, call: ForwardCall, number: int, layer: PrunedLayer | None, given: Any, count: int
+    ) -> bool:
+        """Whether stock code would make no mask, known without asking the device once more whether there is padding.
+
+        It asked for layer 0, and made none: so no row there is masked out, and what layer ``number`` holds are some of
+        these and no fill. A single row needs no mask then, nor do the rows of a prompt that nothing comes before.
+        """
+        if given is not None or self.kinds[number] != FULL or self.like[number] != 0 or call.owner is None:
+            return False
+        if 0 in self.eviction.layers or (call.rows is not None and call.rows.valid is not None):
+            return False
+        if layer is not None and (layer.filled or is_static(layer)):
+            return False
+        return count == 1 or layer is None or layer.physical == 0
 
     def leave_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -367,9 +388,10 @@ class DecoderLayers:
 
     def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
         """Turn keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
-        if rows.padding is None:
+        padding = rows.padding
+        if padding is None:
             return key
-        cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, rows.padding[:, None]))
+        cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, padding[:, None]))
         turned, rest = key.split([cos.shape[-1], key.shape[-1] - cos.shape[-1]], -1)
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([second, -first], -1) * sin, rest], -1)
@@ -485,7 +507,15 @@ class DecoderLayers:
 
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:
     stored = getattr(cache, "layers", ())[number : number + 1]
-    return stored[0] if stored and isinstance(stored[0], PrunedLayer) else None
+    if not stored or type(stored[0]) is DynamicLayer:  # instances of abstract classes take longer to tell
+        return None
+    return stored[0] if isinstance(stored[0], PrunedLayer) else None
+
+
+def _grows(cache: Cache | None, number: int) -> bool:
+    """Whether a cache layer is, or wraps, the plain kind that grows: it has no slots to spare or to count."""
+    stored = getattr(cache, "layers", ())[number : number + 1]
+    return bool(stored) and type(getattr(stored[0], "inner", stored[0])) is DynamicLayer
 
 
 def _key(rows: Rows | None, layer: PrunedLayer | None) -> tuple[int, int]:
