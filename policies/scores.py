@@ -18,6 +18,11 @@ __all__ = [
 ]
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores are computed in: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _softmax_over_tokens(logits: torch.Tensor, view: AttentionView) -> torch.Tensor:
     """Softmax of ``(batch, heads, tokens)`` over real tokens, averaged over heads, CLS dropped."""
     if view.valid is not None:
@@ -32,7 +37,11 @@ def global_attention(view: AttentionView, dtype: torch.dtype | None = None) -> t
     The softmax runs over CLS and patches, the CLS column is dropped afterwards, so a row sums to less than 1.
     A tower without CLS is asked with its mean query instead. ``dtype`` defaults to fp32, or fp64 for fp64 inputs.
     """
-    dtype = dtype or torch.promote_types(view.query.dtype, torch.float32)
+    return _softmax_over_tokens(global_logits(view, dtype or exact_dtype(view.query.dtype)), view)
+
+
+def global_logits(view: AttentionView, dtype: torch.dtype) -> torch.Tensor:
+    """What the softmax of `global_attention` is taken of: ``(batch, heads, tokens)`` in ``dtype``, not masked."""
     if view.has_cls:
         query = view.query[:, :, 0].to(dtype)
     elif view.valid is None:
@@ -40,7 +49,7 @@ def global_attention(view: AttentionView, dtype: torch.dtype | None = None) -> t
     else:
         real = view.valid[:, None, :, None]
         query = (view.query.to(dtype) * real).sum(2) / real.sum(2)
-    return _softmax_over_tokens(_rows(query * view.scaling, view.key.to(dtype)), view)
+    return _rows(query * view.scaling, view.key.to(dtype))
 
 
 def global_similarity(view: AttentionView, dtype: torch.dtype | None = None) -> torch.Tensor:

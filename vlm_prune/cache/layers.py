@@ -48,7 +48,12 @@ class PrunedLayer(CacheLayerMixin):
     def __init__(self, inner: CacheLayerMixin):
         self.inner = inner
         # a sliding layer's slots are its window, which does not depend on how many tokens there are
-        sparable = type(inner) is not DynamicLayer and storage.is_static(inner) and not storage.is_sliding(inner) and not inner.is_initialized
+        sparable = (
+            type(inner) is not DynamicLayer
+            and storage.is_static(inner)
+            and not storage.is_sliding(inner)
+            and not inner.is_initialized
+        )
         self.spared: int | None = 0 if sparable else None
         self._forget()
 

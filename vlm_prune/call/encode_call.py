@@ -92,6 +92,7 @@ class EncodeCall:
         packings: what comes of it, image by image.
         offers: what the decoder's entry is to choose among, if a policy does so there.
         entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
+        still: whether the tower is to keep its shapes, see `TowerView`; ``masked`` says that tokens were masked for it.
         trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
     """
 
@@ -112,6 +113,8 @@ class EncodeCall:
     offers: list[Offer] = field(default_factory=list)
     entering: torch.Tensor | None = None
     trusted: bool = True
+    still: bool = False
+    masked: bool = False
 
     @property
     def tiles(self) -> int:

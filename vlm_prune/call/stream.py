@@ -130,7 +130,9 @@ def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> tor
 
     def make() -> torch.Tensor:
         rows, columns = grid
-        number = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)
+        number = torch.arange(rows * columns, device=device).view(
+            rows // merge, merge, columns // merge, merge
+        )
         return number.permute(0, 2, 1, 3).reshape(-1, merge * merge)
 
     return planned(("patches", grid, merge, device), make)

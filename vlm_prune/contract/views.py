@@ -61,6 +61,10 @@ class TowerView:
         carry: tensors ``(batch, units)`` that the policy wants to find again at its next layer; the engine cuts them
             along with the tokens.
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
+        earlier: what the attention of layers before computed with, by their number: those that
+            `Policy.watched_layers` names and that have run since tokens were last cut.
+        still: whether the tower is to keep its shapes, so that nothing waits for a number that depends on the image: a
+            policy whose counts do answers `Keep.masked`, with counts that stay on the device.
     """
 
     layer: int
@@ -74,10 +78,13 @@ class TowerView:
     valid: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     pixels: torch.Tensor | None = None
+    earlier: dict[int, AttentionView] = field(default_factory=dict)
+    still: bool = False
 
     def of(self, tiles: torch.Tensor, target: int) -> TowerView:
         """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
-        return replace(_of(self, tiles), attention=self.attention.of(tiles), target=target)
+        earlier = {layer: seen.of(tiles) for layer, seen in self.earlier.items()}
+        return replace(_of(self, tiles), attention=self.attention.of(tiles), earlier=earlier, target=target)
 
     def per_unit(self, per_patch: torch.Tensor) -> torch.Tensor:
         """Sum a quantity ``(batch, patches, ...)`` over the patches of each unit: ``(batch, units, ...)``.

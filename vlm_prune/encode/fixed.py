@@ -17,6 +17,7 @@ from torch import nn
 from ..call import stream
 from ..call.assembly import read_packing
 from ..call.encode_call import EncodeCall, Offer, current_encoding, let_ride
+from ..call.flops import tower_flops
 from ..call.forward_call import check_rows
 from ..call.timing import Stopwatch
 from ..composition import Composition
@@ -32,8 +33,23 @@ from .shrink import grid_places, shrink
 from .stage import EncodeStage, content_key
 
 
+STILL = {"cuda": 60e9}
+"""FLOPs of a tower layer up to which tokens are masked and not cut, by kind of device.
+
+On an H200 the host takes about 480 us to launch a layer of CLIP-L/336, and the device 90 us to compute it for one image
+(14.5 GFLOP): four images are computed in the time in which the host launches them.
+"""
+
+
 class Encoder(EncodeStage):
-    """All hooks of the encode stage for one model and one policy."""
+    """All hooks of the encode stage for one model and one policy.
+
+    Attributes:
+        still: whether shapes are kept inside the tower whatever `STILL` says, as recording a call needs; ``None`` leaves
+            it to that rule.
+    """
+
+    still: bool | None = None
 
     def __init__(self, tower: Tower, projector: nn.Module, composition: Composition, session: Any):
         super().__init__(tower, projector, composition, session)
@@ -44,7 +60,9 @@ class Encoder(EncodeStage):
         module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
-        for number in sorted({*self.asked, *self.tower.feature_layers}):
+        asked = {number for number, policies in self.asked.items() if policies}
+        built = range(len(self.tower.layers))
+        for number in sorted({*asked, *self.tower.feature_layers} & {*built}):
             # in front of the hooks by which transformers collects hidden states: they must see the cut ones
             hook = partial(self.leave_layer, number)
             handles.append(self.tower.layers[number].register_forward_hook(hook, prepend=True))
@@ -96,12 +114,26 @@ class Encoder(EncodeStage):
         small = next((shape for shape in shapes if shape is not None), None)
         if small is not None and self.tower.resizing:
             self._check_at_hand()
+        if call.state is not None and len(call.groups(list(range(call.tiles)))) == 1 and not any(call.late):
+            call.still = self._keeps_shapes(pixels.device, call)
         self.begin(call)
         if small is None:
             return None
         pixels = self._shrink(call, small)
         kwargs = {**kwargs, **self.tower.resizing}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _keeps_shapes(self, device: torch.device, call: EncodeCall) -> bool:
+        """Whether policies whose counts depend on the image are to mask tokens in this tower instead of cutting them.
+
+        Cutting waits for the device at each cut, and saves arithmetic; masking does neither. So it is better as long as
+        the device computes a whole layer in less time than the host takes to launch one: `STILL`. On a CPU nothing waits.
+        """
+        if self.still is not None:
+            return self.still
+        tokens = call.units[0] * self.tower.merge**2 + int(self.tower.has_cls)
+        layer = tower_flops(self.tower.width, self.tower.weights, [[tokens] * call.tiles])
+        return layer <= STILL.get(device.type, 0)
 
     def _check_attention(self) -> None:
         """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
@@ -153,8 +185,12 @@ class Encoder(EncodeStage):
             return None
         state.follow(query.device)
         valid = state.valid_tokens()
-        if layer in self.asked:
-            state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
+        if (asked := self.asked.get(layer)) is not None:
+            seen = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
+            if asked:
+                state.attention = seen
+            else:
+                state.earlier[layer] = seen
         return valid
 
     def _state(self) -> TowerState | None:
@@ -194,11 +230,14 @@ class Encoder(EncodeStage):
             valid=state.valid,
             pixels=call.pixels.to(hidden.device),
             carry=state.carry,
+            earlier=state.earlier,
+            still=call.still,
         )
-        state.attention = None
+        state.attention, state.earlier = None, {}
         for keep in self._answers(number, view, call):
             spared = keep.sparing(call.late, state.units.shape[1])
             if spared is not None:
+                call.masked |= spared.still
                 hidden = state.cut(hidden, spared)
         return hidden
 
@@ -346,6 +385,7 @@ class Encoder(EncodeStage):
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
+        call.receipt.tower_masked = call.masked
         call.record_tower(lambda: segments, lambda: segments[:1] * len(segments))
         if call.arrangement is None:  # else `arranger.Arranger` ends the call
             self.end(call)

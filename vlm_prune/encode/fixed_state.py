@@ -26,6 +26,7 @@ class TowerState:
             they stand in the same order.
         valid: bool ``(tiles, alive)``, the real ones where tiles keep different numbers.
         attention: what the layer's attention computed with, until its policy is asked.
+        earlier: the same of layers that a later one is to be judged with, see `TowerView`.
         carry: ``(tiles, alive)``, what policies noted for themselves.
         consumed: how things stood after each layer whose output is consumed.
     """
@@ -37,8 +38,10 @@ class TowerState:
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     attention: AttentionView | None = None
+    earlier: dict[int, AttentionView] = field(default_factory=dict)
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     consumed: dict[int, TowerState] = field(default_factory=dict)
+    _masked: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def follow(self, device: torch.device) -> None:
         """Move to where the next layer's output is, where a tower is spread over devices."""
@@ -53,10 +56,23 @@ class TowerState:
         """``valid`` of each token of the sequence, CLS included: bool ``(tiles, tokens)``."""
         if self.valid is None:
             return None
-        return pad(self.valid.repeat_interleave(self.merge**2, dim=1), (self.cls, 0), value=True)
+        if self._masked is None or self._masked[0] is not self.valid:  # many layers ask between two cuts
+            self._masked = self.valid, self._valid_tokens(self.valid)
+        return self._masked[1]
+
+    def _valid_tokens(self, valid: torch.Tensor) -> torch.Tensor:
+        if self.merge > 1:
+            valid = valid.repeat_interleave(self.merge**2, dim=1)
+            if self.slots is not None:
+                valid = torch.empty_like(valid).scatter_(1, self.slots.flatten(1), valid)
+        return pad(valid, (self.cls, 0), value=True) if self.cls else valid
 
     def cut(self, hidden: torch.Tensor, keep: Keep) -> torch.Tensor:
         """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and of all that goes with them."""
+        if keep.still:
+            self.valid = keep.valid
+            return hidden
+        self.earlier = {}
         index, per_unit = keep.index, self.merge**2
         if per_unit > 1:
             if self.slots is None:

@@ -73,6 +73,8 @@ class PackedState:
         pixels: the tower's input.
         sides: patches along a unit, frames of a patch, pixels along a patch.
         fitted: a block's arguments for what is alive.
+        seen: what a block's attention computed with, call by call.
+        earlier: the same, joined, of blocks that a later one is to be judged with.
     """
 
     tiles: list[Tile]
@@ -81,6 +83,7 @@ class PackedState:
     pixels: torch.Tensor
     sides: tuple[int, int, int]
     seen: list[Seen] = field(default_factory=list)
+    earlier: dict[int, Seen] = field(default_factory=dict)
     fitted: dict[Any, Any] = field(default_factory=dict)
     segments: list[torch.Tensor] = field(default_factory=list)
     segments_dense: list[torch.Tensor] = field(default_factory=list)

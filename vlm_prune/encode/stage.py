@@ -20,7 +20,7 @@ class EncodeStage:
     """The policies of a composition that look at a tower, and the layers after which they do.
 
     Attributes:
-        asked: the policies to ask after each tower layer.
+        asked: the policies to ask after each tower layer. Where there are none, a later one wants to have seen it.
         observes: whether policies of later stages watch the tower without dropping anything in it.
         sites: attention sites to close when the model is unpruned.
     """
@@ -41,6 +41,10 @@ class EncodeStage:
             for layer in policy.tower_layers(tower.feature_layer):
                 if layer < len(tower.layers):
                     self.asked.setdefault(layer, []).append(policy)
+        for policy in self.policies:
+            for layer in policy.watched_layers(tower.feature_layer):
+                if layer < len(tower.layers):
+                    self.asked.setdefault(layer, [])
         self.observes = any(
             (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
         )
