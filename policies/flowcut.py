@@ -86,7 +86,7 @@ def drop_counts(
 def masked_drop_counts(
     attention: torch.Tensor, alive: torch.Tensor, target: int, remaining: int, batch_max: bool
 ) -> torch.Tensor:
-    """`drop_counts` that stay on the device: int64 ``(batch,)``. ``alive`` ``(batch,)`` are the real tokens of a row."""
+    """`drop_counts` that stay on the device: int64 ``(batch,)``. ``alive`` ``(batch,)`` are a row's real tokens."""
     spread = entropy(attention)
     spread = spread if batch_max else spread.double()
     width = alive.to(spread.dtype)
@@ -101,9 +101,10 @@ def layer_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """CLS attention and information score of each patch, of several vision layers of the same tokens at once.
 
-    Two ``(layers, batch, patches)``, in fp32 or better, or in ``exact``. Without CLS the mean query takes its place, and
-    the score is attention times value magnitude. The same as `global_attention`, `global_similarity`, `value_magnitude`
-    and `information_score` of each layer, in fewer operations: one softmax, one normalisation and one norm for all.
+    Two ``(layers, batch, patches)``, in fp32 or better, or in ``exact``. Without CLS the mean query takes its place,
+    and the score is attention times value magnitude. The same as `global_attention`, `global_similarity`,
+    `value_magnitude` and `information_score` of each layer, in fewer operations: one softmax, one normalisation and one
+    norm for all.
     """
     first, count = layers[0], len(layers)
     dtype = exact or exact_dtype(first.query.dtype)

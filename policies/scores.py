@@ -7,6 +7,7 @@ import torch
 from .. import kernels
 from ..contract.keep import top_mask
 from ..contract.views import AttentionView
+from ..kernels import numbers
 
 __all__ = [
     "attention_mass",
@@ -67,10 +68,11 @@ def last_row(valid: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
     ``valid`` ``(batch, rows)`` marks real rows, ``None`` says that all are; ``like`` lends shape and device.
     """
-    number = torch.ones_like(like, dtype=torch.int64) if valid is None else valid.to(torch.int64)
-    number = number.cumsum(-1)
-    last = number == number[:, -1:]
-    return last & (number.diff(dim=-1, prepend=number.new_zeros(len(number), 1)) > 0)
+    number = numbers(like.shape[1] + 1, like.device)[1:]
+    if valid is None:
+        return (number == like.shape[1]).expand_as(like)
+    real = valid * number
+    return (real == real.amax(-1, keepdim=True)) & valid
 
 
 def attention_mass(
@@ -86,10 +88,10 @@ def attention_mass(
             where key heads are shared. The last ``rows`` keys belong to the query rows, earlier ones to earlier turns;
             ``valid`` is ``(batch, keys)`` or ``None``.
         voters: bool ``(batch, rows)``, the rows that pay. A sequence without voters gets zeros.
-        width: how many voters the fullest sequence has; ``None`` waits for the device to find out.
+        width: no sequence has more voters than this; ``None`` waits for the device to find out.
     """
     width = int(voters.sum(-1).max()) if width is None else width
-    index = (~voters).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+    index = voters.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
     votes = voters.gather(1, index)
     return kernels.attention_mass(view.query, view.key, index, votes, view.valid, view.scaling)
 

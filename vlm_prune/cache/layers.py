@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..call.rows import Rows
 from ..errors import UnsupportedCallError
-from ..kernels import gather_kv, live_order
+from ..kernels import gather_kv, live_order, numbers
 from . import storage
 from .masks import join_masks, past_mask
 
@@ -393,14 +393,26 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
         layer.short = short
 
 
-def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
-    """Take out of a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain."""
-    physical = layer.physical
+def stored_index(rows: Rows, final: Rows, physical: int) -> torch.Tensor:
+    """Which of a layer's ``physical`` stored rows are from before this turn, or hold a token of ``final``.
+
+    int64 ``(batch, rows)``; the last of them are this turn's ``rows``.
+    """
     place = final.order.new_zeros(len(final.order), rows.length)
-    place.scatter_(1, rows.order, torch.arange(rows.count, device=place.device).expand_as(rows.order))
-    index = place.gather(1, final.order) + physical - rows.count
-    past = torch.arange(physical - rows.count, device=index.device).expand(len(index), -1)
-    index = torch.cat([past, index], 1)
+    place.scatter_(1, rows.order, numbers(rows.count, place.device).expand_as(rows.order))
+    index = place.gather(1, final.order)
+    if past := physical - rows.count:
+        index = torch.cat([numbers(past, index.device).expand(len(index), -1), index + past], 1)
+    return index
+
+
+def trim(layer: PrunedLayer, rows: Rows, final: Rows, index: torch.Tensor | None = None) -> None:
+    """Take out of a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain.
+
+    ``index`` is their `stored_index`, if it is known.
+    """
+    physical = layer.physical
+    index = stored_index(rows, final, physical) if index is None else index
     layer.marks = {name: x.gather(1, index.to(x.device)) for name, x in layer.marks.items()}
     keys, values = storage.read(layer.inner, physical)
     keys, values = gather_kv(keys, values, index.to(keys.device))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..contract.keep import Keep
+from ..kernels import planned
 from .receipt import Receipt, Segments
 from .timing import Stopwatch
 
@@ -158,6 +159,12 @@ class EncodeCall:
 
         int64 ``(rows,)`` on the host; 0 for rows that no budget counts: CLS, newlines.
         """
+        if self.arrangement is None:
+            key = ("visual tokens", tuple(self.units), self.extra)
+            return planned(key, lambda: self._numbers())
+        return self._numbers()
+
+    def _numbers(self) -> torch.Tensor:
         number, parts = 0, []
         if self.arrangement is None:
             for units in self.units:
@@ -205,7 +212,7 @@ class EncodeCall:
         return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
 
     def pass_layers(self, number: int, tokens: int, keeps: list[Keep] | None) -> None:
-        """All of the first ``number`` tower layers that are not noted yet computed ``tokens``, of the units ``keeps``."""
+        """Those of the first ``number`` tower layers that are not noted yet computed ``tokens``, of units ``keeps``."""
         more = number - len(self.tower_tokens)
         self.tower_tokens += [tokens] * more
         self.tower_keeps += [keeps] * more

@@ -57,6 +57,7 @@ class ForwardCall:
         observed: what the current layer's attention computed with.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         scores: by layer and ``id`` of a policy, what its `observe` said of the layer's rows.
+        targets: by ``id`` of a policy, visual tokens that entered layer 0 and those that its budget wants in the end.
         step_attention: by layer, what attention computed with in a decoding step after which rows may be evicted.
         probing: True during that pass without the image.
         looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
@@ -86,6 +87,7 @@ class ForwardCall:
     observed: dict[str, Any] = field(default_factory=dict)
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    targets: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     step_attention: dict[int, Any] = field(default_factory=dict)
     probing: bool = False
     looking: bool = False
@@ -111,6 +113,8 @@ class ForwardCall:
     @property
     def image_mask(self) -> torch.Tensor | None:
         """Placeholders of visual tokens of any kind: bool ``(batch, length)``; ``None`` if that is not known."""
+        if len(self.image_masks) == 1:
+            return self.image_masks[0]
         return torch.stack(self.image_masks).any(0) if self.image_masks else None
 
     def has_visual_tokens(self) -> bool:

@@ -95,7 +95,11 @@ def lay_out(
         mine = [x for x, kind in zip(values, kinds, strict=True) if kind == number]
         if not mine:
             continue
-        some = full[::repeats].masked_scatter(mask[::repeats], torch.cat(mine))
+        joined = mine[0] if len(mine) == 1 else torch.cat(mine)
+        if repeats == 1:
+            full = full.masked_scatter(mask, joined)
+            continue
+        some = full[::repeats].masked_scatter(mask[::repeats], joined)
         full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
     return full
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..kernels import numbers
+
 LogitEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes scaled logits ``(batch, heads, rows, keys)``, not masked yet, and the rows' numbers ``(batch, rows)``."""
 
@@ -170,6 +172,9 @@ class PrefillView:
         input: what the layer was given, shaped like ``hidden``.
         next_attention: tells what the next layer would attend with if all rows went on, as ``attention`` does of this
             one, if the policy reads ahead. Costs that layer's projections.
+        left: what `Policy.left` says of each sequence, int64 ``(batch,)``; ``None`` if it says nothing.
+        most_text: no sequence has more rows of text than this tells; ``None`` if that is not known. Waits for the
+            device once a prefill, if there are several sequences.
     """
 
     layer: int
@@ -186,6 +191,8 @@ class PrefillView:
 
     input: torch.Tensor | None = None
     next_attention: Callable[[], AttentionView] | None = None
+    left: torch.Tensor | None = None
+    most_text: Callable[[], int | None] = lambda: None
 
     @property
     def recorded(self) -> AttentionView:
@@ -197,8 +204,9 @@ class PrefillView:
     @property
     def text(self) -> torch.Tensor:
         """Rows after the last visual token, padding excluded: bool ``(batch, rows)``."""
-        last = self.visual.long().cumsum(-1)
-        text = (last == last[:, -1:]) & ~self.visual & (last > 0)
+        number = numbers(self.visual.shape[1] + 1, self.visual.device)[1:]
+        last = (self.visual * number).amax(-1, keepdim=True)
+        text = (number > last) & (last > 0)
         return text if self.valid is None else text & self.valid
 
 

@@ -32,7 +32,6 @@ from .projection import Projection
 from .shrink import grid_places, shrink
 from .stage import EncodeStage, content_key
 
-
 STILL = {"cuda": 60e9}
 """FLOPs of a tower layer up to which tokens are masked and not cut, by kind of device.
 
@@ -45,8 +44,8 @@ class Encoder(EncodeStage):
     """All hooks of the encode stage for one model and one policy.
 
     Attributes:
-        still: whether shapes are kept inside the tower whatever `STILL` says, as recording a call needs; ``None`` leaves
-            it to that rule.
+        still: whether shapes are kept inside the tower whatever `STILL` says, as recording a call needs; ``None``
+            leaves it to that rule.
     """
 
     still: bool | None = None
@@ -127,7 +126,8 @@ class Encoder(EncodeStage):
         """Whether policies whose counts depend on the image are to mask tokens in this tower instead of cutting them.
 
         Cutting waits for the device at each cut, and saves arithmetic; masking does neither. So it is better as long as
-        the device computes a whole layer in less time than the host takes to launch one: `STILL`. On a CPU nothing waits.
+        the device computes a whole layer in less time than the host takes to launch one: `STILL`. A CPU waits for
+        nothing.
         """
         if self.still is not None:
             return self.still

@@ -107,7 +107,7 @@ class TowerState:
         for name, x in self.carry.items():
             x = x if self.valid is None else x.masked_fill(~self.valid, 0)
             full = x.new_zeros(len(x), units).scatter(1, self.units, x)
-            carried[name] = pad(full, (extra, 0)).flatten()
+            carried[name] = (pad(full, (extra, 0)) if extra else full).flatten()
         return carried
 
     def _behind_cls(self, index: torch.Tensor) -> torch.Tensor:

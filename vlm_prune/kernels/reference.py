@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .plans import planned
+from .plans import numbers, planned
 
 CHUNK = 128
 """Rows of the attention map that exist at a time."""
@@ -114,20 +114,22 @@ def attention_mass(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `vlm_prune.kernels.attention_mass`."""
     (batch, heads, rows, dim), (shared, keys) = query.shape, key.shape[1:3]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key, past = key.to(dtype).mT, keys - rows
-    total = key.new_zeros(batch, rows)
-    peak = total.clone()
+    total: torch.Tensor | None = None
+    peak: torch.Tensor | None = None
     for some, vote in zip(index.split(CHUNK, dim=1), votes.split(CHUNK, dim=1), strict=True):
         asked = query.gather(2, some[:, None, :, None].expand(-1, heads, -1, dim)).to(dtype)
         logits = ((asked.reshape(batch, shared, -1, dim) @ key) * scaling).view(batch, heads, -1, keys)
-        seen = torch.arange(keys, device=some.device) <= some[..., None] + past
+        hidden = numbers(keys, some.device) > (some[..., None] + past if past else some[..., None])
         if valid is not None:
-            seen = seen & valid[:, None]
-        paid = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[..., past:]
+            hidden = hidden | ~valid[:, None]
+        paid = logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)[..., past:]
         paid = paid.masked_fill(~vote[..., None], 0)
-        total += paid.sum(1)
-        peak = torch.maximum(peak, paid.amax(1))
+        total = paid.sum(1) if total is None else total + paid.sum(1)
+        peak = paid.amax(1) if peak is None else torch.maximum(peak, paid.amax(1))
+    if total is None or peak is None:  # nobody is asked
+        return key.new_zeros(batch, rows), key.new_zeros(batch, rows)
     return total, peak
 
 

@@ -28,6 +28,7 @@ from ..composition import Composition
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, PrefillView
 from ..errors import PolicyError, UnsupportedCallError
+from ..kernels import to_device
 from ..sites import Site
 from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
@@ -293,11 +294,11 @@ class DecoderLayers:
         # a stock layer too may hold tokens, those of earlier turns without an image
         stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
         logical = int(stored.get_seq_length())
-        now = None if call.mask is None else call.mask[:, logical:].bool()
-        if call.rows is not None:
-            now = call.rows.mask
         if self._needs_no_mask(call, number, layer, given, count):
             return None
+        now = None if call.rows is None else call.rows.mask
+        if call.rows is None and call.mask is not None:
+            now = call.mask[:, logical:].bool()
         mask = join_masks(past_mask(layer, call.mask, logical), now, logical, count)
         cache = None if past is None else Cache(layers=[stored])
         mask = None if mask is None else mask.to(hidden.device)
@@ -332,11 +333,13 @@ class DecoderLayers:
         visual = rows.visual
         if visual is None:
             return None
-        gone = torch.zeros_like(visual)
+        gone: torch.Tensor | None = None
         closed_up: torch.Tensor | None = None
+        left = self._left(call, number) if number in self.pruned else None
         merged = hidden
         for policy, budget in self.pruned.get(number, []):  # all see the layer as it was
             view = self._view(call, rows, visual, policy, budget, number, hidden)
+            view.left = None if left is None else to_device(left, hidden.device)
             if policy.reads_ahead:
                 view.next_attention = partial(self._next_attention, call, number, hidden, kwargs)
             keep = policy.prefill(view)
@@ -345,9 +348,10 @@ class DecoderLayers:
             rows.carry.update(view.carry)
             call.rows.carry.update({name: x.to(home) for name, x in view.carry.items()})
             if keep is not None:
-                gone = gone | (visual & ~keep)
+                dropped = visual & ~keep
+                gone = dropped if gone is None else gone | dropped
                 if policy.positions == "compact":
-                    closed_up = visual & ~keep if closed_up is None else closed_up | (visual & ~keep)
+                    closed_up = dropped if closed_up is None else closed_up | dropped
         hidden = merged
         for policy, budget in self.observed.get(number, []):
             scores = policy.observe(self._view(call, rows, visual, policy, budget, number, hidden))
@@ -356,7 +360,8 @@ class DecoderLayers:
         if call.deepstack is not None:
             hidden = call.deepstack.add(number, hidden)
         if number in self.pruned:
-            hidden = self._drop(call, number, rows, visual, hidden, gone, closed_up)
+            gone = torch.zeros_like(visual) if gone is None else gone
+            hidden = self._drop(call, number, rows, visual, hidden, gone, closed_up, left)
             call.rows = call.rows.to(home)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -384,6 +389,7 @@ class DecoderLayers:
             norm=lambda x: self.decoder.norm(x).to(x.device),
             unpadded=partial(self._unpadded, rows),
             input=call.observed["hidden"].to(hidden.device),
+            most_text=call.text_width,
         )
 
     def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
@@ -428,12 +434,15 @@ class DecoderLayers:
         self, call: ForwardCall, policy: Policy, budget: Budget, visual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual tokens that entered layer 0, and how many the budget wants in the end: two int64 ``(batch,)``."""
+        if id(policy) in call.targets:
+            return call.targets[id(policy)]
         entered = call.entered.visual if call.entered is not None else None
         initial = visual.sum(-1) if entered is None else entered.sum(-1)
         mask = call.image_mask
         dense = initial if mask is None else mask.sum(-1)
         # the share that a policy of several stages keeps is one of all tokens, not of what its own encode stage left
-        return initial, budget.of_visual(dense if policy.encodes else initial, call)
+        call.targets[id(policy)] = initial, budget.of_visual(dense if policy.encodes else initial, call)
+        return call.targets[id(policy)]
 
     def _drop(
         self,
@@ -444,15 +453,16 @@ class DecoderLayers:
         hidden: torch.Tensor,
         gone: torch.Tensor,
         closed_up: torch.Tensor | None,
+        left: list[int] | None,
     ) -> torch.Tensor:
         """Take the rows ``gone`` out of ``hidden``, and padding with them where sequences differ anyway.
 
-        Positions move down over the places ``closed_up``, if any.
+        Positions move down over the places ``closed_up``, if any. ``left`` is what `_left` says.
         """
         live = ~gone
         if rows.mask is not None and len(hidden) > 1:
             live = live & rows.mask
-        if (left := self._left(call, number)) is not None:
+        if left is not None:
             dropped = sum(call.left or ()) - sum(left)
             counts = [text + kept for text, kept in zip(call.count().text, left, strict=True)]
         else:
