@@ -110,16 +110,17 @@ def pick(order: torch.Tensor, distance: torch.Tensor, tau: torch.Tensor, keep: i
     radius = tau.to(distance.dtype)[..., None]
     by_rank = distance.gather(1, order[..., None].expand(-1, -1, units))
     near = by_rank.gather(2, order[:, None].expand(-1, units, -1)) < radius
-    rank = torch.arange(units, device=order.device)
-    alive = torch.ones_like(order, dtype=torch.bool)
-    taken = alive.new_zeros(batch, units + 1)  # one column more, for rows in which nothing is alive
+    near.diagonal(dim1=-2, dim2=-1).fill_(True)
+    # each rank while it is alive, `units` once it is struck out; the row after the last is for when none is alive
+    struck = torch.nn.functional.pad(near.int() * units, (0, 0, 0, 1))
+    left = torch.arange(units, device=order.device, dtype=torch.int32).expand(batch, -1)
+    best = []
     for _ in range(keep):
-        best = torch.where(alive, rank, units).amin(-1, keepdim=True)
-        taken.scatter_(1, best, True)
-        best = best.clamp(max=units - 1)
-        alive &= ~near.gather(1, best[..., None].expand(-1, -1, units)).squeeze(1)
-        alive.scatter_(1, best, False)
-    first = (~taken[:, :units]).to(torch.int8).argsort(dim=-1, stable=True)[:, :keep]
+        best.append(left.amin(-1, keepdim=True).long())
+        left = torch.maximum(left, struck.gather(1, best[-1][..., None].expand(-1, -1, units)).squeeze(1))
+    taken = torch.zeros(batch, units + 1, dtype=torch.bool, device=order.device)
+    taken = taken.scatter(1, torch.cat(best, 1), True)[:, :units]
+    first = taken.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :keep]
     return order.gather(1, first)
 
 

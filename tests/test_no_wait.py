@@ -112,17 +112,10 @@ OURS = {Path(module.__file__).parent for module in (vlm_prune, cache, call, enco
 BATCH = {
     **{policy: ["row_counts.py"] for policy in TABLE},
     "none": [],
-    "flowcut": ["flowcut.py", "flowcut.py", "flowcut.py", "row_counts.py"],
+    "flowcut": ["flowcut.py", "flowcut.py", "row_counts.py"],
     # works out two cuts of two sequences on the host
     "vflowopt": ["row_counts.py", "vflowopt.py", "vflowopt.py", "vflowopt.py", "vflowopt.py"],
-    "mustdrop": [
-        "window_merge.py",
-        "row_counts.py",
-        "scores.py",
-        "layers.py",
-        "scores.py",
-        "layers.py",
-    ],
+    "mustdrop": ["window_merge.py", "row_counts.py"],
     # words that rate, raters, and merged tokens; the rows of two cuts
     "sparsevlm": [
         "attention_rows.py",
@@ -149,6 +142,15 @@ def test_waits_of_a_padded_batch(policy, monkeypatch):
         questions = Questions(monkeypatch)
         model(**inputs)
     assert questions.seen == BATCH[policy]
+
+
+@torch.no_grad()
+def test_mustdrop_waits_for_the_windows_of_one_sequence_alone(monkeypatch):
+    model, inputs = shared("llava"), prompt("llava", [(2, -1, 4)]).inputs
+    with pruned(model, **options("mustdrop")):
+        questions = Questions(monkeypatch)
+        model(**inputs)
+    assert questions.seen == ["window_merge.py"]
 
 
 ON_THE_HOST = ("assembly.py", "encode_call.py", "checks.py", "vflowopt.py")
