@@ -40,6 +40,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute in; other dtypes take the reference on every device."""
 
 
+FEW_ROWS = 1024
+"""Rows below which torch moves them faster than a kernel is launched. Measured on an H200 at two sizes: `place_rows` 23
+to 17 us at 640 rows and 38 to 71 us at 7354, `gather_kv` 33 to 18 us at 128 rows and 7 to 19 us at 1522. `gather_rows`
+won at neither (20 to 6 us, 10.8 to 11.7 us), so that torch gathers everywhere."""
+
+
 @cache
 def _ops() -> Any:
     """The op library, loaded when first needed; ``None`` where Triton is not installed."""
@@ -79,9 +85,7 @@ def gather_rows(
         valid: bool ``(batch, some)``; where False the result holds ``fill``, whatever ``index`` says.
         fill: that number.
     """
-    if (ops := _kernels(x)) is None:
-        return reference.gather_rows(x, index, valid, fill)
-    return ops.gather_rows(x, index, valid, fill)
+    return reference.gather_rows(x, index, valid, fill)
 
 
 def place_rows(
@@ -96,7 +100,7 @@ def place_rows(
         length: rows of the result.
         fill: what stands in all other rows; NaN makes them `hole` s.
     """
-    if (ops := _kernels(rows)) is None:
+    if (ops := _kernels(rows)) is None or len(rows) * length < FEW_ROWS:
         return reference.place_rows(rows, index, valid, length, fill)
     return ops.place_rows(rows, index, valid, length, fill)
 
@@ -159,7 +163,7 @@ def gather_kv(
 
     ``index`` is int64 ``(batch, some)``.
     """
-    if (ops := _kernels(keys)) is None:
+    if (ops := _kernels(keys)) is None or index.numel() < FEW_ROWS:
         return reference.gather_kv(keys, values, index)
     return ops.gather_kv(keys, values, index)
 
