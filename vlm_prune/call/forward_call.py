@@ -58,6 +58,7 @@ class ForwardCall:
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         scores: by layer and ``id`` of a policy, what its `observe` said of the layer's rows.
         targets: by ``id`` of a policy, visual tokens that entered layer 0 and those that its budget wants in the end.
+        memo: what layers share, see `once`.
         step_attention: by layer, what attention computed with in a decoding step after which rows may be evicted.
         probing: True during that pass without the image.
         looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
@@ -88,6 +89,7 @@ class ForwardCall:
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     targets: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
     step_attention: dict[int, Any] = field(default_factory=dict)
     probing: bool = False
     looking: bool = False
@@ -99,6 +101,13 @@ class ForwardCall:
     stopwatch: Stopwatch | None = None
     wrapped: tuple[Any, list[Any]] | None = None
     owner: Any = None
+
+    def once(self, name: Any, make: Callable[[], Any], *tensors: Any) -> Any:
+        """What ``make()`` returns, made when it is first asked for with these very ``tensors``."""
+        key = (name, *map(id, tensors))
+        if key not in self.memo:
+            self.memo[key] = tensors, make()  # which keeps them, so that no other gets their number
+        return self.memo[key][1]
 
     def holes(self, embeds: torch.Tensor) -> torch.Tensor:
         """Which rows of ``embeds`` ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""

@@ -13,6 +13,9 @@ from ..kernels import numbers
 LogitEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes scaled logits ``(batch, heads, rows, keys)``, not masked yet, and the rows' numbers ``(batch, rows)``."""
 
+Once = Callable[..., torch.Tensor]
+"""See `ModulateView.once`."""
+
 View = TypeVar("View", bound="AttentionView | TowerView | FeaturesView")
 
 
@@ -265,6 +268,8 @@ class ModulateView:
             if no policy needs them.
         logit_edits: what earlier policies of a composition do to the logits, see `rows.LogitEdit`; a policy that
             recomputes rows applies them, and adds its own.
+        once: ``once(name, make, *tensors)`` is ``make()``, which follows from ``tensors`` alone, made once a call where
+            layers share these: visual marks and masks are the same tensors in all layers that hold the same tokens.
         most_text: how many queries are text in the sequence with most; ``None`` if that is not known. Waits for the
             device once a prefill, if there are several sequences.
     """
@@ -286,6 +291,7 @@ class ModulateView:
     logit_edits: list[LogitEdit] = field(default_factory=list)
     brings: torch.Tensor | None = None
     most_text: Callable[[], int | None] = lambda: None
+    once: Once = lambda name, make, *tensors: make()
 
     @property
     def text_after_image(self) -> torch.Tensor:

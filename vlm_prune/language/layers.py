@@ -219,6 +219,8 @@ class DecoderLayers:
             if key not in call.fitted:
                 call.fitted[key] = self._fit(call, number, hidden, layer, first_layer(cache), kwargs)
             changed = call.fitted[key]
+        if modulated:
+            call.observed["mask"] = {**kwargs, **changed}.get("attention_mask")
         if modulated and (under_way is None or runs_again(module)):
             changed = {**changed, RESUME: replace(call)}
         return (args, {**kwargs, **changed}) if changed or under_way is None else None
