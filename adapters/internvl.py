@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..contract.anatomy import Anatomy, Tower, feature_layers, square
+from ..contract.anatomy import Anatomy, Family, Tower, feature_layers, square
+
+FAMILIES = {"internvl": Family("InternVL")}
+"""Those that the matrix shows."""
 
 
 def anatomy(model: Any) -> Anatomy:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..contract.anatomy import Anatomy
+from ..contract.anatomy import Anatomy, Family
 from . import features
 from .clip_tower import CLS, clip_like_tower
+
+FAMILIES = {"llava": Family("LLaVA-1.5"), "vipllava": Family("VipLLaVA")}
+"""Those that the matrix shows."""
 
 
 def anatomy(model: Any) -> Anatomy:

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from ..contract.anatomy import Anatomy, Arrangement, FeatureCall
+from ..contract.anatomy import Anatomy, Arrangement, Family, FeatureCall
 from .clip_tower import clip_like_tower
 from .versions import video_pixels
+
+FAMILIES = {
+    "llava_next": Family("LLaVA-NeXT"),
+    "llava_next_video": Family("LLaVA-NeXT-Video"),
+    "llava_onevision": Family("LLaVA-OneVision", cls=False, resizes=True),
+}
+"""Those that the matrix shows."""
 
 
 def next_anatomy(model: Any) -> Anatomy:

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..contract.anatomy import Anatomy, PackedTower
+from ..contract.anatomy import Anatomy, Family, PackedTower
+
+FAMILIES = {
+    "qwen2_vl": Family("Qwen2-VL", cls=False),
+    "qwen2_5_vl": Family("Qwen2.5-VL", cls=False),
+    "qwen3_vl": Family("Qwen3-VL", cls=False),
+}
+"""Those that the matrix shows."""
 
 
 def anatomy(model: Any) -> Anatomy:

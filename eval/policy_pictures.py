@@ -95,7 +95,8 @@ def draw_all(folder: Path, names: Sequence[str] = tuple(POLICIES)) -> list[Path]
 def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any]) -> Path:
     """The picture of one policy; ``inputs`` are those of several scenes, of which diagrams take the first."""
     policy = policy_class(name)(**SETTINGS.get(name, {}))
-    inside = any(stage in policy.stages for stage in ("prefill", "decode", "modulate"))
+    acts = policy.acts
+    inside = acts.cuts or acts.evicts or acts.edits
     drawings: list[Drawing] = []
     for one in inputs[: 1 if inside else len(inputs)]:
         seen = Seen()
@@ -104,11 +105,11 @@ def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any
             receipt = receipt_of(model)
         pixels = processor.image_processor
         tile = viz.denormalise(one["pixel_values"], pixels.image_mean, pixels.image_std)[0]
-        if "modulate" in policy.stages:
+        if acts.edits:
             drawings += modulation(tile, receipt, seen)
-        elif "prefill" in policy.stages:
+        elif acts.cuts:
             drawings += cuts(tile, receipt)
-        elif "decode" in policy.stages:
+        elif acts.evicts:
             drawings += caches(tile, receipt, seen)
         else:
             kept = receipt.kept[0]

@@ -92,7 +92,7 @@ PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 EVICTING = [name for name in in_stage("decode") if policy_class(name).stages == ("decode",)]
 """Policies that drop rows of the cache and nothing else."""
 
-IN_DECODER = [name for name in sorted(TABLE) if policy_class(name).stages != ("encode",)]
+IN_DECODER = [name for name in sorted(TABLE) if policy_class(name).acts.inside]
 """Policies that act in the decoder, alone or among other places."""
 
 
@@ -101,5 +101,5 @@ def options(composition: str, ratio: float = RATIO, **changes: Any) -> dict[str,
     names = composition.split("+")
     rows = {name: TABLE[name].settings for name in names}
     settings = {**rows[names[0]], **changes} if len(names) == 1 else rows
-    budget = {"ratio": ratio} if any(policy_class(name).stages != ("modulate",) for name in names) else {}
+    budget = {"ratio": ratio} if any(policy_class(name).prunes for name in names) else {}
     return {"policy": composition, **budget, **settings}

@@ -15,8 +15,9 @@ from vlm_prune.errors import UnsupportedModelError
 from vlm_prune.eval.census.prompts import prompt as census_prompt
 from vlm_prune.eval.census.shrink import tiny_model
 from vlm_prune.registry import ADAPTERS, BUILT_IN, POLICIES, find_anatomy, policy_class
-from vlm_prune.support import FAMILIES, FULL, elsewhere, markdown, support
+from vlm_prune.support import FULL, elsewhere, families, markdown, support
 
+FAMILIES = families()
 SMALL = {"llava_onevision": [(2, -1, 1, -2, 4), (6, -3, 2)]}
 """Images that are not resized: several of a prompt come as one tile each, and the third sketch is a small one."""
 BATCH = [(2, -1, 4), (1, -2, 3), (7,)]
@@ -46,7 +47,7 @@ def works(model, family, policy, rows):
         receipt = model.pruning.receipt
         assert together.logits.isfinite().all()
         dropped = (batch.ids == IMAGE) & ~together.logits.any(-1)
-        drops = policy_class(policy).stages != ("modulate",) and policy != "none"
+        drops = policy_class(policy).prunes
         assert bool(dropped.any()) == (drops and policy not in EVICTING)
         assert (receipt.kv_bytes < receipt.kv_bytes_dense) == drops
         assert (receipt.stand_in is not None) == ("cls" in support(policy, family).notes), (

@@ -209,11 +209,11 @@ def families(
         typer.echo(support.markdown())
         return
     table = Table("model_type", "models", "policies that work in part", box=SIMPLE_HEAD)
-    for name, family in support.FAMILIES.items():
+    for name, family in support.families().items():
         part = [policy for policy in sorted(BUILT_IN) if support.support(policy, name).level == support.PART]
         table.add_row(name, family.title, ", ".join(part))
     trouble = load_plugins()
-    for name in sorted(set(ADAPTERS) - set(support.FAMILIES)):
+    for name in sorted(set(ADAPTERS) - set(support.families())):
         table.add_row(name, "see docs/families.md" if name in BUILT_IN_FAMILIES else "from a plug-in", "")
     console.print(table)
     for sentence in trouble:

@@ -91,15 +91,15 @@ BUDGET_WORDS = {
 """What the budget is called elsewhere, and which of ``tokens`` and ``ratio`` it is; "" if that is not clear."""
 
 ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
-    "internvl": "vlm_prune.adapters.internvl:anatomy",
     "llava": "vlm_prune.adapters.llava:anatomy",
-    "qwen2_5_vl": "vlm_prune.adapters.qwen_vl:anatomy",
-    "qwen2_vl": "vlm_prune.adapters.qwen_vl:anatomy",
-    "qwen3_vl": "vlm_prune.adapters.qwen_vl:anatomy",
+    "vipllava": "vlm_prune.adapters.llava:vip_anatomy",
     "llava_next": "vlm_prune.adapters.llava_next:next_anatomy",
     "llava_next_video": "vlm_prune.adapters.llava_next:next_video_anatomy",
     "llava_onevision": "vlm_prune.adapters.llava_next:onevision_anatomy",
-    "vipllava": "vlm_prune.adapters.llava:vip_anatomy",
+    "internvl": "vlm_prune.adapters.internvl:anatomy",
+    "qwen2_vl": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen2_5_vl": "vlm_prune.adapters.qwen_vl:anatomy",
+    "qwen3_vl": "vlm_prune.adapters.qwen_vl:anatomy",
     "qwen3_vl_moe": "vlm_prune.adapters.qwen_vl:anatomy",
     "glm4v": "vlm_prune.adapters.qwen_vl:anatomy",
     "glm4v_moe": "vlm_prune.adapters.qwen_vl:anatomy",

@@ -18,6 +18,7 @@ from .call.rows import Rows
 from .composition import Composition
 from .config import to_config
 from .contract.anatomy import Anatomy, FeatureTower, PackedTower
+from .contract.stages import Stages
 from .encode.assembler import FEATURE_METHODS, Arranger, FeatureMethod
 from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
@@ -133,9 +134,8 @@ class Pruning:
         return self._composition.name
 
     def __repr__(self) -> str:
-        stages = dict.fromkeys(stage for policy in self.policies for stage in policy.stages)
         kept = "all tokens"
-        if self._composition.owner is not None and not self._composition.owner.keeps_all:
+        if self._composition.owner is not None:
             per = "image" if self.budget.joint else self._anatomy.tile
             kept = (
                 f"ratio={self.budget.ratio:.3g}"
@@ -143,7 +143,12 @@ class Pruning:
                 else f"tokens={self.budget.tokens}"
             )
             kept += f" per {per}"
-        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(stages)}>"
+        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(self.acts)}>"
+
+    @property
+    def acts(self) -> Stages:
+        """The stages in which any of the policies acts."""
+        return self._composition.acts
 
     @property
     def positions(self) -> str:

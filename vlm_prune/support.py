@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
+from .contract.anatomy import Family
 from .contract.policy import Policy
-from .registry import BUILT_IN, policy_class
+from .registry import ADAPTERS, BUILT_IN, BUILT_IN_FAMILIES, policy_class
 
 
-@dataclass(frozen=True)
-class Family:
-    """What of a model family decides which policies work.
+@cache
+def families() -> dict[str, Family]:
+    """``config.model_type`` -> what its adapter says of it, in the order of the registry: the matrix's columns."""
+    found = {}
+    for name in BUILT_IN_FAMILIES:
+        module = importlib.import_module(str(ADAPTERS[name]).split(":")[0])
+        if name in (known := getattr(module, "FAMILIES", {})):
+            found[name] = known[name]
+    return found
 
-    Attributes:
-        title: its name to people.
-        cls: whether its vision tower has a CLS token.
-        resizes: whether the grid of large images, and of videos, is resized after the projector.
-    """
-
-    title: str
-    cls: bool = True
-    resizes: bool = False
-
-
-FAMILIES = {
-    "llava": Family("LLaVA-1.5"),
-    "vipllava": Family("VipLLaVA"),
-    "llava_next": Family("LLaVA-NeXT"),
-    "llava_next_video": Family("LLaVA-NeXT-Video"),
-    "llava_onevision": Family("LLaVA-OneVision", cls=False, resizes=True),
-    "internvl": Family("InternVL"),
-    "qwen2_vl": Family("Qwen2-VL", cls=False),
-    "qwen2_5_vl": Family("Qwen2.5-VL", cls=False),
-    "qwen3_vl": Family("Qwen3-VL", cls=False),
-}
-"""``config.model_type`` -> facts of the family, in the order of the matrix."""
 
 FULL, PART, NOT = "●", "◐", "○"
 NOTES = {
@@ -60,7 +46,7 @@ class Cell:
 
 def support(policy: str, family: str) -> Cell:
     """The cell of the matrix for two registered names."""
-    kind, facts = policy_class(policy), FAMILIES[family]
+    kind, facts = policy_class(policy), families()[family]
     cls = ("cls",) if kind.reads_cls and not facts.cls else ()
     if facts.resizes and kind.encodes and not kind.late:
         return Cell(PART, (*cls, "resized"))
@@ -80,10 +66,10 @@ def elsewhere(policy: str) -> Cell:
 def matrix() -> Iterator[list[str]]:
     """The rows of the matrix in Markdown, cell by cell; the first is its head, the second the rule below it."""
     marks = dict(zip(NOTES, MARKS, strict=True))
-    yield ["", *(FAMILIES[name].title for name in FAMILIES), f"others{marks['others']}"]
-    yield ["---", *(":---:" for _ in FAMILIES), ":---:"]
+    yield ["", *(family.title for family in families().values()), f"others{marks['others']}"]
+    yield ["---", *(":---:" for _ in families()), ":---:"]
     for policy in sorted(BUILT_IN):
-        cells = [*(support(policy, family) for family in FAMILIES), elsewhere(policy)]
+        cells = [*(support(policy, family) for family in families()), elsewhere(policy)]
         yield [f"`{policy}`", *(cell.level + "".join(marks[note] for note in cell.notes) for cell in cells)]
 
 

@@ -228,6 +228,23 @@ class Anatomy:
     features: tuple[FeatureCall, ...] = ()
 
 
+@dataclass(frozen=True)
+class Family:
+    """What the README's matrix says of a model family without looking at a model.
+
+    An adapter names those that have a column of their own: ``FAMILIES``, by ``config.model_type``.
+
+    Attributes:
+        title: its name to people.
+        cls: whether its vision tower has a CLS token.
+        resizes: whether the grid of large images, and of videos, is resized after the projector.
+    """
+
+    title: str
+    cls: bool = True
+    resizes: bool = False
+
+
 def square(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """A config's size, written as one number or as two."""
     if isinstance(size, int):

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any, cast
 
 from ..errors import PolicyError
-from .policy import STAGES, Policy, ScorerPolicy, SelectPolicy
+from .policy import Policy, ScorerPolicy, SelectPolicy
+from .stages import STAGES
 
 NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "encode": (("encode", "encode_final", "tower_grid"),),
@@ -65,7 +66,7 @@ def check_policy(policy: Any) -> None:
 def _check_choice(policy: type[SelectPolicy]) -> None:
     scorer = issubclass(policy, ScorerPolicy)
     method, base = ("score", ScorerPolicy) if scorer else ("select", SelectPolicy)
-    decides = ["evict"] if policy.stages == ("decode",) and not scorer else [method]
+    decides = ["evict"] if policy.acts.evicts and not scorer else [method]
     if all(getattr(policy, name, None) is getattr(base, name, None) for name in decides):
         raise PolicyError(f"{policy.__name__} chooses at its place but has no method {decides[0]}.")
     if policy.place in ("tower", "layer") and policy.layer is SelectPolicy.layer:

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import PolicyError
 from .keep import Keep, top_mask
+from .stages import PLACES, STAGES, Place, Stages
 
 if TYPE_CHECKING:
     from .views import CacheView, EntryView, FeaturesView, ModulateView, PrefillView, TowerView
@@ -17,24 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["PLACES", "STAGES", "Keep", "Place", "Policy", "Positions", "ScorerPolicy", "SelectPolicy"]
 
 Positions = Literal["original", "compact"]
-
-STAGES = ("encode", "entry", "prefill", "decode", "modulate")
-"""Stages that `Policy.stages` may name, in the order of a call."""
-
-Place = Literal["tower", "features", "projected", "entry", "layer", "cache", "decode"]
-"""Where a `SelectPolicy` chooses: after a layer of the vision tower, after the tower, after the projector, at the
-decoder's entry with the text known, after a decoder layer, in the cache after prefill, in the cache while decoding."""
-
-PLACES: dict[Place, str] = {
-    "tower": "encode",
-    "features": "encode",
-    "projected": "encode",
-    "entry": "entry",
-    "layer": "prefill",
-    "cache": "decode",
-    "decode": "decode",
-}
-"""Place -> the stage that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +33,16 @@ class Policy:
     name: ClassVar[str]
     stages: ClassVar[tuple[str, ...]]
     """Where it acts, of `STAGES`: "modulate" edits attention and drops no token, all others drop tokens there."""
+    acts: ClassVar[Stages] = Stages()
+    """The same, to be asked what they mean. Follows from `stages`, as the next three do."""
     prunes: ClassVar[bool] = True
-    """Whether it drops tokens, and so takes a budget. Follows from `stages`."""
+    """Whether it drops tokens, and so takes a budget."""
     encodes: ClassVar[bool] = True
-    """Whether it chooses among all tokens of an image, before the decoder's first layer. Follows from `stages`."""
+    """Whether it chooses among all tokens of an image, before the decoder's first layer."""
     enters: ClassVar[bool] = False
-    """Whether it does so at the decoder's entry. Follows from `stages`."""
+    """Whether it does so at the decoder's entry."""
     keeps_all: ClassVar[bool] = False
-    """Whether it keeps every token, so that no number of them can be asked for."""
+    """Whether it keeps every token although its stage is one that drops them, and so takes no budget."""
     exceeds: ClassVar[bool] = False
     """Whether it may keep more tokens than the budget says, by a rule of its own (a threshold)."""
     default_ratio: ClassVar[float] = 1.0
@@ -94,10 +79,9 @@ class Policy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stages = getattr(cls, "stages", ())
-        cls.prunes = tuple(stages) != ("modulate",)
-        cls.enters = "entry" in stages
-        cls.encodes = cls.enters or "encode" in stages
+        cls.acts = Stages(getattr(cls, "stages", ()))
+        cls.prunes = cls.acts.prunes and not cls.keeps_all
+        cls.encodes, cls.enters = cls.acts.encodes, cls.acts.enters
 
     def __post_init__(self) -> None:
         if self.positions not in ("original", "compact", None):
@@ -321,7 +305,7 @@ class ScorerPolicy(SelectPolicy):
 
     def evicted_layers(self, depth: int) -> Collection[int]:
         """All layers, if the place is the cache."""
-        return range(depth) if PLACES[self.place] == "decode" else ()
+        return range(depth) if self.acts.evicts else ()
 
     def evict(self, view: CacheView) -> torch.Tensor:
         """The ``view.target`` visual rows of highest score in each sequence, and all text."""

@@ -191,15 +191,15 @@ class PackedEncoder(EncodeStage):
                 number, call, i, output[None, begin:end], rows, of_tile((query, key, value, scaling))
             )
             view.earlier = {layer: of_tile(seen) for layer, seen in earlier.items()}
-            mine = torch.arange(begin, end, device=output.device)
+            mine = output[begin:end]
             for keep in self.ask_layer(number, view, call.targets[i] == call.units[i]):
-                mine = mine[self._cut(tile, keep, rows)]
+                mine = mine[self._cut(tile, keep, rows)] + stream.overflow(view.hidden)[0]
             kept.append(mine)
             begin = end
         if sum(map(len, kept)) == len(output):
             return None
         state.fitted = {}
-        return output[torch.cat(kept)]
+        return torch.cat(kept)
 
     def _view(
         self,

@@ -89,7 +89,7 @@ class EncodeStage:
 
     def check_shared(self) -> None:
         """Raise if tokens have to be chosen among all tiles of an image by a policy that cannot."""
-        unable = [policy.name for policy in self.policies if "encode" in policy.stages and not policy.late]
+        unable = [p.name for p in self.policies if p.encodes and not (p.enters or p.late)]
         if self.shares_late and self.budget.ratio != 1 and unable:
             able = ", ".join(self.session.names_late())
             raise BudgetError(

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 MOST = 256
 """Tensors kept; those that were not asked for the longest go first."""
@@ -21,7 +22,8 @@ def planned(key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What ``make()`` returns, made when ``key`` is seen for the first time. Nobody may write into it.
 
     ``key`` has to name everything that the tensor depends on, its device included. Under fake tensors, in a traced call
-    and while a CUDA graph is being recorded for the first time, it is made anew: what comes of these cannot be kept.
+    and while a CUDA graph is being recorded, it is made anew: what comes of these cannot be kept. Whoever watches the
+    operations of a call does not see it made, since the next call will not make it.
     """
     if torch.compiler.is_compiling() or (
         torch._C._len_torch_dispatch_stack() and type(torch.empty(0)) is not torch.Tensor
@@ -33,7 +35,7 @@ def planned(key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         return kept
     except KeyError:
         pass
-    with torch.inference_mode(False):  # autograd must be able to keep it
+    with _disable_current_modes(), torch.inference_mode(False):  # autograd must be able to keep it
         made = make()
     if type(made) is torch.Tensor and not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
         _plans[key] = made

@@ -259,7 +259,7 @@ class Decoder:
         gone = call.holes(embeds) if holes else None
         alive = None if gone is None else ~gone
         if choosing and self.entry is not None:
-            chosen = self.entry.choose(call, embeds, now)
+            chosen, embeds = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
             gone = None
         live = alive if alive is None or now is None or batch == 1 else alive & now
