@@ -119,4 +119,4 @@ def rows_where(wanted: torch.Tensor, most: int | None = None) -> torch.Tensor:
         return numbers(1, wanted.device).expand(len(wanted), -1)
     width = min(most, wanted.shape[1]) if most is not None else wanted.shape[1]
     width = max(int(wanted.sum(-1).max()) if most is None and width > 1 else width, 1)
-    return (~wanted).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+    return wanted.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]

@@ -105,7 +105,9 @@ def released_order(windows: torch.Tensor, cells: torch.Tensor, count: int) -> to
     batch, r = windows.shape
     loose = torch.ones(batch, count, dtype=torch.bool, device=cells.device)
     loose.scatter_(1, cells[windows].flatten(1), False)
-    rest = (~loose).to(torch.int8).argsort(dim=-1, stable=True)[:, : count - r * cells.shape[1]]
+    rest = loose.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[
+        :, : count - r * cells.shape[1]
+    ]
     return torch.cat([cells[windows][..., -1], rest], dim=1)
 
 

@@ -91,7 +91,7 @@ class Keep:
     @classmethod
     def from_mask(cls, mask: torch.Tensor, width: int) -> Keep:
         """From a bool ``(batch, units)`` whose fullest row has ``width`` True entries."""
-        index = (~mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+        index = mask.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
         return cls(index, mask.gather(1, index))
 
     def sparing(self, spared: list[bool], units: int) -> Keep | None:

@@ -342,7 +342,8 @@ class Encoder(EncodeStage):
             return None
         call.keeps = [keep]
         rows = gather_rows(features, keep.index) if keep.rows is None else keep.rows
-        return torch.cat([cls, rows + stream.overflow(features)], 1)
+        rows = rows + stream.overflow(features)
+        return torch.cat([cls, rows], 1) if call.extra else rows
 
     def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
