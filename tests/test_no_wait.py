@@ -36,8 +36,6 @@ MASKS = ("flowcut",)
 """Policies that let the image decide, and do so on the device where that is faster than waiting for it."""
 ADAPTIVE = ("mustdrop", "sparsevlm", *EVICTING)
 """Policies that let the image decide how many tokens they drop where, and those whose rows a cache counts itself."""
-SOLVES = {"agilepruner": ["_linalg_eigh"]}
-"""torch waits for its eigenvalue solver on a GPU, to see whether it converged."""
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +83,7 @@ def test_one_sequence_with_a_fixed_budget_never_waits(family, device):
                 continue
             with pruned(model, **options(policy)), Waits() as waits:
                 output = model(**inputs)
-            expected = sorted(stock.seen + (SOLVES.get(policy, []) if device == "cuda" else []))
-            assert sorted(waits.seen) == expected, policy
+            assert sorted(waits.seen) == sorted(stock.seen), policy
             assert output.logits.shape[1] == sketch.ids.shape[1]
 
 

@@ -76,7 +76,7 @@ def close_holes(
         kept = kept & mask.gather(1, order)
     if gone is not None:
         before = gone.cumsum(-1)
-        positions, shift = positions - before, before[:, -1]
+        positions, shift = positions - before, gone.sum(-1)
     else:
         shift = order.new_zeros(batch)
     positions = positions.expand(*positions.shape[:-2], batch, -1)
