@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..errors import PolicyError
-from ..kernels import numbers
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Keep:
     @classmethod
     def masked(cls, mask: torch.Tensor) -> Keep:
         """Those of ``mask``, bool ``(batch, units)``, without moving any; only the device knows how many they are."""
-        return cls(numbers(mask.shape[1], mask.device).expand(len(mask), -1), mask, still=True)
+        return cls(torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1), mask, still=True)
 
     @classmethod
     def all(cls, batch: int, units: int, device: torch.device) -> Keep:
@@ -148,5 +147,5 @@ def top_mask(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> 
     lowest = torch.finfo(scores.dtype).min
     ranked = scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(~among, -torch.inf)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
-    first = numbers(order.shape[1], order.device) < count[:, None]
+    first = torch.arange(order.shape[1], device=order.device) < count[:, None]
     return torch.empty_like(among).scatter_(1, order, first) & among

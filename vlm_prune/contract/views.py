@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..kernels import numbers
-
 LogitEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes scaled logits ``(batch, heads, rows, keys)``, not masked yet, and the rows' numbers ``(batch, rows)``."""
 
@@ -207,7 +205,7 @@ class PrefillView:
     @property
     def text(self) -> torch.Tensor:
         """Rows after the last visual token, padding excluded: bool ``(batch, rows)``."""
-        number = numbers(self.visual.shape[1] + 1, self.visual.device)[1:]
+        number = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
         last = (self.visual * number).amax(-1, keepdim=True)
         text = (number > last) & (last > 0)
         return text if self.valid is None else text & self.valid
