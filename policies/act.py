@@ -104,8 +104,8 @@ class ACT(Policy):
             probabilities = row_probabilities(view, rows, view.logit_edits)
             sinks = probabilities > self.threshold
             if whole is not None:
-                brings = True if view.brings is None else view.brings[:, None, None, None]
-                sinks = torch.where(torch.as_tensor(brings, device=sinks.device), whole[:, :, None], sinks)
+                found, brings = whole[:, :, None], view.brings
+                sinks = found if brings is None else torch.where(brings[:, None, None, None], found, sinks)
             new = calibrate(probabilities, sinks & ~first, self.kept)
             selected = chosen[:, None] & real.gather(1, rows)[:, None]
             output = put_rows(output, rows, weighted_values(new, view.value), selected)
