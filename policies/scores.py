@@ -90,7 +90,7 @@ def attention_mass(
         voters: bool ``(batch, rows)``, the rows that pay. A sequence without voters gets zeros.
         width: no sequence has more voters than this; ``None`` waits for the device to find out.
     """
-    width = int(voters.sum(-1).max()) if width is None else width
+    width = max(1, int(voters.sum(-1).max())) if width is None else width
     index = voters.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
     votes = voters.gather(1, index)
     return kernels.attention_mass(view.query, view.key, index, votes, view.valid, view.scaling)

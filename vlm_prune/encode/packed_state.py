@@ -72,6 +72,7 @@ class PackedState:
         grids: rows and columns of units of each, as the processor prepared it.
         pixels: the tower's input.
         sides: patches along a unit, frames of a patch, pixels along a patch.
+        media: the tiles of each image or video, by their numbers.
         fitted: a block's arguments for what is alive.
         seen: what a block's attention computed with, call by call.
         earlier: the same, joined, of blocks that a later one is to be judged with.
@@ -82,6 +83,7 @@ class PackedState:
     grids: list[tuple[int, int]]
     pixels: torch.Tensor
     sides: tuple[int, int, int]
+    media: list[range]
     seen: list[Seen] = field(default_factory=list)
     earlier: dict[int, Seen] = field(default_factory=dict)
     fitted: dict[Any, Any] = field(default_factory=dict)
