@@ -7,11 +7,33 @@ from typing import Any
 
 import numpy as np
 
+from vlm_prune.eval.amber import (
+    AmberResult,
+    Words,
+    nltk_nouns,
+    read_description,
+    read_words,
+    read_yes_no,
+    score_descriptions,
+    score_questions,
+)
 from vlm_prune.eval.chair import CaptionReader, score_captions
+from vlm_prune.eval.choice import circular_accuracy, read_choice
+from vlm_prune.eval.mme import mme_scores, read_answer
 from vlm_prune.eval.pope import RATES, mean_rates, parse_answer, score_pope
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.samples import caption_reader
-from vlm_prune.eval.runs.tasks import ChairTask, PopeTask, SpeedTask, Task, VqaTask
+from vlm_prune.eval.runs.tasks import (
+    AmberGenerativeTask,
+    AmberQuestionsTask,
+    ChairTask,
+    ChoiceTask,
+    MmeTask,
+    PopeTask,
+    SpeedTask,
+    Task,
+    VqaTask,
+)
 from vlm_prune.eval.tiny.metrics import bootstrap
 from vlm_prune.eval.vqa import METRICS, normalised
 
@@ -25,6 +47,10 @@ class Scorer:
     def __init__(self, task: Task):
         self.task = task
         self._reader: CaptionReader | None = caption_reader(task) if isinstance(task, ChairTask) else None
+        self._words: Words | None = None
+        if isinstance(task, AmberGenerativeTask):
+            nouns = nltk_nouns() if task.nouns == "nltk" else None
+            self._words = read_words(task.relations, task.safe, nouns)
 
     def judge(self, record: Record) -> Record:
         """The record with the scores of its answer."""
@@ -39,6 +65,24 @@ class Scorer:
             plain = task.metric in ("exact", "vqa")
             read = normalised(answer) if plain else " ".join(answer.split())
             scores = {"accuracy": METRICS[task.metric](answer, label), "read": read}
+        elif self._words is not None:
+            found = read_description(answer, label["truth"], label["hallu"], self._words)
+            scores = {
+                "nouns": found.nouns,
+                "hallucinated": found.hallucinated,
+                "covered": sorted(found.covered),
+                "imagined": sorted(found.imagined),
+            }
+        elif isinstance(task, AmberQuestionsTask):
+            said = read_yes_no(answer, task.parser)
+            scores = {"said": said, "correct": said == label.capitalize()}
+        elif isinstance(task, ChoiceTask):
+            said = read_choice(answer, label["options"])
+            scores = {"said": said, "correct": said == label["letter"], "orders": len(label["options"])}
+            scores["orders"] = scores["orders"] if task.circular else 1
+        elif isinstance(task, MmeTask):
+            said = read_answer(answer)
+            scores = {"said": said, "correct": said == label}
         return {**record, "scores": scores}
 
     def _caption(self, caption: str, objects: list[str]) -> dict[str, Any]:
@@ -59,6 +103,14 @@ class Scorer:
             scored = self._chair(records)
         elif isinstance(task, VqaTask):
             scored = _vqa(records)
+        elif self._words is not None:
+            scored = _amber_descriptions(records, self._words)
+        elif isinstance(task, AmberQuestionsTask):
+            scored = _amber_questions(records)
+        elif isinstance(task, MmeTask):
+            scored = _mme(records)
+        elif isinstance(task, ChoiceTask):
+            scored = _choice(records)
         else:
             assert isinstance(task, SpeedTask)
             scored = {"metrics": {name: _mean(r["scores"][name] for r in records) for name in SPEED}}
@@ -110,6 +162,81 @@ def _pope_counts(record: Record) -> list[float]:
     """True and false positives, misses, right ones, 1."""
     yes, true = record["scores"]["said"] == "yes", record["label"] == "yes"
     return [yes and true, yes and not true, true and not yes, record["scores"]["correct"], 1]
+
+
+def _amber_descriptions(records: Sequence[Record], words: Words) -> dict[str, Any]:
+    result = score_descriptions([{"response": r["answer"], **r["label"]} for r in records], words)
+    counts = _by_image(
+        records,
+        lambda r: [
+            *(len(r["scores"][name]) for name in ("hallucinated", "nouns", "covered")),
+            len(set(r["label"]["truth"])),
+        ],
+    )
+    intervals = {
+        "chair": list(bootstrap(counts, lambda t: t[0] / max(1, t[1]))),
+        "cover": list(bootstrap(counts, lambda t: t[2] / max(1, t[3]))),
+    }
+    return {"metrics": result.rates, "intervals": intervals, "undefined": result.undefined}
+
+
+def _amber_questions(records: Sequence[Record]) -> dict[str, Any]:
+    kinds = {"existence": "discriminative-hallucination", "attribute": "discriminative-attribute-state"}
+    rows = [
+        {
+            "response": r["scores"]["said"],
+            "truth": r["label"],
+            "type": kinds.get(r["split"], "discriminative-relation"),
+        }
+        for r in records
+    ]
+    results: dict[str, AmberResult] = score_questions(rows)
+    whole = results.pop("all")
+    metrics = dict(whole.rates)
+    if len(results) > 1:
+        metrics |= {f"{name}_{rate}": x for name, one in results.items() for rate, x in one.rates.items()}
+    counts = _by_image(records, lambda record: [record["scores"]["correct"], 1])
+    return {
+        "metrics": metrics,
+        "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))},
+        "undefined": whole.undefined,
+    }
+
+
+def _mme(records: Sequence[Record]) -> dict[str, Any]:
+    rows = [
+        {
+            "category": r["split"],
+            "image": r["image"]["path"],
+            "label": r["label"],
+            "answer": r["answer"],
+        }
+        for r in records
+    ]
+    counts = _by_image(records, lambda record: [record["scores"]["correct"], 1])
+    return {
+        "metrics": {**mme_scores(rows), "accuracy": _mean(r["scores"]["correct"] for r in records)},
+        "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))},
+    }
+
+
+def _choice(records: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy of whole questions, and of answers; intervals over images, in which questions are whole."""
+    right: dict[str, dict[str, list[bool]]] = {}
+    for record in records:
+        question = record["id"].rpartition("#")[0]
+        right.setdefault(record["split"], {}).setdefault(question, []).append(record["scores"]["correct"])
+    every = {name: answers for questions in right.values() for name, answers in questions.items()}
+    metrics = {
+        "accuracy": circular_accuracy(every),
+        "answers": _mean(r["scores"]["correct"] for r in records),
+    }
+    if len(right) > 1:
+        metrics |= {f"{split}_accuracy": circular_accuracy(questions) for split, questions in right.items()}
+    whole = {name: all(answers) for name, answers in every.items()}
+    first = [record for record in records if record["id"].endswith("#0")]
+    counts = _by_image(first, lambda record: [whole[record["id"].rpartition("#")[0]], 1])
+    return {"metrics": metrics, "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))}}
 
 
 def _vqa(records: Sequence[Record]) -> dict[str, Any]:
