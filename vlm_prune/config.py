@@ -6,7 +6,7 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget, ``per`` what it is one of. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about``
+budget, ``per`` what it is one of, ``capture`` says that calls are captured. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about``
 for people to read.
 """
 
@@ -26,11 +26,11 @@ FILE = "vlm_prune.json"
 """Name of the file beside a pruned model's weights."""
 
 VERSION = 1
-KEYS = ("version", "policy", "tokens", "ratio", "per", "settings", "similarity", "about")
+KEYS = ("version", "policy", "tokens", "ratio", "per", "capture", "settings", "similarity", "about")
 
 
-def to_config(composition: Composition) -> dict[str, Any]:
-    """Policies and budget as a dict that JSON can hold, every field named.
+def to_config(composition: Composition, capture: bool = False) -> dict[str, Any]:
+    """Policies, budget and whether calls are captured, as a dict that JSON can hold, every field named.
 
     Raises:
         PolicyError: a policy is not registered, so that its name would mean nothing to a reader, or has a setting
@@ -48,6 +48,7 @@ def to_config(composition: Composition) -> dict[str, Any]:
     if composition.owner is not None:
         kept = {"ratio": budget.ratio} if budget.tokens is None else {"tokens": budget.tokens}
         kept |= {"per": "image"} if budget.joint else {}
+    kept |= {"capture": True} if capture else {}
     settings = fields if len(fields) > 1 else fields[names[0]]
     return {"version": VERSION, "policy": "+".join(names), **kept, "settings": settings}
 
@@ -83,9 +84,9 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             "needed."
         )
     for name in settings:
-        if name in ("model", "policy", "tokens", "ratio", "per", "config"):
+        if name in ("model", "policy", "tokens", "ratio", "per", "capture", "config"):
             raise PolicyError(f"{where}: {name} stands beside settings, not in them.")
-    budget = {name: config[name] for name in ("tokens", "ratio", "per") if config.get(name) is not None}
+    budget = {name: config[name] for name in ("tokens", "ratio", "per", "capture") if config.get(name) is not None}
     return {
         "policy": config["policy"],
         **budget,

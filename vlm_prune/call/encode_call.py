@@ -280,6 +280,8 @@ class Encoding:
         once: whether the method calls its tower once; who calls it then is somebody else.
         done: whether it has.
         nested: calls of the tower under way inside its own, which are somebody else's.
+        recording: whether a graph is being recorded, so that nobody is told of the tiles; they are in ``ended``.
+        captured: whether a graph computed the tiles or why not, if the model is to capture its calls.
     """
 
     owner: Any
@@ -289,6 +291,9 @@ class Encoding:
     call: EncodeCall | None = None
     done: bool = False
     nested: int = 0
+    recording: bool = False
+    ended: EncodeCall | None = None
+    captured: str | None = None
 
     @property
     def mine(self) -> EncodeCall | None:

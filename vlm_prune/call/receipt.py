@@ -13,6 +13,9 @@ from .survivors import DecoderTrace, Units, tile_units
 Segments = Callable[[], "list[list[int]]"]
 """Reads lengths of sequences off the device, where a packed tower has them."""
 
+TOWER_PART, DECODER_PART = "vision tower", "language model"
+"""The parts of a call that can be captured."""
+
 MEAN_QUERY = "attention of the mean query"
 """What `policies.scores.global_attention` takes where there is no CLS token."""
 
@@ -35,6 +38,7 @@ class Receipt:
         stand_in: what took the place of a CLS token that the policy asks for and the tower does not have.
         kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
+        captured: of a model with ``capture=True``, for each part of the call "captured", or "eager: " and why.
     """
 
     policy: str
@@ -49,6 +53,7 @@ class Receipt:
     decoder_tokens: list[int] = field(default_factory=list)
     kv_bytes: int | None = None
     kv_bytes_dense: int | None = None
+    captured: dict[str, str] = field(default_factory=dict)
     keeps: list[Keep] | None = field(default=None, repr=False)
     tower_keeps: list[list[Keep] | None] = field(default_factory=list, repr=False)
     tower_grids: list[tuple[int, int]] = field(default_factory=list, repr=False)
@@ -162,6 +167,7 @@ class Receipt:
             lines.append(f"  compute  {self.flops / 1e9:.3g} of {self.flops_dense / 1e9:.3g} GFLOP")
         if self.kv_bytes is not None and self.kv_bytes_dense:
             lines.append(f"  KV cache {self.kv_bytes / 2**20:.3g} of {self.kv_bytes_dense / 2**20:.3g} MiB")
+        lines += [f"  {part}: {how}" for part, how in self.captured.items()]
         times = [
             f"{name} {ms:.1f} ms"
             for name, ms in (("tower", self.tower_ms), ("prefill", self.prefill_ms))
