@@ -1,8 +1,8 @@
-"""The public functions: `prune`, `unprune`, `pruned`, `from_pretrained`."""
+"""The public functions: `prune`, `unprune`, `pruned`, `from_pretrained`, `ignore_visual_labels`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,7 @@ from .registry import find_anatomy, make_policies
 from .saving import find_config, how_to_load, locate, missing_models
 
 if TYPE_CHECKING:
+    from .language.loss import IgnoreVisualLabels
     from .session import Pruning
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -172,6 +173,26 @@ def from_pretrained(
     with missing_models(path):
         model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)
     return prune(model, **chosen)
+
+
+def ignore_visual_labels(model: Any, collator: Callable[[Any], Any]) -> IgnoreVisualLabels:
+    """``collator``, but labels on the model's visual tokens are -100, so that pruning takes no label away.
+
+    Trainers that accumulate gradients count the labels of all micro-batches before the first forward
+    (``num_items_in_batch``). With this collator they count what the loss will sum, whatever is dropped of each::
+
+        Trainer(model, train_dataset=data, data_collator=ignore_visual_labels(model, collator), ...)
+
+    Args:
+        model: a model of a supported family, or a PEFT model around one; pruned or not.
+        collator: makes a batch of examples, with ``input_ids`` and ``labels``, int64 ``(batch, length)``.
+
+    Raises:
+        UnsupportedModelError: the model's family is not known.
+    """
+    from .language.loss import IgnoreVisualLabels
+
+    return IgnoreVisualLabels(collator, tuple(find_anatomy(stock_model(model)).image_tokens))
 
 
 def _refuse_beside(config: Any, given: Mapping[str, bool]) -> None:

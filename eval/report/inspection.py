@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlm_prune import Receipt, pruned
 from vlm_prune.call.survivors import Grids, Units
 from vlm_prune.contract.stages import Stages
 from vlm_prune.eval.measure import model_inputs, prompt_text, receipt_of
-from vlm_prune.eval.models import MODELS, exit_gates, load_model
+from vlm_prune.eval.models import MODELS, exit_gates
 from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
 from vlm_prune.eval.report.page import render
 from vlm_prune.eval.runs.folder import write_whole
@@ -77,24 +77,6 @@ class Inspection:
         """The policy, and how much it keeps."""
         last = self.stages[-1]
         return f"{self.receipt.policy} on {self.model}: {last.count} of {last.total} patches"
-
-
-def open_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A shipped test model by its name, or any checkpoint by its folder or hub name.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    if name in MODELS:
-        return load_model(name)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        return model.eval(), AutoProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(
-            f"model {name!r} is no folder or hub name that could be loaded ({str(error).splitlines()[0]}). "
-            f"Shipped test models: {', '.join(MODELS)}."
-        ) from error
 
 
 def own_settings(policy: str, model: str) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any
 
 from vlm_prune.contract.stages import Stages
 from vlm_prune.eval.models import MODELS, exit_gates
-from vlm_prune.eval.runs.config import Budget, ModelEntry, PolicyEntry, RunConfig, ScenesData, Task
+from vlm_prune.eval.runs.config import Budget, ModelEntry, PolicyEntry, RunConfig
 from vlm_prune.eval.runs.samples import Sample, build_samples
+from vlm_prune.eval.runs.sources import ScenesData
+from vlm_prune.eval.runs.tasks import Task
 from vlm_prune.registry import make_policies, named_policies
 
 NOT_FIGURES = ("label", "batch_size", "models", "data")

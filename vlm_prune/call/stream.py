@@ -18,6 +18,7 @@ __all__ = [
     "find_holes",
     "live_order",
     "open_holes",
+    "overflow",
     "punch",
     "restore",
     "retarget",
@@ -55,6 +56,15 @@ def find_holes(embeds: torch.Tensor, marked: bool = True) -> torch.Tensor:
 def punch(rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     """``rows`` ``(..., channels)``, holes where ``alive`` ``(...)`` is False."""
     return torch.where(alive[..., None], rows, hole(rows))
+
+
+def overflow(x: torch.Tensor) -> torch.Tensor:
+    """What to add to the rows that are kept of ``x`` ``(tiles, rows, channels)``: ``(tiles, 1, 1)``, NaN or 0.
+
+    NaN where anything of a tile is not finite: if that is among the rows that go, nobody would notice else.
+    """
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=(1, 2), keepdim=True)
+    return (largest * 0).to(x.dtype)
 
 
 def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

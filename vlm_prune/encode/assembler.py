@@ -205,11 +205,8 @@ class Arranger(FeatureMethod):
             alive[index.flatten()] = chosen.flatten()
             if keep.rows is not None:
                 rows = rows.index_copy(0, index.flatten(), keep.rows.flatten(0, 1).to(rows.dtype))
-            # NaN ranks last with most policies: what overflowed would be dropped, and nobody would notice
-            overflow = (view.features * 0).sum((1, 2))[:, None, None]
-            rows = rows.index_add(
-                0, places.flatten(), overflow.expand(*places.shape, rows.shape[1]).flatten(0, 1)
-            )
+            overflow = stream.overflow(view.features).expand(*places.shape, rows.shape[1])
+            rows = rows.index_add(0, places.flatten(), overflow.flatten(0, 1))
         return rows, alive
 
     def _target(self, packing: Packing, group: Group) -> int:

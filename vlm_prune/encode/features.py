@@ -110,6 +110,7 @@ class FeatureEncoder(EncodeStage):
                 keep, opened = Keep(torch.arange(len(tile), device=tile.device)[None]), tile
             else:
                 live = gather_rows(tile[None], keep.index) if keep.rows is None else keep.rows.to(tile.dtype)
+                live = live + stream.overflow(tile[None])
                 opened = stream.open_holes(live, keep.index, len(tile), keep.valid)[0]
             keeps.append(keep)
             tiles.append(opened)

@@ -23,7 +23,7 @@ from ..composition import Composition
 from ..contract.anatomy import Tower
 from ..contract.policy import Keep
 from ..contract.views import AttentionView, FeaturesView, TowerView
-from ..errors import UnsupportedCallError
+from ..errors import PruningError, UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows, to_device
 from ..sites import Site
 from .fixed_state import TowerState
@@ -50,6 +50,7 @@ class Encoder(EncodeStage):
         # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
+        self._check_attention(UnsupportedModelError)
         handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
         handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
 
@@ -62,7 +63,7 @@ class Encoder(EncodeStage):
         if not self.enters():
             return None
         self.check_recompute()
-        self._check_attention()
+        self._check_attention(UnsupportedCallError)
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         under_way, merge = current_encoding(self.session), self.tower.merge
         arrangement = None if under_way is None else under_way.arrangement
@@ -102,13 +103,14 @@ class Encoder(EncodeStage):
         kwargs = {**kwargs, **self.tower.resizing}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
-    def _check_attention(self) -> None:
+    def _check_attention(self, error: type[PruningError]) -> None:
         """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
         if any(site.stock_config._attn_implementation == "flex_attention" for site in self.sites):
-            raise UnsupportedCallError(
-                "The vision tower runs on flex attention, and this policy acts between its layers, where tiles may "
-                'keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", "text_config": '
-                '"flex_attention"}), or choose a policy that reads no attention of the tower, such as uniform.'
+            raise error(
+                f"The vision tower runs on flex attention, and {self.composition.name} acts between its layers, where "
+                'tiles may keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", '
+                '"text_config": "flex_attention"}), or choose a policy that reads no attention of the tower, such as '
+                "uniform."
             )
 
     def _check_at_hand(self) -> None:
@@ -200,7 +202,7 @@ class Encoder(EncodeStage):
         for keep in self._answers(number, view, call):
             spared = keep.sparing(call.late, state.units.shape[1])
             if spared is not None:
-                hidden = state.cut(hidden, spared)
+                hidden = state.cut(hidden, spared) + stream.overflow(view.hidden)
         return hidden
 
     def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
@@ -255,14 +257,17 @@ class Encoder(EncodeStage):
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0], features.device)
-        if rows is None:
+        if rows is None:  # chosen in the tower
             rows = gather_rows(features, index, valid)
         elif valid is not None:
             rows = rows.masked_fill(~valid[..., None], 0)
         return (rows, *args[1:])
 
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
-        """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
+        """Ask the policies that choose at this side of the projector.
+
+        Returns the rows that they keep, CLS in front where the language model gets it; ``None`` if none chooses here.
+        """
         state: TowerState | None = call.state
         if call.keeps is not None or state is None or call.whole:
             return None
@@ -294,7 +299,8 @@ class Encoder(EncodeStage):
         if keep is None:
             return None
         call.keeps = [keep]
-        return None if keep.rows is None else torch.cat([cls, keep.rows], 1)
+        rows = gather_rows(features, keep.index) if keep.rows is None else keep.rows
+        return torch.cat([cls, rows + stream.overflow(features)], 1)
 
     def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
@@ -337,7 +343,6 @@ class Encoder(EncodeStage):
             self.forget()
         if output is None:
             return None
-        projected = call.keeps is not None
         rows = self._choose(call, output, after_projector=True)
         if (entry := self.composition.entry) is not None:
             call.entering = args[0][:, call.extra :] if entry.reads_tower else None
@@ -351,6 +356,4 @@ class Encoder(EncodeStage):
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0], output.device)
-        if not projected:
-            output = gather_rows(output, index) if rows is None else rows
-        return stream.open_holes(output, index, call.rows[0], valid)
+        return stream.open_holes(output if rows is None else rows, index, call.rows[0], valid)

@@ -121,6 +121,7 @@ class Merger:
         else:
             place, by_place = place.sort()
             left = merged[0][by_place]
+        left = left + stream.overflow(features[None])[0]
         tile.carry = {name: x.gather(1, keep.index) for name, x in tile.carry.items()}
         tile.alive = tile.alive[stream.grouped(place, self.group)]
         return left

@@ -179,15 +179,15 @@ class PackedEncoder(EncodeStage):
             q, k, v = (pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
             seen = AttentionView(q, k, v, scaling, has_cls=False)
             view = self._view(number, call, i, output[None, begin:end], rows, seen)
-            mine = torch.arange(begin, end, device=output.device)
+            mine = output[begin:end]
             for keep in self.ask_layer(number, view, call.targets[i] == call.units[i]):
-                mine = mine[self._cut(tile, keep, rows)]
+                mine = mine[self._cut(tile, keep, rows)] + stream.overflow(view.hidden)[0]
             kept.append(mine)
             begin = end
         if sum(map(len, kept)) == len(output):
             return None
         state.fitted = {}
-        return output[torch.cat(kept)]
+        return torch.cat(kept)
 
     def _view(
         self,

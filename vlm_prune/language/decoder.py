@@ -258,7 +258,7 @@ class Decoder:
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
         alive = ~call.holes(embeds) if holes else None
         if choosing and self.entry is not None:
-            chosen = self.entry.choose(call, embeds, now)
+            chosen, embeds = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if alive is not None:

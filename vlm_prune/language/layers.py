@@ -27,15 +27,15 @@ from ..call.rows import Rows
 from ..composition import Composition
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, PrefillView
-from ..errors import PolicyError, UnsupportedCallError
+from ..errors import UnsupportedCallError
 from ..sites import Site
 from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
 from .eviction import Eviction
-from .kinds import FULL, STATES, layer_kinds, layer_mask, shared_between_layers
+from .kinds import STATES, layer_kinds, layer_mask
 from .look_ahead import look_ahead
-from .standard import check_attention, check_cuts
+from .standard import check_layers
 
 
 class DecoderLayers:
@@ -77,15 +77,11 @@ class DecoderLayers:
         }
         self.eviction = Eviction([kind not in STATES for kind in self.kinds], policies)
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
-        self._check(blocks)
+        watched_by = {number: names for number in range(self.depth) if (names := self._watching(number))}
+        check_layers(decoder, layers, composition.policies, watched_by, blocks)
         watched = {*self.pruned, *self.observed}
         self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction, session)
         self.sites: list[Site] = []
-        if cutting := [policy.name for asked in self.pruned.values() for policy, _ in asked]:
-            check_cuts(decoder, layers, cutting[0])
-        for number in range(self.depth):
-            if watching := self._watching(number):
-                check_attention(decoder, layers, number, watching[0])
 
     def _watching(self, number: int) -> list[str]:
         """Names of the policies that look at the attention of layer ``number``, or edit it."""
@@ -96,37 +92,6 @@ class DecoderLayers:
         if self.eviction.steps:
             names += [policy.name for policy, _ in self.eviction.layers.get(number, [])]
         return names
-
-    def _check(self, blocks: bool) -> None:
-        """Raise if a policy wants of a layer what layers of its kind, or those after it, do not allow."""
-        whole = shared_between_layers(self.decoder, self.layers)
-        full = [
-            n for n, kind in enumerate(self.kinds) if kind == FULL and hasattr(self.layers[n], "self_attn")
-        ]
-        for policy, _ in self.policies:
-            cut, edited = policy.prefill_layers(self.depth), policy.modulate_layers(self.depth)
-            if (cut or edited) and whole is not None:
-                raise PolicyError(
-                    f"{policy.name} acts between the layers of {type(self.decoder).__name__}, which need all tokens: "
-                    f"{whole}. Choose a policy of the encode stage, which shortens the prompt before the first layer."
-                )
-            if cut and blocks:
-                raise PolicyError(
-                    f"{policy.name} drops tokens between the layers of {type(self.decoder).__name__}, where those of "
-                    "an image look at each other by a mask that the model makes for all layers at once. Choose a "
-                    "policy of the encode stage, which shortens the prompt before that."
-                )
-            looked_at = {
-                *edited,
-                *policy.observed_layers(self.depth),
-                *(cut if policy.reads_attention else ()),
-            }
-            if other := sorted(looked_at - set(full)):
-                kinds = sorted({self.kinds[n].replace("_", " ") for n in other})
-                raise PolicyError(
-                    f"{policy.name} looks at attention in layers {other} of {type(self.decoder).__name__}, which are "
-                    f"of {' and '.join(kinds)}. It can in layers of full attention only, which are {full}."
-                )
 
     def __bool__(self) -> bool:
         return bool(self.pruned or self.modulated or self.eviction)
