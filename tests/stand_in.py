@@ -65,9 +65,9 @@ class Tape(TorchDispatchMode):
         depends = self.depends((args, kwargs))
         if depends and name in (*READS, *SIZED_BY_VALUES):
             raise NotCapturable(f"the host waits for aten.{name}")
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            if any(x.dtype == torch.bool and self.depends(x) for x in tensors(args[1])):
-                raise NotCapturable(f"the host waits for aten.{name} by a mask")
+        indexing = name in ("index", "index_put", "index_put_", "_index_put_impl_")
+        if indexing and any(x.dtype == torch.bool and self.depends(x) for x in tensors(args[1])):
+            raise NotCapturable(f"the host waits for aten.{name} by a mask")
         given = {storage(x) for x in tensors((args, kwargs))}
         out = func(*args, **kwargs)
         if kwargs.get("generator") is not None and not depends:

@@ -166,9 +166,7 @@ def from_pretrained(
     else:
         chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per, "capture": capture}
     # a mistake in them must not cost the loading of a large model
-    make_policies(
-        chosen["policy"], {k: v for k, v in chosen.items() if k not in BESIDE}
-    )
+    make_policies(chosen["policy"], {k: v for k, v in chosen.items() if k not in BESIDE})
     path = locate(path, kwargs.get("subfolder", ""))
     with missing_models(path):
         model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)

@@ -6,8 +6,8 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget, ``per`` what it is one of, ``capture`` says that calls are captured. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about``
-for people to read.
+budget, ``per`` what it is one of; ``capture`` is true if calls are captured. Only ``policy`` has to be there.
+``vlm-prune tune`` adds ``similarity`` and ``about`` for people to read.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     for name in settings:
         if name in ("model", "policy", "tokens", "ratio", "per", "capture", "config"):
             raise PolicyError(f"{where}: {name} stands beside settings, not in them.")
-    budget = {name: config[name] for name in ("tokens", "ratio", "per", "capture") if config.get(name) is not None}
+    budget = {
+        name: config[name] for name in ("tokens", "ratio", "per", "capture") if config.get(name) is not None
+    }
     return {
         "policy": config["policy"],
         **budget,

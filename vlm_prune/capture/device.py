@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -45,11 +45,12 @@ class Recorder(Protocol):
 
 
 READS = ("_local_scalar_dense", "equal", "is_nonzero")
+"""Operations by which the host reads a value."""
 SIZED_BY_VALUES = (
     *("nonzero", "nonzero_numpy", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
     *("bincount", "_linalg_eigh", "linalg_eig", "_linalg_svd"),
 )
-"""Operations for which the host waits: to read a value, to learn the size of a result, or whether a solver converged."""
+"""Operations for which the host waits: to learn the size of a result, or whether a solver converged."""
 
 
 class Watch(TorchDispatchMode):
@@ -62,7 +63,9 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.constants, self.again = device, [], None  # type: tuple[torch.device, list[Any], Iterator[Any] | None]
+        self.device = device
+        self.constants: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.again: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -77,10 +80,11 @@ class Watch(TorchDispatchMode):
             kept = source.to(self.device)
             self.constants.append((source, kept))
             return kept
-        known, kept = next(self.again, (None, None))
-        if known is None or known.shape != source.shape or not torch.equal(known, source):
-            raise NotCapturable("what it copies to the device differs from call to call")
-        return kept
+        for known, kept in self.again:
+            if known.shape == source.shape and torch.equal(known, source):
+                return kept
+            break
+        raise NotCapturable("what it copies to the device differs from call to call")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
@@ -135,9 +139,9 @@ class CudaRecorder:
                 with watch:
                     compute()
                 compute()  # libraries make handles and workspaces, and choose kernels, when first called
-            current.wait_stream(stream)
             torch.cuda.synchronize()
             gc.collect()  # a tensor that goes in the middle would free its memory there
+            torch._C._cuda_clearCublasWorkspaces()  # the graph gets one of its own, in its pool
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream):
                 try:
@@ -146,12 +150,25 @@ class CudaRecorder:
                         result = compute()
                     graph.capture_end()
                 except BaseException as error:
-                    _abandon(graph)
+                    self._abandon(graph)
                     if isinstance(error, RuntimeError):
                         raise NotCapturable(f"CUDA: {str(error).splitlines()[0]}") from error
                     raise
+                finally:
+                    torch._C._cuda_clearCublasWorkspaces()
             current.wait_stream(stream)
         return result, _Kept(graph, watch.constants)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed: the stream works again, and the graph's memory is free."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # it is void; torch then still counts the graph among those that use the pool
+            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+            for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with suppress(RuntimeError):
+                    undo(index, self.pool)
+        graph.reset()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -181,15 +198,6 @@ class _Kept:
         """See `Graph.reset`."""
         self.graph.reset()
         self.constants.clear()
-
-
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture that failed: the stream works again, and the graph's memory is free."""
-    try:
-        graph.capture_end()
-    except RuntimeError:  # it is void, which is why we are here
-        pass
-    graph.reset()
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}

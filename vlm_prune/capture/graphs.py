@@ -1,4 +1,4 @@
-"""The graphs of one pruned model: recorded when a shape is first seen, replayed from then on, a bounded number of them."""
+"""The graphs of one pruned model: recorded when a shape is first seen, replayed from then on, and not too many."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Graphs:
             raise NotCapturable(reason)
         while len(self._recorded) >= self.limit:
             self._recorded.popitem(last=False)[1].graph.reset()
-        # graphs outlive the call, whose mode may be another next time; autocast would keep casts of weights for the call
+        # a graph outlives the call, whose mode may be another next time, and the casts of weights that autocast keeps
         with torch.inference_mode(False), torch.no_grad(), _uncached_autocast():
             static = {name: x.detach().clone() for name, x in inputs.items()}
             try:

@@ -73,10 +73,14 @@ class Region:
         for hooks in self._hooks:
             for number, hook in hooks.items() if hooks else ():
                 if number not in self.own and getattr(hook, "__module__", "") != COLLECTING:
-                    raise NotCapturable("somebody else has hooks on its modules, which a replay would not call")
+                    raise NotCapturable(
+                        "somebody else has hooks on its modules, which a replay would not call"
+                    )
         for x in self._modules:
             if "forward" in x and not isinstance(x["forward"], self.stand_ins):
-                raise NotCapturable("a module's forward is replaced on the instance (offloaded by accelerate?)")
+                raise NotCapturable(
+                    "a module's forward is replaced on the instance (offloaded by accelerate?)"
+                )
         return self.version
 
     def _refusal(self, modules: list[nn.Module]) -> str | None:

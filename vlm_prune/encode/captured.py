@@ -1,4 +1,4 @@
-"""The tower part of a call, captured: a feature method with its tower, the policies that choose there, and the projector.
+"""The tower part of a call, captured: a feature method with tower and projector, and what policies choose there.
 
 A replay computes the features; what the engine knows of the tiles (`EncodeCall`, with the receipt) is built anew from
 that of the recorded call, so that everything after it goes on as after an eager one.
@@ -110,7 +110,9 @@ def split_arguments(
     if not inputs:
         raise NotCapturable("it is given no pixels as a tensor")
     if (numbers := sum(x.numel() for x in inputs.values())) > MOST_PIXELS:
-        raise NotCapturable(f"{numbers} pixels keep the device busy anyway, and a graph would hold what they become")
+        raise NotCapturable(
+            f"{numbers} pixels keep the device busy anyway, and a graph would hold what they become"
+        )
     if len({x.device for x in inputs.values()}) > 1:
         raise NotCapturable("its inputs are on several devices")
     return inputs, values, tuple(key)

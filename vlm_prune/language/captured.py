@@ -77,10 +77,10 @@ class CapturedPrefill:
         try:
             output, outcome = self._captured(call, embeds, kwargs), "captured"
         except NotCapturable as reason:
-            output, outcome = self.stock(**kwargs), f"eager: {reason}"
+            output, outcome = None, f"eager: {reason}"
         if call is not None:
             call.captured = outcome
-        return output
+        return self.stock(**kwargs) if output is None else output
 
     def _captured(self, call: ForwardCall | None, embeds: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         if self.why_not is not None:
@@ -95,7 +95,9 @@ class CapturedPrefill:
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         rows, length = embeds.shape[1], bucket(embeds.shape[1])
         if len(embeds) * length > MOST_ROWS:
-            raise NotCapturable(f"{len(embeds) * length} rows keep the device busy anyway, and a graph would hold them")
+            raise NotCapturable(
+                f"{len(embeds) * length} rows keep the device busy anyway, and a graph would hold them"
+            )
         there = torch.ones_like(embeds[..., 0], dtype=torch.bool) if mask is None else mask.bool()
         inputs = {
             "embeds": pad_left(embeds, length, 1),
@@ -115,9 +117,7 @@ class CapturedPrefill:
             if past is not None:
                 for layer, (keys, values) in enumerate(held):
                     past.update(keys[:, :, -rows:], values[:, :, -rows:], layer)
-            return BaseModelOutputWithPast(
-                last_hidden_state=hidden[:, -rows:].clone(), **{CACHE: past}
-            )
+            return BaseModelOutputWithPast(last_hidden_state=hidden[:, -rows:].clone(), **{CACHE: past})
 
         return self.graphs.run(key, inputs, partial(self._compute, attention), take)
 
@@ -176,7 +176,15 @@ def check_arguments(
             raise NotCapturable(f"{name} is asked for")
     if kwargs.get("return_dict") is False:
         raise NotCapturable("a tuple is asked for")
-    known = ("inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", *IGNORED, *OUTPUTS)
+    known = (
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "cache",
+        "past_key_values",
+        *IGNORED,
+        *OUTPUTS,
+    )
     if more := [name for name, x in kwargs.items() if name not in known and x is not None]:
         raise NotCapturable(f"the decoder is given {more[0]}")
     if past is not None and any(getattr(layer, "is_initialized", True) for layer in past.layers):
