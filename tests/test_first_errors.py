@@ -166,7 +166,7 @@ def test_models_without_an_adapter_say_what_they_lack():
     with refuses(text, UnsupportedModelError, '"llama"', "no vision tower", "no visual tokens to prune"):
         prune(text)
     tower = CLIPVisionModel(CLIPVisionConfig(**SMALL))
-    with refuses(tower, UnsupportedModelError, "a vision tower alone", "whole vision-language model"):
+    with refuses(tower, UnsupportedModelError, "only a vision tower", "whole vision-language model"):
         prune(tower)
     other = LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=32))
     other.config.model_type, other.config.vision_config = "idefics9", {}

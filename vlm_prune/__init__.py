@@ -46,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the engine brings seconds of transformers' and torch's modules, which are there anyway once a model is
+    # importing the engine takes seconds, for modules of transformers and torch that are loaded anyway once a model is
     if name == "Receipt":
         from .call.receipt import Receipt
 

@@ -1,4 +1,4 @@
-"""Policies at work together on one model: who decides what, and with what budget. Made once, when pruning starts."""
+"""The policies that prune one model together: which decides what, with what budget. Made once, when pruning starts."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Composition:
         """Fit policies to a model, and check the budget; see `api.prune`.
 
         Raises:
-            BudgetError: the budget is not one, or nobody is there to take it.
-            ValueError: a policy does not fit this model, say by a layer that it does not have.
+            BudgetError: the budget is invalid, or no policy takes one.
+            ValueError: a policy does not fit this model, for instance because it names a layer that the model lacks.
         """
         owner = next((policy for policy in written if policy.prunes), None)
         if owner is None and (tokens is not None or ratio is not None):
@@ -105,12 +105,12 @@ class Composition:
 
 
 def _shares(per: str, anatomy: Anatomy) -> bool:
-    """Whether the tiles of an image share a budget. Raises if they cannot."""
+    """Whether the tiles of an image share one budget. Raises if they cannot."""
     if per not in ("tile", "image"):
         raise BudgetError(f'per={per!r}: choose "tile" or "image".')
     if per == "image" and anatomy.tile != "image" and not anatomy.features:
         raise BudgetError(
-            f'per="image": {anatomy.family} hands its tower tiles without a word which of them form one image. Give '
+            f'per="image": {anatomy.family} passes tiles to its tower without saying which form one image. Give '
             'the budget per="tile".'
         )
     return per == "image"

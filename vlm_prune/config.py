@@ -6,8 +6,8 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget, ``per`` what it is one of; ``capture`` is true if calls are captured. Only ``policy`` has to be there.
-``vlm-prune tune`` adds ``similarity`` and ``about`` for people to read.
+budget, ``per`` what it applies to. Only ``policy`` is required. ``vlm-prune tune`` adds ``similarity`` and ``about``
+for people to read.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ VERSION = 1
 KEYS = ("version", "policy", "tokens", "ratio", "per", "capture", "settings", "similarity", "about")
 
 
-def to_config(composition: Composition, capture: bool = False) -> dict[str, Any]:
-    """Policies, budget and whether calls are captured, as a dict that JSON can hold, every field named.
+def to_config(composition: Composition) -> dict[str, Any]:
+    """Policies and budget as a JSON-compatible dict, with every field.
 
     Raises:
         PolicyError: a policy is not registered, so that its name would mean nothing to a reader, or has a setting
@@ -57,7 +57,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Arguments for `prune` from a config: a dict, a JSON file, or a folder with a ``vlm_prune.json``.
 
     Raises:
-        PolicyError: it is no such config, of another version, or has a key that is not known.
+        PolicyError: it is not a config, is of another version, or has an unknown key.
     """
     where = "config" if isinstance(source, Mapping) else str(source)
     config = source if isinstance(source, Mapping) else _read(Path(source))
@@ -84,11 +84,9 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             "needed."
         )
     for name in settings:
-        if name in ("model", "policy", "tokens", "ratio", "per", "capture", "config"):
-            raise PolicyError(f"{where}: {name} stands beside settings, not in them.")
-    budget = {
-        name: config[name] for name in ("tokens", "ratio", "per", "capture") if config.get(name) is not None
-    }
+        if name in ("model", "policy", "tokens", "ratio", "per", "config"):
+            raise PolicyError(f"{where}: {name} belongs next to settings, not in them.")
+    budget = {name: config[name] for name in ("tokens", "ratio", "per") if config.get(name) is not None}
     return {
         "policy": config["policy"],
         **budget,
@@ -112,7 +110,7 @@ def _read(path: Path) -> Any:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A setting as JSON knows it."""
+    """A setting as JSON can hold it."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):

@@ -161,9 +161,12 @@ def remarks(receipt: Receipt, acts: Stages) -> list[str]:
     """What is to be known beside the pictures. ``acts`` are the stages that the policies act in."""
     found = []
     if not acts.prunes:
-        found.append(f"{receipt.policy} edits attention and drops nothing: every layer computes every patch.")
+        edited = " and ".join(["attention"] * acts.edits + ["logits"] * acts.guides) or "nothing"
+        found.append(f"{receipt.policy} edits {edited} and drops nothing: every layer computes every patch.")
     elif acts.edits:
         found.append("Attention is edited as well, which a picture of kept patches does not show.")
+    if acts.prunes and acts.guides:
+        found.append("Logits are edited as well, which a picture of kept patches does not show.")
     if receipt.tower_units and len(receipt.tower_units[0][0]) < receipt.units:
         found.append(
             "The tower is shown a smaller image from the start: a patch that is kept stands in the middle of the "

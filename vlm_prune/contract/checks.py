@@ -1,4 +1,4 @@
-"""What a plug-in has to bring: asked when it is registered, so that a mistake is one clear error and no surprise."""
+"""What a plug-in must define: checked when it is registered, so that a mistake is one clear error."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "prefill": (("prefill_layers",), ("prefill",)),
     "decode": (("evicted_layers",), ("evict",)),
     "modulate": (("modulate_layers",), ("modulate",)),
+    "guide": (("guide",),),
 }
-"""For each stage the methods that a policy of it overrides: one at least of each group."""
+"""For each stage, the methods that its policies override: at least one of each group."""
 
 
 def check_policy(policy: Any) -> None:
-    """Raise if this is no class of a policy that could work.
+    """Raise if this class cannot work as a policy.
 
     Raises:
-        PolicyError: no subclass of `Policy`, not a frozen dataclass, no name, an unknown stage, or a stage without the
-            methods that it needs.
+        PolicyError: not a subclass of `Policy`, not a frozen dataclass, no name, an unknown stage, or a stage without
+            the methods that it needs.
     """
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
         given = policy.__name__ if isinstance(policy, type) else repr(policy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-STAGES = ("encode", "entry", "prefill", "decode", "modulate")
+STAGES = ("encode", "entry", "prefill", "decode", "modulate", "guide")
 """Stages that `Policy.stages` may name, in the order of a call."""
 
 Place = Literal["tower", "features", "projected", "entry", "layer", "cache", "decode"]
@@ -31,13 +31,13 @@ class Stages(tuple[str, ...]):
 
     @classmethod
     def joined(cls, several: Iterable[tuple[str, ...]]) -> Stages:
-        """Those of several policies together, each once."""
+        """The union of several policies' stages, in order of first appearance."""
         return cls(dict.fromkeys(stage for stages in several for stage in stages))
 
     @property
     def prunes(self) -> bool:
         """Whether tokens are dropped anywhere."""
-        return self != ("modulate",)
+        return not self or bool(set(self) - {"modulate", "guide"})
 
     @property
     def encodes(self) -> bool:
@@ -63,6 +63,16 @@ class Stages(tuple[str, ...]):
     def edits(self) -> bool:
         """Whether attention is edited."""
         return "modulate" in self
+
+    @property
+    def guides(self) -> bool:
+        """Whether logits are edited."""
+        return "guide" in self
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything happens between the decoder's entry and its exit."""
+        return bool(set(self) - {"encode", "guide"})
 
     @property
     def inside(self) -> tuple[str, ...]:

@@ -40,14 +40,14 @@ class Encoder(EncodeStage):
         self.tower = tower
 
     def install(self, handles: list[Any]) -> None:
-        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        """Register hooks and attention sites; what must be undone goes to ``handles`` and `sites` at once."""
         module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
         for number, layer in enumerate(self.tower.layers):
-            # in front of the hooks by which transformers collects hidden states: they must see the cut ones
+            # before transformers' own hooks that collect hidden states: they must see the cut ones
             handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
-        # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
+        # from the first cut on, every layer must mask the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
         self._check_attention(UnsupportedModelError)
@@ -104,7 +104,7 @@ class Encoder(EncodeStage):
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
     def _check_attention(self, error: type[PruningError]) -> None:
-        """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
+        """Raise if the layers' attention takes no key mask, which is needed where tiles keep different numbers."""
         if any(site.stock_config._attn_implementation == "flex_attention" for site in self.sites):
             raise error(
                 f"The vision tower runs on flex attention, and {self.composition.name} acts between its layers, where "
@@ -114,7 +114,7 @@ class Encoder(EncodeStage):
             )
 
     def _check_at_hand(self) -> None:
-        """Raise if position embeddings, which stock code reads without calling their module, are offloaded."""
+        """Raise if position embeddings are offloaded, since stock code reads them without calling their module."""
         for name, weight in self.tower.module.named_parameters():
             if weight.is_meta and "position_embedding" in name:
                 raise UnsupportedCallError(
@@ -135,7 +135,7 @@ class Encoder(EncodeStage):
         return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
 
     def _check_late(self, call: EncodeCall) -> None:
-        """Raise if tokens have to be chosen after the arranging by a policy that cannot."""
+        """Raise if tokens must be chosen after assembly and the policy cannot do that."""
         unable = [p.name for p in self.policies if p.encodes and not p.late]
         if any(call.late) and not call.whole and unable:
             able = ", ".join(self.session.names_late())
@@ -148,7 +148,7 @@ class Encoder(EncodeStage):
     def see_attention(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
-        """Keep what a layer's attention computed with until its policy is asked; mask the fill of ragged tiles."""
+        """Record the inputs of a layer's attention until its policy is asked; mask the fill of ragged tiles."""
         state = self._state()
         if state is None:
             return None
@@ -163,7 +163,7 @@ class Encoder(EncodeStage):
         return call.state if call is not None else None
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After layer ``number``: ask the policies that want to be asked here, and cut."""
+        """After layer ``number``: ask the policies of this layer, and cut."""
         call = self.under_way()
         if call is None:
             return None
@@ -206,7 +206,7 @@ class Encoder(EncodeStage):
         return hidden
 
     def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
-        """What the policies answer; they are asked about tiles of one target at a time."""
+        """What the policies answer; they are asked about tiles with the same target together."""
         groups, units = call.groups(list(range(call.tiles))), call.units[0]
         if len(groups) == 1:
             return self.ask_layer(number, view, call.whole)
@@ -215,23 +215,23 @@ class Encoder(EncodeStage):
             chosen = to_device(tiles, view.hidden.device)
             some = view.of(chosen, target)
             parts += [(chosen, keep) for keep in self.ask_layer(number, some, target == units)]
-            for name, x in some.carry.items():  # 0 for tiles about which a policy has nothing to note
+            for name, x in some.carry.items():  # 0 for tiles for which a policy notes nothing
                 carry[name] = carry.get(name, x.new_zeros(view.units.shape)).index_copy(0, chosen, x)
         view.carry.update(carry)
         return [Keep.joined(parts, view.hidden, view.units.shape[1])] if parts else []
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
+        """Re-open the holes in the consumed features, and attach the call to the output object."""
         call = self.leaves()
         if call is None:
             return
-        if output is None:  # an exception is on its way
+        if output is None:  # an exception is propagating
             self.forget()
             return
         state: TowerState | None = call.state
         let_ride(output, call)
         if state is not None:
-            # once more after the projector, where policies may merge
+            # again after the projector, where policies may merge
             call.carry = state.carried(call.units[0], call.extra)
         if state is None or (state.valid is None and state.units.numel() == sum(call.units)):
             return
@@ -248,7 +248,7 @@ class Encoder(EncodeStage):
     # --- around the projector ---
 
     def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Ask the policies that choose after the tower; hand the projector the live rows only."""
+        """Ask the policies that choose after the tower; pass the projector the live rows only."""
         call = self.under_way()
         if call is None:
             return None
@@ -266,7 +266,7 @@ class Encoder(EncodeStage):
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
         """Ask the policies that choose at this side of the projector.
 
-        Returns the rows that they keep, CLS in front where the language model gets it; ``None`` if none chooses here.
+        Returns the rows that they keep, CLS first where the language model gets it; ``None`` if none chooses here.
         """
         state: TowerState | None = call.state
         if call.keeps is not None or state is None or call.whole:
@@ -303,7 +303,7 @@ class Encoder(EncodeStage):
         return torch.cat([cls, rows + stream.overflow(features)], 1)
 
     def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
+        """Rows of the features that a `Keep` selects, including CLS where the language model gets it."""
         index, valid = keep.index.to(device), None if keep.valid is None else keep.valid.to(device)
         if not self.tower.keeps_cls:
             return index, valid
@@ -312,7 +312,7 @@ class Encoder(EncodeStage):
         return torch.nn.functional.pad(index + 1, (1, 0), value=0), valid
 
     def _offer(self, call: EncodeCall, output: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the projected features, tiles of one target at a time."""
+        """Offer the projected features to the decoder's entry, tiles with the same target together."""
         keys, units = content_key(call.pixels), call.units[0]
         carry = {} if call.state is None else call.state.carry
         early = [tile for tile, late in enumerate(call.late) if not late]
@@ -351,7 +351,7 @@ class Encoder(EncodeStage):
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
         call.record_tower(lambda: segments, lambda: segments[:1] * len(segments))
-        if call.arrangement is None:  # else `arranger.Arranger` ends the call
+        if call.arrangement is None:  # otherwise `assembler.Assembler` ends the call
             self.end(call)
         if call.keeps is None:
             return None

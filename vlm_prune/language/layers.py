@@ -1,8 +1,8 @@
 """Inside the decoder: dropping tokens between layers, and editing what attention returns.
 
 Stock code makes one mask and one set of rotary embeddings for all layers. Where a layer's rows or its cache differ
-from the first layer's, the pre-hook here hands it its own, made by the same stock functions and shared by all layers
-that agree.
+from the first layer's, the pre-hook here gives it separate ones, made by the same stock functions and shared by all
+layers that agree.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from .standard import check_layers
 class DecoderLayers:
     """The hooks on single decoder layers for policies that act in prefill, on the cache, or on attention.
 
-    After the first ``deepstack`` layers stock code adds features to visual rows. ``session`` is what the calls of their
-    model belong to. ``blocks`` says that tokens of an image may look at each other.
+    After the first ``deepstack`` layers stock code adds features to visual rows. ``session`` is the pruning that calls
+    of their model belong to. ``blocks`` says that tokens of an image may attend to each other.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class DecoderLayers:
         return bool(self.pruned or self.modulated or self.eviction)
 
     def install(self, handles: list[Any]) -> None:
-        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        """Register hooks and attention sites; what must be undone goes to ``handles`` and `sites` at once."""
         for number, layer in enumerate(self.layers):
             handles.append(
                 layer.register_forward_pre_hook(partial(self.enter_layer, number), with_kwargs=True)
@@ -108,7 +108,7 @@ class DecoderLayers:
             # after a cut, what stock code adds to the first layers' visual rows is added here
             cut = number in self.pruned or (self.pruned and number < self.deepstack)
             if cut or number in self.observed:
-                # in front of the hooks by which transformers collects hidden states
+                # before transformers' own hooks that collect hidden states
                 handles.append(
                     layer.register_forward_hook(
                         partial(self.leave_layer, number), prepend=True, with_kwargs=True
@@ -136,7 +136,7 @@ class DecoderLayers:
             call.probing = False
 
     def check_recompute(self) -> None:
-        """Refuse to train layers that would run again in the backward pass and ask the policies again there."""
+        """Refuse to train layers that would run again in the backward pass and ask the policies a second time."""
         if HOOKS_RUN_AGAIN and any(
             runs_again(self.layers[number]) for number in {*self.pruned, *self.modulated}
         ):
@@ -152,7 +152,7 @@ class DecoderLayers:
     def enter_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before layer ``number``: note its rows, give it the mask and positions it needs."""
+        """Before layer ``number``: record its rows, give it the mask and positions it needs."""
         under_way = current_forward(self.session)
         call = under_way or kwargs.get(RESUME)
         if call is None or call.probing:
@@ -208,7 +208,7 @@ class DecoderLayers:
     ) -> dict[str, Any]:
         """Attention mask, position ids and rotary embeddings for this call's rows after those of layer ``number``."""
         shifts = [x.shift for x in (first, layer) if x is not None and x.shift is not None]
-        # those of a step are what stock code made for layer 0, and good for all where no layer was renumbered
+        # those of a decoding step were made for layer 0, and fit all layers if none was renumbered
         moved = call.rows is not None or bool(shifts)
         positions = kwargs.get("position_ids") if call.rows is None else call.rows.positions
         if moved and positions is not None:
@@ -229,12 +229,12 @@ class DecoderLayers:
             return {"attention_mask": mask}
         return {
             "attention_mask": mask,
-            "position_ids": None,  # only the rotary embeddings are told, see `Decoder.place`
+            "position_ids": None,  # only the rotary embeddings use them, see `Decoder.place`
             "position_embeddings": self._rotary(number, hidden, places),
         }
 
     def _rotary(self, number: int, hidden: torch.Tensor, places: torch.Tensor | None) -> Any:
-        """Rotary embeddings of these positions; some decoders have other ones for each kind of layer."""
+        """Rotary embeddings of these positions; some decoders have different ones for each kind of layer."""
         rotary = self.decoder.rotary_emb
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             return rotary(hidden, places, self.kinds[number])
@@ -252,7 +252,7 @@ class DecoderLayers:
         if kind in STATES and call.rows is not None:
             return layer_mask(config, kind, hidden, call.rows.mask, None, None)
         count = hidden.shape[1]
-        # a stock layer too may hold tokens, those of earlier turns without an image
+        # a stock layer may hold tokens too, from earlier turns without an image
         stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
         logical = int(stored.get_seq_length())
         now = None if call.mask is None else call.mask[:, logical:].bool()
@@ -279,7 +279,7 @@ class DecoderLayers:
         gone = torch.zeros_like(visual)
         closed_up: torch.Tensor | None = None
         merged = hidden
-        for policy, budget in self.pruned.get(number, []):  # all see the layer as it was
+        for policy, budget in self.pruned.get(number, []):  # all see the layer before any cut
             view = self._view(call, rows, visual, policy, budget, number, hidden)
             if policy.reads_ahead:
                 view.next_attention = partial(self._next_attention, call, number, hidden, kwargs)
@@ -331,7 +331,7 @@ class DecoderLayers:
         )
 
     def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
-        """Turn keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
+        """Rotate keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
         if rows.padding is None:
             return key
         cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, rows.padding[:, None]))
@@ -342,14 +342,14 @@ class DecoderLayers:
     def _next_attention(
         self, call: ForwardCall, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> AttentionView:
-        """What layer ``number + 1`` would attend with if all rows ``hidden`` that leave layer ``number`` went on."""
+        """The attention inputs of layer ``number + 1`` if all rows ``hidden`` of layer ``number`` went on."""
         if call.rows is None:
             raise RuntimeError(f"layer {number} is not in a prefill, so nothing is cut after it")
         layer, cache, home = self.layers[number + 1], cache_of(kwargs), hidden.device
         if call.deepstack is not None:
             hidden = call.deepstack.foreseen(number, hidden)
         weights = next(layer.parameters()).device
-        there = home if weights.type == "meta" else weights  # accelerate fetches weights that are on disk
+        there = home if weights.type == "meta" else weights  # accelerate loads weights that are on disk
         held = next(iter(getattr(cache, "layers", ())[number + 1 : number + 2]), None)
         pruned, positions = _pruned_layer(cache, number + 1), call.rows.positions
         if pruned is not None and pruned.shift is not None:
@@ -370,12 +370,12 @@ class DecoderLayers:
     def _target(
         self, call: ForwardCall, policy: Policy, budget: Budget, visual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visual tokens that entered layer 0, and how many the budget wants in the end: two int64 ``(batch,)``."""
+        """Visual tokens that entered layer 0, and how many the budget keeps in the end: two int64 ``(batch,)``."""
         entered = call.entered.visual if call.entered is not None else None
         initial = visual.sum(-1) if entered is None else entered.sum(-1)
         mask = call.image_mask
         dense = initial if mask is None else mask.sum(-1)
-        # the share that a policy of several stages keeps is one of all tokens, not of what its own encode stage left
+        # a policy of several stages keeps a share of all tokens, not of what its own encode stage left
         return initial, budget.of_visual(dense if policy.encodes else initial, call)
 
     def _drop(
@@ -388,9 +388,9 @@ class DecoderLayers:
         gone: torch.Tensor,
         closed_up: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Take the rows ``gone`` out of ``hidden``, and padding with them where sequences differ anyway.
+        """Remove the rows ``gone`` from ``hidden``, and padding too where sequences differ anyway.
 
-        Positions move down over the places ``closed_up``, if any.
+        Positions close up over the rows ``closed_up``, if any.
         """
         live = ~gone
         if rows.mask is not None and len(hidden) > 1:
@@ -407,8 +407,8 @@ class DecoderLayers:
         if not min(counts):
             names = " and ".join(policy.name for policy, _ in self.pruned[number])
             raise UnsupportedCallError(
-                f"Of a prompt of this call nothing is left after decoder layer {number}: it holds images alone, and "
-                f"{names} drops all visual tokens there. Put text into the prompt, or choose a policy that keeps some."
+                f"Nothing is left of a prompt of this call after decoder layer {number}: it has images alone, and "
+                f"{names} drops all visual tokens there. Add text to the prompt, or choose a policy that keeps some."
             )
         call.observed.pop("attention", None)
         if call.deepstack is not None and call.deepstack.stock:

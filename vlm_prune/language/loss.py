@@ -1,9 +1,9 @@
-"""The loss of a pruned model: a row whose successor was dropped learns to predict the one after it.
+"""The loss of a pruned model: a row whose successor was dropped is trained to predict the next remaining one.
 
 Trainers that sum a loss over several batches count the targets of all of them before any goes through the model
-(``num_items_in_batch``), those of tokens that will be dropped too. A batch knows its own targets only, so it takes from
-that count the share that it loses itself: exact for one batch, and for several that lose equal shares. For others there
-is `IgnoreVisualLabels`.
+(``num_items_in_batch``), including those of tokens that will be dropped. A batch only knows its own targets, so it
+scales that count by the share that it keeps itself: exact for one batch, and for several that keep equal shares. For
+others there is `IgnoreVisualLabels`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ IGNORE = -100
 
 
 def share_left(before: torch.Tensor, left: torch.Tensor, ignore: int = IGNORE) -> torch.Tensor:
-    """Which share of the targets ``before`` is ``left``: a number; 1 where there are none."""
+    """The share of the targets ``before`` that is ``left``; 1 where there are none."""
     targets = (before != ignore).sum()
     return torch.where(targets > 0, (left != ignore).sum() / targets.clamp(min=1), 1.0)
 
 
 class Loss:
-    """Stands in for a model's ``loss_function`` until `remove` is called, and hands on to it.
+    """Replaces a model's ``loss_function`` until `remove` is called, and calls it.
 
-    The loss function and no hook on the model, because PEFT calls ``model.forward`` past the hooks.
+    This replaces the loss function, since hooks on the model would not fire: PEFT calls ``model.forward`` directly.
     """
 
     def __init__(self, model: Any, session: Any):
         self.model, self.session, self.stock = model, session, model.loss_function
-        self.before = vars(model).get("_loss_function")  # where the setter of `loss_function` puts it
+        self.before = vars(model).get("_loss_function")  # where the setter of `loss_function` stores it
         model.loss_function = self
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class Loss:
         return self.stock(logits, labels, *args, **kwargs)
 
     def remove(self) -> None:
-        """Give the model its own loss function back."""
+        """Restore the model's own loss function."""
         if self.before is None:
             del self.model._loss_function
         else:
@@ -60,7 +60,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class IgnoreVisualLabels:
-    """A data collator that leaves the labels of visual tokens out; made by `api.ignore_visual_labels`.
+    """A data collator that masks the labels of visual tokens; made by `api.ignore_visual_labels`.
 
     Attributes:
         collator: makes the batch.
@@ -71,7 +71,7 @@ class IgnoreVisualLabels:
     tokens: tuple[int, ...]
 
     def __call__(self, examples: Any) -> Any:
-        """What the collator makes, with -100 in ``labels`` where ``input_ids`` hold a placeholder.
+        """The collator's batch, with -100 in ``labels`` where ``input_ids`` hold a placeholder.
 
         Raises:
             UnsupportedCallError: the batch has no ``labels`` and ``input_ids`` ``(batch, length)`` of one shape.

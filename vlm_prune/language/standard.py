@@ -1,7 +1,7 @@
-"""Whether policies can act between a decoder's layers, or at their attention: asked when pruning starts.
+"""Whether policies can act between a decoder's layers, or on their attention: checked when pruning starts.
 
-There the engine makes masks and rotary embeddings for the rows that are left, as stock code makes them for all rows.
-That works where layers take these and nothing else that belongs to a row.
+The engine makes masks and rotary embeddings for the remaining rows there, as stock code makes them for all rows. That
+works where layers take these and no other per-row arguments.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_layers(
     watched: Mapping[int, Sequence[str]],
     blocks: bool,
 ) -> None:
-    """Raise if a policy asks something of a decoder's layers that these do not allow.
+    """Raise if a policy does something that a decoder's layers do not allow.
 
     Args:
         decoder: the language model, whose ``layers`` these are.
@@ -49,7 +49,7 @@ def check_layers(
 
     Raises:
         PolicyError: tokens cannot be dropped between these layers, or a layer has another kind of attention.
-        UnsupportedModelError: what the engine cannot make for some of the rows, or a layer without attention.
+        UnsupportedModelError: per-row arguments that the engine cannot make, or a layer without attention.
     """
     for policy in policies:
         _check_between(decoder, layers, policy, blocks)
@@ -65,7 +65,7 @@ def check_layers(
 
 
 def _check_between(decoder: Any, layers: Sequence[Any], policy: Policy, blocks: bool) -> None:
-    """Raise if layers share what belongs to a token, and the policy drops tokens between them or edits attention."""
+    """Raise if layers share per-token data, and the policy drops tokens between them or edits attention."""
     kind, depth = type(decoder).__name__, len(layers)
     cut, whole = policy.prefill_layers(depth), shared_between_layers(decoder, list(layers))
     if (cut or policy.modulate_layers(depth)) and whole is not None:
@@ -96,7 +96,7 @@ def _check_full_attention(decoder: Any, layers: Sequence[Any], policy: Policy) -
 
 
 def _check_cuts(decoder: Any, layers: Sequence[Any], name: str) -> None:
-    """Raise unless the engine can make what these layers are called with for some of the rows."""
+    """Raise unless the engine can make the arguments of these layers for a subset of the rows."""
     kind, rotary = type(decoder).__name__, getattr(decoder, "rotary_emb", None)
     takes = list(inspect.signature(rotary.forward).parameters) if rotary is not None else []
     if takes[:2] != ["x", "position_ids"] or not {*takes} <= {"x", "position_ids", "layer_type"}:

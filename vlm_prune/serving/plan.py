@@ -195,6 +195,7 @@ def check_served(policy: Policy) -> None:
             "prefill": "vLLM's layers share one block table and the positions that were fixed at scheduling, so no "
             "layer can hold fewer tokens than another",
             "decode": "vLLM's layers share one block table, so a layer cannot lose keys on its own",
+            "guide": "vLLM computes each prompt once, and has no second pass to compare with",
             "modulate": "vLLM's attention kernels show no head outputs or probabilities to edit",
         }[inside[0]]
         raise PolicyError(
