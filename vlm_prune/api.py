@@ -58,6 +58,8 @@ def prune(
         per: what the budget applies to: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
             itself, as in the papers; or ``"image"``, all tiles of an image (or frames of a video) together. They
             compete for it then, and tokens are chosen after the tower.
+        capture: compute vision tower and prefill by CUDA graphs, recorded when a shape is first seen, where that can be
+            done; what runs eagerly and why is in the receipt. See docs/performance.md.
         config: policy, budget and settings, instead of all these: the ``model.pruning.config`` of another
             model, a JSON file with it, or a folder to which a pruned model was saved.
         settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each
@@ -140,6 +142,7 @@ def from_pretrained(
         tokens: its budget, see `prune`.
         ratio: its budget, see `prune`.
         per: what the budget applies to, see `prune`.
+        capture: whether calls are captured, see `prune`.
         config: another config, instead; see `prune`.
         kwargs: for ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
@@ -161,11 +164,9 @@ def from_pretrained(
         path = locate(path, kwargs.get("subfolder", ""))
         chosen = load_config(find_config(path, kwargs))
     else:
-        chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per}
+        chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per, "capture": capture}
     # a mistake in them must be found before a large model is loaded
-    make_policies(
-        chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio", "per")}
-    )
+    make_policies(chosen["policy"], {k: v for k, v in chosen.items() if k not in BESIDE})
     path = locate(path, kwargs.get("subfolder", ""))
     with missing_models(path):
         model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)

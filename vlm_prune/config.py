@@ -6,8 +6,8 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget, ``per`` what it applies to. Only ``policy`` is required. ``vlm-prune tune`` adds ``similarity`` and ``about``
-for people to read.
+budget, ``per`` what it applies to; ``capture`` is true if calls are captured. Only ``policy`` is required.
+``vlm-prune tune`` adds ``similarity`` and ``about`` for people to read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VERSION = 1
 KEYS = ("version", "policy", "tokens", "ratio", "per", "capture", "settings", "similarity", "about")
 
 
-def to_config(composition: Composition) -> dict[str, Any]:
+def to_config(composition: Composition, capture: bool = False) -> dict[str, Any]:
     """Policies and budget as a JSON-compatible dict, with every field.
 
     Raises:
@@ -84,9 +84,11 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             "needed."
         )
     for name in settings:
-        if name in ("model", "policy", "tokens", "ratio", "per", "config"):
+        if name in ("model", "policy", "tokens", "ratio", "per", "capture", "config"):
             raise PolicyError(f"{where}: {name} belongs next to settings, not in them.")
-    budget = {name: config[name] for name in ("tokens", "ratio", "per") if config.get(name) is not None}
+    budget = {
+        name: config[name] for name in ("tokens", "ratio", "per", "capture") if config.get(name) is not None
+    }
     return {
         "policy": config["policy"],
         **budget,

@@ -22,6 +22,7 @@ from .config import to_config
 from .contract.anatomy import Anatomy, FeatureTower, PackedTower
 from .contract.stages import Stages
 from .encode.assembler import FEATURE_METHODS, Assembler, FeatureMethod
+from .encode.captured import CapturedTower
 from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder

@@ -51,8 +51,8 @@ def calls_table(calls: Sequence[Call]) -> Table:
     device = ["device ms", "launches", "waits"] if any(c.counts.device_ms is not None for c in calls) else []
     graphs = ["over captured stock", "captured"] if any(c.captured is not None for c in calls) else []
     shown = Table(
-        "whole call", "batch", "tokens", "wall ms", "over stock", "over oracle", *graphs, *device, "operations", "reads",
-        "peak MiB", "over oracle", box=SIMPLE_HEAD,
+        "whole call", "batch", "tokens", "wall ms", "over stock", "over oracle", *graphs, *device, "operations",
+        "reads", "peak MiB", "over oracle", box=SIMPLE_HEAD,
     )  # fmt: skip
     for call in calls:
         seen = call.counts

@@ -66,6 +66,7 @@ class ForwardCall:
         census: the result of `count`, once it was called.
         left: visual tokens of each sequence that are left so far; ``None`` until they are counted.
         wrapped: a cache whose layers the decoder temporarily sees as stock ones, and these layers.
+        captured: whether a graph computed the decoder or why not, if the model is to capture its calls.
         owner: the pruning that this forward belongs to.
     """
 

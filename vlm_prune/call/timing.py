@@ -23,7 +23,7 @@ class Stopwatch:
 
     def stop(self) -> Callable[[], float]:
         """Stop now; the returned function may be called at any later time."""
-        if self.device.type == "cuda":
+        if self.timed:
             begin, end = self.begin, torch.cuda.Event(enable_timing=True)
             end.record()
 

@@ -138,7 +138,6 @@ class EncodeStage:
 
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and register it with its forward, if any."""
-        self.session.publish(call.receipt)
         under_way = current_encoding(self.session)
         if under_way is not None and under_way.recording:
             under_way.ended = call
