@@ -62,7 +62,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.constants: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.again: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -164,10 +164,9 @@ class CudaRecorder:
         try:
             graph.capture_end()
         except RuntimeError:  # it is void; torch then still counts the graph among those that use the pool
-            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
             for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
                 with suppress(RuntimeError):
-                    undo(index, self.pool)
+                    undo(self.device.index, self.pool)
         graph.reset()
 
     @contextmanager

@@ -94,7 +94,9 @@ def split_arguments(
     Raises:
         NotCapturable: an argument is of a kind that can be neither.
     """
-    inputs, values, key = {}, {}, []
+    inputs: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    key: list[Hashable] = []
     for name, x in given.items():
         if name in ("output_hidden_states", "output_attentions") and x:
             raise NotCapturable(f"{name} is asked for")
