@@ -245,6 +245,8 @@ class SparseVLM(Policy):
                 f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
             )
         rater = view.carry[RATER] > 0
+        # of a prompt of images alone the raters are visual tokens, which may have been dropped since
+        rater = rater | (last_row(view.valid, view.visual) & ~rater.any(-1, keepdim=True))
         if not self.plus:
             return attention_mass(view.attention, rater)[0] / rater.sum(-1, keepdim=True).clamp(min=1)
         return head_relation(*self._paid(view.attention, rater, view.carry), view.visual, SHARED_HEADS)[0]

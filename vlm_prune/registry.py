@@ -24,8 +24,10 @@ POLICIES: dict[str, str | type[Policy]] = {
     "divprune": "vlm_prune.policies.divprune:DivPrune",
     "dola": "vlm_prune.policies.dola:DoLa",
     "downsample": "vlm_prune.policies.pooling:Downsample",
+    "dycoke": "vlm_prune.policies.dycoke:DyCoke",
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
     "fastv": "vlm_prune.policies.fastv:FastV",
+    "fastvid": "vlm_prune.policies.fastvid:FastVID",
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
     "h2o": "vlm_prune.policies.h2o:H2O",
     "mmtok": "vlm_prune.policies.mmtok:MMTok",
@@ -48,6 +50,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vlcache": "vlm_prune.policies.vlcache:VLCache",
     "vhr": "vlm_prune.policies.vhr:VHR",
+    "vidcom2": "vlm_prune.policies.vidcom2:VidCom2",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
     "zerotuning": "vlm_prune.policies.zerotuning:ZeroTuning",
@@ -229,9 +232,9 @@ def policy_class(name: str) -> type[Policy]:
     if name not in POLICIES:
         load_plugins()
     if name not in POLICIES:
-        raise PolicyError(
-            f'policy="{name}" is not known. {load_entry(ELSEWHERE)(name)}{did_you_mean(name, POLICIES)}'
-        )
+        elsewhere = load_entry(ELSEWHERE)(name)
+        known = did_you_mean("" if elsewhere else name, POLICIES)
+        raise PolicyError(f'policy="{name}" is not known. {elsewhere}{known}')
     return load_entry(POLICIES[name])
 
 
@@ -279,7 +282,8 @@ def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, A
             or not objects
             or not all(isinstance(p, Policy) for p in objects)
         ):
-            raise PolicyError(f'policy={policy!r}: give a name such as "flowcut", or policy objects.')
+            made = f", such as {policy.__name__}()" if isinstance(policy, type) else ""
+            raise PolicyError(f'policy={policy!r}: give a name such as "flowcut", or policy objects{made}.')
         if settings:
             raise PolicyError(f"{', '.join(settings)} given beside policy objects: set it on the object.")
         return _checked(tuple(objects))
