@@ -138,7 +138,7 @@ def test_a_config_alone_is_taken_by_all_three():
         ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"snapkv"']),
         ("snap_kv", ['Did you mean "snapkv"?']),
         ("llava-prumerge", ['Did you mean "prumerge"?']),
-        ("opera", ["OPERA", '"paint"']),
+        ("opera", ["OPERA", '"vcd"']),
         ("flowcutt", ['Did you mean "flowcut"?']),
     ],
 )
