@@ -133,8 +133,8 @@ def test_a_config_alone_is_taken_by_all_three():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("ToMe", ["ToMe, which merges alike tokens", '"visionzip"']),
-        ("tome", ["ToMe, which merges alike tokens", "docs/contributing.md"]),
+        ("ToMe", ["ToMe, which merges similar tokens", '"visionzip"']),
+        ("tome", ["ToMe, which merges similar tokens", "docs/contributing.md"]),
         ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"snapkv"']),
         ("snap_kv", ['Did you mean "snapkv"?']),
         ("llava-prumerge", ['Did you mean "prumerge"?']),
