@@ -233,7 +233,8 @@ def policy_class(name: str) -> type[Policy]:
         load_plugins()
     if name not in POLICIES:
         elsewhere = load_entry(ELSEWHERE)(name)
-        raise PolicyError(f'policy="{name}" is not known. {elsewhere or did_you_mean(name, POLICIES)}')
+        known = did_you_mean("" if elsewhere else name, POLICIES)
+        raise PolicyError(f'policy="{name}" is not known. {elsewhere}{known}')
     return load_entry(POLICIES[name])
 
 

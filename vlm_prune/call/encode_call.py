@@ -282,6 +282,8 @@ class Encoding:
         once: whether the method calls its tower once; further calls come from elsewhere.
         done: whether it has.
         nested: running calls of the tower inside its own call, which come from elsewhere.
+        recording: whether a graph is being recorded, so that the tiles are only left in ``ended``.
+        captured: whether a graph computed the tiles or why not, if the model is to capture its calls.
     """
 
     owner: Any
@@ -291,6 +293,9 @@ class Encoding:
     call: EncodeCall | None = None
     done: bool = False
     nested: int = 0
+    recording: bool = False
+    ended: EncodeCall | None = None
+    captured: str | None = None
 
     @property
     def mine(self) -> EncodeCall | None:
