@@ -19,7 +19,7 @@ def anatomy(model: Any) -> Anatomy:
     patch, layers = vision.patch_size, list(flat_tower(tower).encoder.layers)
     projector = base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.aligner
     merge = getattr(projector, "kernel_size", 1)
-    if merge > 1:  # what stands in front of this part of Gemma's projector pools patches, and holes to holes
+    if merge > 1:  # the preceding part of Gemma's projector pools patches, and holes into holes
         projector = projector.mm_soft_emb_norm
     return Anatomy(
         family=config.model_type,
