@@ -12,15 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..contract.policy import Keep, Policy
 from ..contract.views import AttentionView, FeaturesView, PrefillView, TowerView
 from .scores import exact_dtype, global_logits, last_row, top_mask
-
-Number = TypeVar("Number", torch.Tensor, float)
 
 
 def information_score(
@@ -57,10 +55,9 @@ def entropy(attention: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(attention / attention.sum(-1, keepdim=True)).sum(-1)
 
 
-def wanted_drops(width: Number, target: int, remaining: int, flatness: Number) -> Number:
+def wanted_drops(width: Any, target: int, remaining: int, flatness: Any) -> Any:
     """How many of ``width`` tokens a layer drops whose attention has the relative entropy ``flatness``, not rounded."""
-    wanted: Number = (width - target) / remaining**0.5 * (1 - flatness**2)  # type: ignore[assignment]
-    return wanted
+    return (width - target) / remaining**0.5 * (1 - flatness**2)
 
 
 def drop_counts(
@@ -184,10 +181,11 @@ class FlowCut(Policy):
         if width <= target:
             return None
         attention, scores = self._scores(view)
-        flow = view.carry.get("flow")
-        for score in scores:
-            # the average of half the last layer, a quarter of the one before, ..., times two: ranks are the same
-            flow = score * 2 if flow is None else torch.add(score, flow, alpha=0.5)
+        # the average of half the last layer, a quarter of the one before, ..., times two: ranks are the same
+        known = view.carry.get("flow")
+        flow = scores[0] * 2 if known is None else torch.add(scores[0], known, alpha=0.5)
+        for score in scores[1:]:
+            flow = torch.add(score, flow, alpha=0.5)
         view.carry["flow"] = flow
         ranked = flow if view.valid is None else flow.masked_fill(~view.valid, -torch.inf)
         remaining = self._consumed(view.feature_layer) - 1 - view.layer

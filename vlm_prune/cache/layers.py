@@ -425,8 +425,8 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
         before = layer.logical - rows.count
         like = alike.setdefault((id(rows), layer.like, before), index)
         if like < index:
-            first = vars(cache.layers[like])
-            vars(layer).update({name: first[name] for name in SHARED})
+            first = cache.layers[like].__dict__
+            layer.__dict__.update({name: first[name] for name in SHARED})
         else:
             dropped = rows.length - rows.count
             seen = join_masks(past_mask(layer, mask, before), rows.mask, before, rows.count)
