@@ -17,11 +17,12 @@ from vlm_prune.errors import UnsupportedCallError, UnsupportedModelError
 from vlm_prune.eval.census.prompts import KINDS, prompt
 from vlm_prune.eval.census.shrink import IMAGE, PAD, PATCH, SIDE, tiny_model
 
-FAMILIES = ["mistral3", "aya_vision", "ovis2", "hunyuan_vl", "got_ocr2"]
-"""Pixtral's tower, sliding windows, soft visual words, newlines with M-RoPE, a tower like SAM's."""
+FAMILIES = ["mistral3", "hunyuan_vl", "got_ocr2", "blip-2", "idefics2"]
+"""Pixtral's tower, newlines with M-RoPE, a tower like SAM's, learned positions after query tokens, filled-up tiles."""
 
-TOWERS = ["gemma3", "paligemma", "deepseek_vl"]
-"""SigLIP's tower with all its places: squares pooled to tokens and an outside mask, a prefix, an aligner."""
+TOWERS = ["gemma3", "paligemma", "deepseek_vl", "idefics3", "cohere2_vision", "ovis2"]
+"""SigLIP's tower with all its places: squares pooled to tokens and an outside mask, a prefix, an aligner; padded tiles
+and a pixel shuffle, one inside the projector with sliding windows, soft visual words."""
 
 RATIO = 0.4
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -47,6 +48,13 @@ def together(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         if name in ("input_ids", "attention_mask", *KINDS):
             fill = PAD if name == "input_ids" else 0
             parts = [torch.nn.functional.pad(x, (length - x.shape[1], 0), value=fill) for x in parts]
+        elif (
+            parts[0].shape[0] == 1 and len({x.shape[1] for x in parts}) > 1
+        ):  # tiles of each prompt, filled up
+            most = max(x.shape[1] for x in parts)
+            parts = [
+                torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, most - x.shape[1])) for x in parts
+            ]
         batch[name] = torch.cat(parts)
     return batch
 
@@ -58,7 +66,8 @@ BATCHES = [
         if name != "hunyuan_vl"
         for policy in ("uniform", "divprune", "random")
     ),
-    *((name, policy) for name in TOWERS for policy in ("uniform", "flowcut", "visionzip", "downsample")),
+    *((name, policy) for name in TOWERS for policy in ("uniform", "flowcut", "visionzip")),
+    *((name, "downsample") for name in ("gemma3", "idefics3", "cohere2_vision")),
 ]
 
 
@@ -138,6 +147,30 @@ def test_a_tower_computes_less_after_a_cut(family):
     assert receipt.tower_tokens[-1] == receipt.planned * per_unit
 
 
+@pytest.mark.parametrize("policy", ["flowcut", "visionzip"])
+def test_padded_patches_are_not_attended_after_a_cut(policy):
+    """The whole mask of stock code no longer fits; what is left of it has to hold in every implementation."""
+    model, inputs = tiny_model("idefics3"), prompt(model_of("idefics3"), 2)
+    inputs["pixel_attention_mask"][0, 1, SIDE // 2 :] = 0
+    answers, changed = [], {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+    changed["pixel_values"][0, 1, :, SIDE // 2 :] += 1
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        with pruned(model, policy, ratio=RATIO):
+            answers.append(model(**inputs).logits)
+            kept = model.pruning.receipt.kept
+            model(**changed)
+            assert model.pruning.receipt.kept[0] == kept[0]
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-3)
+
+
+def test_a_tower_of_one_size_refuses_smaller_images():
+    with pytest.raises(UnsupportedModelError, match="one size only"):
+        prune(model_of("ovis2"), "downsample")
+    with pytest.raises(UnsupportedModelError, match="calls the projector"):
+        prune(model_of("cohere2_vision"), "zooprune")
+
+
 @pytest.mark.parametrize("family", TOWERS)
 @pytest.mark.parametrize("policy", ["uniform", "flowcut"])
 def test_the_tower_computes_what_it_would_for_the_kept_patches(family, policy):
@@ -200,7 +233,14 @@ def test_other_ways_in_are_refused_with_their_sentence(family):
         ({"image_grid_thw": [[2, 4, 6]]}, [(12,)], [(2, 3), (2, 3)]),
         ({"image_grid_thw": [[1, 4, 4]]}, [(7,)], [(1, 7)]),  # newlines among them
         ({"pixel_values": torch.zeros(3, 3, 8, 8)}, [(12,)], [(2, 2)] * 3),
-        ({"pixel_values": torch.zeros(1, 3, 3, 8, 8)}, [(12,)], [(2, 2)] * 3),
+        ({"pixel_values": torch.ones(1, 3, 3, 8, 8)}, [(12,)], [(2, 2)] * 3),
+        ({"pixel_values": torch.ones(2, 3, 3, 8, 8)}, [(12,), (12,)], [(2, 2)] * 6),
+        (
+            {"pixel_values": torch.eye(2).view(2, 2, 1, 1, 1).expand(2, 2, 3, 8, 8)},
+            [(4,), (4,)],
+            [(2, 2)] * 2,
+        ),
+        ({"image_grid_hw": [[4, 6], [8, 4]]}, [(6,), (8,)], [(2, 3), (4, 2)]),
         ({}, [(4,), (5,)], [(2, 2), (1, 5)]),
         ({}, [(2, 9)], [(3, 3), (3, 3)]),
         ({}, [(2, 3, 5)], [(3, 5), (3, 5)]),

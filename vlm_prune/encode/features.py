@@ -162,9 +162,10 @@ def _replaced(output: Any, features: Any, opened: list[torch.Tensor]) -> Any:
 
 def tile_keys(pixels: Any, tiles: int, device: torch.device) -> torch.Tensor:
     """A number per tile that depends on its pixels alone, int64 ``(tiles,)``; 0 where these cannot be told apart."""
-    several = (
-        [pixels, pixels.flatten(0, 1)] if isinstance(pixels, torch.Tensor) and pixels.dim() == 5 else [pixels]
-    )
+    several = [pixels]
+    if isinstance(pixels, torch.Tensor) and pixels.dim() == 5:
+        flat = pixels.flatten(0, 1)
+        several += [flat, flat[(flat != 0).flatten(1).any(-1)]]  # without the black ones that fill prompts up
     for given in several:
         if isinstance(given, torch.Tensor) and len(given) == tiles:
             return content_key(given).to(device)

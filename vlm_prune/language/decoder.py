@@ -7,6 +7,7 @@ follow; the hook after it restores the full length and tells the cache. What hap
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -68,6 +69,9 @@ class Decoder:
         rope = getattr(module.config, "rope_parameters", None) or {}
         scaling = any(hasattr(child, "softmax_scaling") for child in module.modules())
         self.scales = scaling or "llama_4_scaling_beta" in rope
+        # OPT looks positions up in a table, by what its padding mask leaves
+        table = getattr(module, "embed_positions", None)
+        self.counts = table is not None and "attention_mask" in inspect.signature(table.forward).parameters
         self.ends: weakref.WeakKeyDictionary[Cache, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def install(self, handles: list[Any]) -> None:
@@ -191,6 +195,8 @@ class Decoder:
         """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
         embeds, layer, mask = kwargs["inputs_embeds"], first_layer(past), kwargs.get("attention_mask")
         slots, length = slot_mask(mask, past), embeds.shape[1]
+        if self.counts and layer is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = self._numbers(embeds, mask, layer.get_seq_length())
         if slots is None or (self.layers is not None and self.layers.modulated):
             call.mask = self._padding(call, kwargs, past)
         if slots is None:
@@ -200,12 +206,22 @@ class Decoder:
         if layer.shift is not None:
             positions = kwargs.get("position_ids")
             if positions is None:
-                positions = torch.arange(length, device=embeds.device)[None] + layer.get_seq_length()
+                positions = self._numbers(embeds, mask, layer.get_seq_length())
             kwargs["position_ids"] = positions - layer.shift[:, None]
         if slots is not None:
             kwargs["attention_mask"] = slots_of(slots, layer, layer)
         elif layer.seen is not None:
             kwargs["attention_mask"] = behind(layer.seen, call.mask, lambda: layer.logical + length)
+
+    def _numbers(self, embeds: torch.Tensor, mask: torch.Tensor | None, logical: int) -> torch.Tensor:
+        """The positions that stock code gives rows of which none are said: int64 ``(batch or 1, rows)``.
+
+        ``logical`` rows are before them.
+        """
+        length = embeds.shape[1]
+        if self.counts and mask is not None and mask.dim() == 2:
+            return (mask.long().cumsum(-1) * mask - 1)[:, -length:]
+        return torch.arange(logical, logical + length, device=embeds.device)[None]
 
     def _unwrap(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> None:
         """Show stock cache layers to a decoder whose indexers ask them how many rows they hold.
@@ -253,8 +269,8 @@ class Decoder:
         now = None if mask is None else mask[:, -length:].bool()
         positions, padding = kwargs.get("position_ids"), None
         if positions is None:
-            positions = torch.arange(logical, logical + length, device=embeds.device)[None]
-            padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
+            positions = self._numbers(embeds, mask, logical)
+            padding = None if mask is None or self.counts else (mask.cumsum(-1) == 0).sum(-1)
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
         alive = ~call.holes(embeds) if holes else None
         if choosing and self.entry is not None:
