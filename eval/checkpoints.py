@@ -70,8 +70,8 @@ def open_model(
 
     Args:
         name: one of `MODELS`, a folder, or a name on the hub.
-        dtype: name of a torch dtype. Default: float32 for shipped models; for others the checkpoint's own, or
-            bfloat16 on a CPU, where float16 is slow.
+        dtype: name of a torch dtype, or ``"auto"`` for the checkpoint's own. Default: float32 for shipped models; for
+            others the checkpoint's own, or bfloat16 on a CPU, where float16 is slow.
         device: default: the CPU.
 
     Raises:
@@ -80,7 +80,7 @@ def open_model(
     place = _device(device or "cpu")
     chosen = _dtype(dtype)
     if name in MODELS and not Path(name).is_dir():
-        model, processor = load_model(name, chosen or torch.float32)
+        model, processor = load_model(name, chosen if isinstance(chosen, torch.dtype) else torch.float32)
         return model.to(place), processor
     if is_no_name(name):
         raise ValueError(cannot_load(name))
@@ -103,12 +103,14 @@ def cannot_load(name: str, error: Exception | None = None) -> str:
     return missing_model(name, error, CHECKPOINTS, f"{known.gigabytes():.1f} GB" if known else None)
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
+def _dtype(name: str | None) -> torch.dtype | str | None:
+    if name in (None, "auto"):
+        return name
     allowed = ("float32", "bfloat16", "float16")
     if name not in allowed:
-        raise ValueError(f"dtype {name!r}: choose one of {', '.join(allowed)}.")
+        raise ValueError(
+            f"dtype {name!r}: choose one of {', '.join(allowed)}, or auto for the checkpoint's own."
+        )
     found: torch.dtype = getattr(torch, name)
     return found
 

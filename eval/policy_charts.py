@@ -43,6 +43,24 @@ def bars(counts: Sequence[int], title: str) -> Drawing:
     return draw_it
 
 
+def pairs(first: Sequence[float], second: Sequence[float], names: Sequence[str], title: str) -> Drawing:
+    """Two bars a name on a logarithmic axis, the first one light, the second one dark."""
+
+    def draw_it(axis: Axes) -> None:
+        places = range(len(names))
+        axis.barh([place - 0.2 for place in places], first, 0.4, color="#a9bfdd")
+        axis.barh([place + 0.2 for place in places], second, 0.4, color="#2c4a7c")
+        axis.set_yticks(list(places), names, fontsize=6)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlim(1e-5, 1)
+        axis.spines[["top", "right"]].set_visible(False)
+        _labels(axis, "probability", title)
+        axis.set_ylabel("")
+
+    return draw_it
+
+
 def heat(
     values: Any, across: str, title: str, limit: float | None = None, names: dict[int, str] | None = None
 ) -> Drawing:

@@ -21,7 +21,7 @@ from vlm_prune.call.receipt import Receipt
 from vlm_prune.contract.policy import Policy
 from vlm_prune.eval.measure import prompt_text, receipt_of
 from vlm_prune.eval.models import load_model
-from vlm_prune.eval.policy_charts import Drawing, bars, heat, image, save
+from vlm_prune.eval.policy_charts import Drawing, bars, heat, image, pairs, save
 from vlm_prune.eval.scenes import make_scenes
 from vlm_prune.policies.pooling import pooling_cells, smaller_grid
 from vlm_prune.registry import POLICIES, policy_class
@@ -43,12 +43,14 @@ class Seen:
         visual: bool ``(rows,)`` of the prompt.
         lifted: bool per visual token that PAINT lifts, in any layer.
         cached: by layer, the visual tokens that stay in the cache of its first KV head.
+        said: probabilities of the next token before and after guiding ``(2, vocabulary)``.
     """
 
     edits: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
     visual: torch.Tensor | None = None
     lifted: torch.Tensor | None = None
     cached: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    said: torch.Tensor | None = None
 
 
 def watched(policy: Policy, seen: Seen) -> Policy:
@@ -75,6 +77,11 @@ def watched(policy: Policy, seen: Seen) -> Policy:
             seen.cached[view.layer] = first[view.visual[0]].nonzero()[:, 0].tolist()
             return keep
 
+        def guide(self, view: Any) -> Any:
+            new = super().guide(view)
+            seen.said = torch.stack([view.logits[0, -1], new[0, -1]]).softmax(-1)
+            return new
+
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     watcher: Policy = Watched(**fields)
     return watcher
@@ -95,7 +102,8 @@ def draw_all(folder: Path, names: Sequence[str] = tuple(POLICIES)) -> list[Path]
 def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any]) -> Path:
     """The picture of one policy; ``inputs`` are those of several scenes, of which diagrams take the first."""
     policy = policy_class(name)(**SETTINGS.get(name, {}))
-    inside = any(stage in policy.stages for stage in ("prefill", "decode", "modulate"))
+    acts = policy.acts
+    inside = acts.cuts or acts.evicts or acts.edits or acts.guides
     drawings: list[Drawing] = []
     for one in inputs[: 1 if inside else len(inputs)]:
         seen = Seen()
@@ -104,16 +112,25 @@ def draw(name: str, path: Path, model: Any, processor: Any, inputs: Sequence[Any
             receipt = receipt_of(model)
         pixels = processor.image_processor
         tile = viz.denormalise(one["pixel_values"], pixels.image_mean, pixels.image_std)[0]
-        if "modulate" in policy.stages:
+        if acts.edits:
             drawings += modulation(tile, receipt, seen)
-        elif "prefill" in policy.stages:
+        elif acts.guides:
+            pass
+        elif acts.cuts:
             drawings += cuts(tile, receipt)
-        elif "decode" in policy.stages:
+        elif acts.evicts:
             drawings += caches(tile, receipt, seen)
         else:
             kept = receipt.kept[0]
             shown = COARSE[name](tile, receipt) if name in COARSE else viz.fade(tile, kept, receipt.grid)
             drawings.append(image(shown, f"{len(kept)} of {receipt.units}"))
+        if policy.second_pass == "image":
+            noised = policy.distort(one["pixel_values"])
+            drawings.append(
+                image(viz.denormalise(noised, pixels.image_mean, pixels.image_std)[0], "second pass")
+            )
+        if seen.said is not None:
+            drawings += guided(seen.said, processor.tokenizer)
     if len(set(receipt.tower_tokens)) > 1:
         drawings.append(bars(receipt.tower_tokens, "tokens per vision layer"))
     if len(set(receipt.decoder_tokens)) > 1:
@@ -164,6 +181,14 @@ def modulation(tile: viz.Pixels, receipt: Receipt, seen: Seen) -> list[Drawing]:
         heat(strength, "head", "change of the last row"),
         heat(share, "row of the prompt", "share of heads edited", limit=1.0, names=names),
     ]
+
+
+def guided(said: torch.Tensor, tokenizer: Any) -> list[Drawing]:
+    """How likely the six likeliest tokens are before and after guiding."""
+    likely = said[0].topk(6).indices
+    words = tokenizer.convert_ids_to_tokens(likely.tolist())
+    before, after = said[:, likely].tolist()
+    return [pairs(before, after, [word.strip("▁Ġ") for word in words], "light: before, dark: guided")]
 
 
 def _pooled(tile: viz.Pixels, receipt: Receipt) -> viz.Pixels:

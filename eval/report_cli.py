@@ -94,10 +94,11 @@ def inspect(
 
         from transformers.utils import logging
 
+        from vlm_prune.eval.checkpoints import open_model
         from vlm_prune.eval.images import load_image
         from vlm_prune.eval.report.drawing import write_picture
         from vlm_prune.eval.report.inspection import inspect as look
-        from vlm_prune.eval.report.inspection import open_model, own_settings, write_page
+        from vlm_prune.eval.report.inspection import own_settings, write_page
         from vlm_prune.registry import make_policies
 
         logging.disable_progress_bar()
@@ -106,7 +107,7 @@ def inspect(
         make_policies(policy, settings)  # a wrong name or setting must not wait for the weights
         budget = {"tokens": tokens, "ratio": ratio, "per": per}
         options = settings | {name: value for name, value in budget.items() if value is not None}
-        opened, processor = open_model(model)
+        opened, processor = open_model(model, "auto")
         found = look(
             opened, processor, picture, prompt, policy, options, name=model, max_new_tokens=max_new_tokens
         )

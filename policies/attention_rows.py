@@ -81,6 +81,20 @@ def final_row(view: ModulateView) -> torch.Tensor:
     return (rows * view.valid[:, -rows.shape[1] :]).amax(-1, keepdim=True)
 
 
+def first_key(view: ModulateView) -> torch.Tensor:
+    """The number of each sequence's first key that is not padding: int64 ``(batch,)``. Asks nothing of the device."""
+    if view.valid is None:
+        return view.query.new_zeros(len(view.query), dtype=torch.int64)
+    return view.valid.to(torch.int8).argmax(-1)
+
+
+def real_rows(view: ModulateView) -> torch.Tensor:
+    """Rows of a call that are not padding, of sequences with an image: bool ``(batch, queries)``."""
+    queries, keys = view.query.shape[2], view.key.shape[2]
+    real = torch.ones_like(view.visual) if view.valid is None else view.valid
+    return real[:, keys - queries :] & view.visual.any(-1, keepdim=True)
+
+
 def rows_where(wanted: torch.Tensor, most: int | None = None) -> torch.Tensor:
     """The numbers of ``wanted`` rows, bool ``(batch, queries)``, as many as the fullest sequence has, at least one.
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from ..contract.numbers import is_whole
 from ..contract.policy import Keep, Place, ScorerPolicy, SelectPolicy
 from ..contract.views import FeaturesView
 from ..kernels import to_device
+from .settings import check_whole
 
 
 def uniform_index(grid: tuple[int, int], keep: int) -> list[int]:
@@ -51,7 +51,6 @@ class Identity(SelectPolicy):
     name: ClassVar[str] = "none"
     keeps_all: ClassVar[bool] = True
     place: ClassVar[Place] = "features"
-    default_ratio: ClassVar[float] = 1.0
 
     def select(self, view: FeaturesView) -> None:
         """All of them."""
@@ -74,8 +73,7 @@ class Random(ScorerPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed!r}: choose a whole number of up to 63 bits, such as 0")
+        check_whole(self, "seed")
 
     def score(self, view: FeaturesView) -> torch.Tensor:
         """Each token's lot."""

@@ -44,8 +44,8 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     ),
     "decoding": (
         "edits attention or logits against hallucination",
-        "paint",
-        "PAI VCD ICD OPERA DoLa HALC DeCo M3ID ACD LayerCD ZeroTuning ACT",
+        "vcd",
+        "ICD OPERA HALC DeCo M3ID ACD LayerCD",
     ),
     "trained": (
         "trains a smaller projector or new tokens, which this package does not",

@@ -3,21 +3,20 @@ arXiv 2306.14048)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..contract.policy import Policy, Positions
-from .prompt_attention import attention_by_head, top_by_head
+from .by_head import KeepsByHead
+from .prompt_attention import attention_by_head
 
 if TYPE_CHECKING:
-    from ..contract.views import CacheView, PrefillView
+    from ..contract.views import PrefillView
 
 
 @dataclass(frozen=True)
-class H2O(Policy):
+class H2O(KeepsByHead):
     """H2O, in the KV cache (decode stage): each KV head keeps the visual rows that got most attention.
 
     What all rows of the prompt pay to a row is summed up, in each layer and each KV head by itself; the visual rows
@@ -34,24 +33,8 @@ class H2O(Policy):
     """
 
     name: ClassVar[str] = "h2o"
-    stages: ClassVar[tuple[str, ...]] = ("decode",)
-    default_ratio: ClassVar[float] = 0.25
-
-    positions: Positions | None = "original"
-
-    def observed_layers(self, depth: int) -> Collection[int]:
-        """All."""
-        return range(depth)
 
     def observe(self, view: PrefillView) -> torch.Tensor:
         """Attention accumulated over the prompt, ``(batch, kv_heads, rows)``."""
         real = torch.ones_like(view.visual) if view.valid is None else view.valid
         return attention_by_head(view.recorded, real, real.shape[1])
-
-    def evicted_layers(self, depth: int) -> Collection[int]:
-        """All."""
-        return range(depth)
-
-    def evict(self, view: CacheView) -> torch.Tensor | None:
-        """In each head the heavy hitters."""
-        return None if view.scores is None else top_by_head(view.scores, view.target, view.visual)

@@ -73,6 +73,48 @@ def lift(logits: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return logits + gain * logits.abs()
 
 
+def lifted_layers(depth: int, first_layer: int | None, end_layer: int | None) -> range:
+    """Layers ``first_layer`` (``None``: the third, or the last) to ``end_layer``. Raises ValueError if that is none."""
+    end = depth if end_layer is None else end_layer
+    first = min(2, end - 1) if first_layer is None else first_layer
+    if not first < end <= depth:
+        raise ValueError(
+            f"first_layer={first_layer}, end_layer={end_layer}: the language model has {depth} layers; choose "
+            f"first_layer < end_layer <= {depth}"
+        )
+    return range(first, end)
+
+
+def lift_rows(view: ModulateView, gain: torch.Tensor, prefill: bool) -> torch.Tensor | None:
+    """Lift the logits of the rows that predict new tokens: the last one of a prompt, every one after it.
+
+    ``gain`` is ``(batch, keys)``, see `lift`; ``prefill`` says whether a prompt's last row is among them.
+    """
+    brings = view.brings if view.prefill and view.key.shape[2] > view.query.shape[2] else None
+    if view.prefill and not prefill and brings is None:
+        return None
+    if brings is not None and not prefill:
+        gain = gain.masked_fill(brings[:, None], 0)
+    lifted = (gain != 0).any(-1)[:, None, None]
+    # rows of a later call are tokens that were or may be generated: several when drafts are verified together
+    chosen = final_row(view) if view.prefill else all_rows(view)
+    # after an earlier turn, a sequence without a new image is in such a later call
+    if brings is not None:
+        chosen = torch.where(brings[:, None], chosen, all_rows(view))
+
+    def edit(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        here = (rows[..., None] == chosen[:, None]).any(-1)
+        return lift(logits, gain[:, None, None] * here[:, None, :, None])
+
+    edits = [*view.logit_edits, edit]
+    output = view.output
+    for rows in chosen.split(BLOCK, dim=1):
+        new = weighted_values(row_probabilities(view, rows, edits), view.value)
+        output = overwrite_rows(output, rows, new, lifted)
+    view.logit_edits.append(edit)
+    return output
+
+
 @dataclass(frozen=True)
 class Paint(Policy):
     """PAINT, on the logits of the row that predicts the next token (encode and modulate stage).
@@ -141,38 +183,11 @@ class Paint(Policy):
 
     def modulate_layers(self, depth: int) -> Collection[int]:
         """Layers ``first_layer`` to ``end_layer``. Raises ValueError where the model has none of them."""
-        end = depth if self.end_layer is None else self.end_layer
-        first = min(2, end - 1) if self.first_layer is None else self.first_layer
-        if not first < end <= depth:
-            raise ValueError(
-                f"first_layer={self.first_layer}, end_layer={self.end_layer}: the language model has {depth} layers; "
-                f"choose first_layer < end_layer <= {depth}"
-            )
-        return range(first, end)
+        return lifted_layers(depth, self.first_layer, self.end_layer)
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
         """Recompute the rows that predict new tokens: the last one of a prompt, every one after it."""
-        brings = view.brings if view.prefill and view.key.shape[2] > view.query.shape[2] else None
-        if LOCAL not in view.carry or (view.prefill and not self.boost_prefill and brings is None):
+        if LOCAL not in view.carry:
             return None
         gain = self.alpha * view.carry[LOCAL].float() + self.beta * view.carry[SUMMARY].float()
-        if brings is not None and not self.boost_prefill:
-            gain = gain.masked_fill(brings[:, None], 0)
-        lifted = (gain != 0).any(-1)[:, None, None]
-        # rows of a later call are tokens that were or may be generated: several when drafts are verified together
-        chosen = final_row(view) if view.prefill else all_rows(view)
-        # after an earlier turn, a sequence without a new image is in such a later call
-        if brings is not None:
-            chosen = torch.where(brings[:, None], chosen, all_rows(view))
-
-        def edit(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            here = (rows[..., None] == chosen[:, None]).any(-1)
-            return lift(logits, gain[:, None, None] * here[:, None, :, None])
-
-        edits = [*view.logit_edits, edit]
-        output = view.output
-        for rows in chosen.split(BLOCK, dim=1):
-            new = weighted_values(row_probabilities(view, rows, edits), view.value)
-            output = overwrite_rows(output, rows, new, lifted)
-        view.logit_edits.append(edit)
-        return output
+        return lift_rows(view, gain, self.boost_prefill)

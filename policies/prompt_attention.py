@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..contract.keep import top_mask
 from .attention_rows import BLOCK, masked_softmax, row_logits, rows_where
+from .by_head import mean_of_groups
 from .scores import last_row
 
 if TYPE_CHECKING:
@@ -58,14 +58,5 @@ def attention_by_head(view: AttentionView, asking: torch.Tensor, most: int | Non
 
     Query heads that share a KV head are averaged. Arguments as for `attention_blocks`.
     """
-    batch, kv_heads, keys, _ = view.key.shape
-    total = sum(paid.sum(2) for paid, _ in attention_blocks(view, asking, most))
-    grouped = torch.as_tensor(total).view(batch, kv_heads, -1, keys).mean(2)
-    return grouped[..., -view.query.shape[2] :]
-
-
-def top_by_head(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """`top_mask` in each head of ``scores`` ``(batch, heads, rows)``, among the same ``(batch, rows)`` in all heads."""
-    batch, heads, rows = scores.shape
-    among = among[:, None].expand(-1, heads, -1).reshape(-1, rows)
-    return top_mask(scores.flatten(0, 1), count.repeat_interleave(heads), among).view(batch, heads, rows)
+    total = torch.as_tensor(sum(paid.sum(2) for paid, _ in attention_blocks(view, asking, most)))
+    return mean_of_groups(total, view.key.shape[1])[..., -view.query.shape[2] :]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..contract.numbers import is_whole
+
 
 def check_choice(policy: Any, **allowed: Sequence[Any]) -> None:
     """Raise ValueError if a field of ``policy`` is none of the values allowed for it."""
@@ -12,6 +14,14 @@ def check_choice(policy: Any, **allowed: Sequence[Any]) -> None:
         given = getattr(policy, name)
         if given not in values:
             raise ValueError(f"{name}={given!r}: choose {' or '.join(map(repr, values))}")
+
+
+def check_whole(policy: Any, *names: str) -> None:
+    """Raise ValueError if a field of ``policy`` is no whole number of up to 63 bits."""
+    for name in names:
+        given = getattr(policy, name)
+        if not is_whole(given) or not -(2**63) <= given < 2**63:
+            raise ValueError(f"{name}={given!r}: choose a whole number of up to 63 bits, such as 0")
 
 
 def check_number(policy: Any, optional: bool = False, **ranges: tuple[float, float]) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
-from ..contract.policy import Policy, Positions
-from .prompt_attention import attention_by_head, last_of, question_rows, top_by_head
+from .by_head import KeepsByHead
+from .prompt_attention import attention_by_head, last_of, question_rows
 from .settings import check_choice, check_number
 
 if TYPE_CHECKING:
-    from ..contract.views import CacheView, PrefillView
+    from ..contract.views import PrefillView
 
 
 def pooled(votes: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
@@ -27,7 +26,7 @@ def pooled(votes: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class SnapKV(Policy):
+class SnapKV(KeepsByHead):
     """SnapKV, in the KV cache (decode stage): each KV head keeps the visual rows that the prompt's end looks at.
 
     The last rows of the prompt are an observation window. What they attend to, summed over the window and pooled over
@@ -49,10 +48,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
-    stages: ClassVar[tuple[str, ...]] = ("decode",)
-    default_ratio: ClassVar[float] = 0.25
 
-    positions: Positions | None = "original"
     window: int = 32
     kernel: int = 5
     pooling: Literal["mean", "max"] = "mean"
@@ -66,20 +62,8 @@ class SnapKV(Policy):
                 f"kernel={self.kernel}: choose an odd number, so that a row has as many neighbours on both sides"
             )
 
-    def observed_layers(self, depth: int) -> Collection[int]:
-        """All."""
-        return range(depth)
-
     def observe(self, view: PrefillView) -> torch.Tensor:
         """The pooled votes of the window, ``(batch, kv_heads, rows)``."""
         window = last_of(question_rows(view), self.window)
         votes = attention_by_head(view.recorded, window, self.window)
         return pooled(votes.masked_fill(~view.visual[:, None], 0), self.kernel, self.pooling)
-
-    def evicted_layers(self, depth: int) -> Collection[int]:
-        """All."""
-        return range(depth)
-
-    def evict(self, view: CacheView) -> torch.Tensor | None:
-        """In each head the visual rows with most votes."""
-        return None if view.scores is None else top_by_head(view.scores, view.target, view.visual)

@@ -3,14 +3,13 @@ arXiv 2410.23317)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..contract.policy import Policy, Positions
-from .prompt_attention import attention_blocks, question_rows, top_by_head
+from .by_head import KeepsByHead, mean_of_groups, top_by_head
+from .prompt_attention import attention_blocks, question_rows
 from .settings import check_number
 
 if TYPE_CHECKING:
@@ -33,16 +32,15 @@ def votes_and_density(
     Returns:
         ``(batch, kv_heads, rows)``, averaged over query heads that share a KV head, and ``(batch, rows)``.
     """
-    batch, kv_heads, keys, _ = view.key.shape
-    rows = view.query.shape[2]
-    votes = view.query.new_zeros(batch, view.query.shape[1], rows, dtype=torch.float32)
+    keys, rows = view.key.shape[2], view.query.shape[2]
+    votes = view.query.new_zeros(*view.query.shape[:3], dtype=torch.float32)
     dense, entries = votes[:, 0].clone(), votes[:, 0].sum(-1, keepdim=True)
     for paid, seen in attention_blocks(view, asking):
         large = (paid >= threshold * paid.amax(-1, keepdim=True)) & seen[:, None]
         votes = votes + paid.sum(2)[..., keys - rows :]
         dense = dense + large.float().mean(1).sum(1)[:, keys - rows :]
         entries = entries + seen[..., keys - rows :].sum((1, 2))[:, None]
-    return votes.view(batch, kv_heads, -1, rows).mean(2), dense / entries.clamp(min=1)
+    return mean_of_groups(votes, view.key.shape[1]), dense / entries.clamp(min=1)
 
 
 def layer_counts(density: torch.Tensor, held: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -71,7 +69,7 @@ def layer_counts(density: torch.Tensor, held: torch.Tensor, total: torch.Tensor)
 
 
 @dataclass(frozen=True)
-class VLCache(Policy):
+class VLCache(KeepsByHead):
     """VL-Cache, in the KV cache (decode stage): layers whose attention is less sparse keep more visual rows.
 
     The text behind the image asks. In each layer the share of its attention that is not negligible, against the largest
@@ -91,28 +89,18 @@ class VLCache(Policy):
     """
 
     name: ClassVar[str] = "vlcache"
-    stages: ClassVar[tuple[str, ...]] = ("decode",)
     default_ratio: ClassVar[float] = 0.1
 
-    positions: Positions | None = "original"
     threshold: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, threshold=(0, 1))
 
-    def observed_layers(self, depth: int) -> Collection[int]:
-        """All."""
-        return range(depth)
-
     def observe(self, view: PrefillView) -> torch.Tensor:
         """Votes of each KV head, then a line each of densities and of which rows are visual."""
         votes, density = votes_and_density(view.recorded, question_rows(view), self.threshold)
         return torch.cat([votes, density[:, None], view.visual[:, None].to(votes.dtype)], 1)
-
-    def evicted_layers(self, depth: int) -> Collection[int]:
-        """All."""
-        return range(depth)
 
     def evict(self, view: CacheView) -> torch.Tensor | None:
         """In each head the visual rows with most votes, as many as the layer's density allows."""

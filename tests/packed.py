@@ -17,6 +17,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from tests.padding import padded
@@ -66,6 +68,14 @@ def _qwen3() -> nn.Module:
     vision = _vision(hidden_size=32, out_hidden_size=32, intermediate_size=48)
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2, 3]}
     return _build(Qwen3VLForConditionalGeneration, Qwen3VLConfig, _text(head_dim=8), vision)
+
+
+def qwen3_moe() -> nn.Module:
+    """A relative whose stock code may run on flex attention."""
+    vision = _vision(hidden_size=32, out_hidden_size=32, intermediate_size=48)
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2, 3]}
+    text = _text(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    return _build(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, text, vision)
 
 
 PACKED: dict[str, Callable[[], nn.Module]] = {"qwen2_vl": _qwen2, "qwen2_5_vl": _qwen2_5, "qwen3_vl": _qwen3}

@@ -34,10 +34,12 @@ class Row:
 
 
 TABLE = {
+    "act": Row({"threshold": 0.05, "kept": 0.1}, "all", {"kept": 1}, exact=False, text_blind=False),
     "agilepruner": Row({"erank_avg": 6.0}),
     "cdpruner": Row(text_blind=False),
     "dart": Row({"k": 1, "image_pivots": 2, "text_pivots": 2}, "prompt", text_blind=False),
     "divprune": Row(),
+    "dola": Row({"layers": (0, 1), "beta": 0}, "all", {"alpha": 0}),
     "downsample": Row(holds="most"),
     "dyvte": Row({"exit_layer": 1}, "exit"),
     "fastv": Row({"k": 1}, "prompt", text_blind=False),
@@ -47,6 +49,12 @@ TABLE = {
     "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),
     "none": Row(holds="all"),
+    "pai": Row(
+        {"first_layer": 1, "alpha": 0.9, "gamma": 1.5, "beta": 0},
+        "all",
+        {"alpha": 0, "gamma": 1, "beta": 0},
+        text_blind=False,
+    ),
     "paint": Row(
         {"first_layer": 1, "local_ratio": 0.3, "alpha": 0.9, "beta": 0.6},
         "all",
@@ -69,11 +77,13 @@ TABLE = {
         exact=False,
         text_blind=False,
     ),
+    "vcd": Row({"beta": 0}, "all", {"alpha": 0, "beta": 0}),
     "vflowopt": Row({"t": 1.0, "m": 2.0}, "average"),
     "vhr": Row({"layers": (1, 2)}, "all", {"alpha": 1}, text_blind=False),
     "vlcache": Row(holds="cache", text_blind=False),
     "visionzip": Row(),
     "vispruner": Row(),
+    "zerotuning": Row({"gamma": 8.0}, "all", {"gamma": 1}, text_blind=False),
     "zooprune": Row({"directions": 8}),
 }
 
@@ -92,8 +102,10 @@ PREFILL = [name for name in in_stage("prefill") if name not in ENCODE]
 EVICTING = [name for name in in_stage("decode") if policy_class(name).stages == ("decode",)]
 """Policies that drop rows of the cache and nothing else."""
 
-IN_DECODER = [name for name in sorted(TABLE) if policy_class(name).stages != ("encode",)]
-"""Policies that act in the decoder, alone or among other places."""
+IN_DECODER = [
+    name for name in sorted(TABLE) if policy_class(name).acts.watches or policy_class(name).second_pass
+]
+"""Policies that need the whole prompt with its images at once: those that act in the decoder, or ask a second time."""
 
 
 def options(composition: str, ratio: float = RATIO, **changes: Any) -> dict[str, Any]:
@@ -101,5 +113,5 @@ def options(composition: str, ratio: float = RATIO, **changes: Any) -> dict[str,
     names = composition.split("+")
     rows = {name: TABLE[name].settings for name in names}
     settings = {**rows[names[0]], **changes} if len(names) == 1 else rows
-    budget = {"ratio": ratio} if any(policy_class(name).stages != ("modulate",) for name in names) else {}
+    budget = {"ratio": ratio} if any(policy_class(name).prunes for name in names) else {}
     return {"policy": composition, **budget, **settings}

@@ -161,7 +161,7 @@ def test_what_cannot_choose_late_says_so():
         assert model(**small.inputs).logits.isfinite().all()
     with pytest.raises(BudgetError, match="per='tiles'"):
         prune(model, per="tiles")
-    with pytest.raises(BudgetError, match="internvl hands its tower tiles"):
+    with pytest.raises(BudgetError, match="internvl passes tiles to its tower"):
         prune(shared("internvl"), per="image")
 
 

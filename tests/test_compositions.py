@@ -72,7 +72,7 @@ def test_keeping_everything_while_another_policy_watches_the_tower(family):
     model, batch = tiny(family), prompt(family, RAGGED)
     idle = Paint(alpha=0, beta=0)
     for policy in [MustDrop(thresholds=(0.05, 0.2), merge_threshold=0.1, layers=(0, 1)), *all_alone()]:
-        with pruned(model, [policy, idle], ratio=1.0):
+        with pruned(model, [policy, idle], **({"ratio": 1.0} if policy.prunes else {})):
             assert torch.equal(model(**batch.inputs).logits, stock(family)[0])
 
 
@@ -98,7 +98,7 @@ def test_two_policies_of_the_encode_stage_are_refused(first, second):
 @pytest.mark.parametrize("budget", [{"ratio": 0.5}, {"tokens": 4}])
 @pytest.mark.parametrize("composition", [*MODULATE, "paint+vhr+var"])
 def test_a_budget_without_a_policy_that_drops_is_refused(composition, budget):
-    with pytest.raises(BudgetError, match=r"drops no tokens, so tokens= and ratio= have no meaning"):
+    with pytest.raises(BudgetError, match=r"drops no tokens, so (ratio|tokens)=[0-9.]+ has no meaning"):
         prune(tiny("llava"), composition, **budget)
 
 

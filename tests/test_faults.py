@@ -8,16 +8,25 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from vlm_prune import BudgetError, UnsupportedCallError, prune, pruned, unprune
+from vlm_prune import BudgetError, UnsupportedCallError, UnsupportedModelError, prune, pruned, unprune
+from vlm_prune.registry import policy_class
 from vlm_prune.versions import CACHE, CHUNKS_BRING_IMAGES, cache_of
 
-from .models import LAYOUTS, make, prompt
+from .models import LAYOUTS, fingerprint, make, peaky, prompt
+from .packed import packed_prompt, qwen3_moe
+from .policy_table import TABLE
+from .policy_table import options as pruning
 
 POLICIES = {"uniform": {}, "fastv": {"k": 1}, "vhr": {"layers": (1, 2)}}
 
 
 def options(policy):
     return POLICIES[policy] if policy == "vhr" else {"ratio": 0.3, **POLICIES[policy]}
+
+
+def in_tower():
+    """Policies that look into the vision tower, where that has five layers."""
+    return [name for name in TABLE if len(policy_class(name)(**TABLE[name].settings).tower_layers(3))]
 
 
 def through_pickle(cache):
@@ -57,11 +66,11 @@ def test_only_a_pruned_model_goes_on_with_a_pruned_cache(policy):
         prune(model, policy, **options(policy))
         cache = cache_of(model(**batch.inputs, use_cache=True))
         for taker in (stock, stock.model.language_model):
-            with pytest.raises(UnsupportedCallError, match="not pruned, or not any more"):
+            with pytest.raises(UnsupportedCallError, match="not pruned, or no longer"):
                 taker(input_ids=text, **{CACHE: cache})
         assert cache.get_seq_length() == length
         want = model(input_ids=text, **{CACHE: copy.deepcopy(cache)}).logits
-        with pytest.raises(UnsupportedCallError, match="not pruned, or not any more"):
+        with pytest.raises(UnsupportedCallError, match="not pruned, or no longer"):
             stock(input_ids=text, **{CACHE: copy.deepcopy(cache)})
         with pruned(stock, policy, **options(policy)):
             assert torch.equal(stock(input_ids=text, **{CACHE: copy.deepcopy(cache)}).logits, want)
@@ -69,7 +78,7 @@ def test_only_a_pruned_model_goes_on_with_a_pruned_cache(policy):
             if policy == "uniform":
                 assert torch.equal(stock(input_ids=text, **{CACHE: cache}).logits, want)
             else:
-                with pytest.raises(UnsupportedCallError, match="each decoder layer holds other tokens"):
+                with pytest.raises(UnsupportedCallError, match="each decoder layer has different tokens"):
                     stock(input_ids=text, **{CACHE: cache})
 
 
@@ -166,3 +175,30 @@ def test_a_tower_on_flex_attention_is_refused_before_it_computes():
         assert not computed
         model.set_attn_implementation({"vision_config": "sdpa"})
         assert torch.equal(model(**batch.inputs).logits, want)
+
+
+@pytest.mark.parametrize("policy", in_tower())
+def test_a_tower_on_flex_attention_is_refused_when_pruning_starts(policy):
+    model = make("llava")
+    model.set_attn_implementation({"vision_config": "flex_attention"})
+    before = fingerprint(model)
+    with pytest.raises(UnsupportedModelError, match=rf"flex attention, and {policy} acts between its layers"):
+        prune(model, **pruning(policy))
+    assert fingerprint(model) == before
+    with pruned(model, "uniform", ratio=0.3):  # which has nothing to mask there
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_packed_towers_and_decoders_work_on_flex_attention():
+    """Each image of a packed tower is attended to by itself, so nothing has to be masked."""
+    model, batch = peaky(qwen3_moe()), packed_prompt("qwen3_vl", LAYOUTS["ragged"])
+    real = batch.mask.bool()
+    for policy in (*in_tower(), "fastv", "pyramiddrop", "vhr"):
+        logits = {}
+        for attention in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(attention)
+            with torch.no_grad(), pruned(model, **pruning(policy)):
+                logits[attention] = model(**batch.inputs).logits[real]
+        torch.testing.assert_close(logits["flex_attention"], logits["sdpa"], atol=1e-4, rtol=1e-4, msg=policy)

@@ -90,9 +90,13 @@ CASES = {
     "seed of 64 bits": ({"policy": "random", "seed": 2**63}, ["63 bits"]),
     "none with tokens": (
         {"policy": "none", "tokens": 9},
-        ['policy="none" keeps every visual token', "tokens=9", '"uniform"'],
+        ['policy="none" drops no tokens', "tokens=9 has no meaning", "Leave it out"],
     ),
-    "none composed": ({"policy": "none+vhr", "tokens": 9}, ['policy="none" keeps every', "tokens=9"]),
+    "none with a ratio": (
+        {"policy": "none", "ratio": 0.25},
+        ['policy="none" drops no tokens', "ratio=0.25 has no"],
+    ),
+    "none composed": ({"policy": "none+vhr", "tokens": 9}, ['policy="none+vhr" drops no tokens', "tokens=9"]),
     "nothing after +": ({"policy": "flowcut+"}, ['policy="flowcut+"', "name is missing"]),
     "policy beside config": (
         {"policy": "flowcut", "config": {"policy": "uniform"}},
@@ -110,9 +114,11 @@ def test_refused_when_pruning(case):
         prune(model, **arguments)
 
 
-def test_none_takes_all_of_the_tokens():
-    with pruned(make("llava"), "none", ratio=1.0) as model:
+def test_none_takes_all_of_the_tokens_and_leaves_the_budget_to_others():
+    with pruned(make("llava"), "none") as model:
         assert model.pruning.budget.ratio == 1.0
+    with pruned(make("llava"), "none+fastv", tokens=9) as model:
+        assert model.pruning.budget.tokens == 9
 
 
 def test_a_config_alone_is_taken_by_all_three():
@@ -160,7 +166,7 @@ def test_models_without_an_adapter_say_what_they_lack():
     with refuses(text, UnsupportedModelError, '"llama"', "no vision tower", "no visual tokens to prune"):
         prune(text)
     tower = CLIPVisionModel(CLIPVisionConfig(**SMALL))
-    with refuses(tower, UnsupportedModelError, "a vision tower alone", "whole vision-language model"):
+    with refuses(tower, UnsupportedModelError, "only a vision tower", "whole vision-language model"):
         prune(tower)
     other = LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=32))
     other.config.model_type, other.config.vision_config = "idefics9", {}

@@ -19,8 +19,8 @@ from vlm_prune.eval.amber import (
 )
 from vlm_prune.eval.mme import mme_scores, read_answer
 from vlm_prune.eval.pope import relabelled, score_pope
-from vlm_prune.eval.runs.config import VqaTask
 from vlm_prune.eval.runs.scoring import Scorer
+from vlm_prune.eval.runs.tasks import VqaTask
 from vlm_prune.eval.scores_cli import app
 from vlm_prune.eval.vqa import METRICS, anls, relaxed_accuracy
 

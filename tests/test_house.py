@@ -99,5 +99,17 @@ def test_the_engine_knows_no_policy_and_no_evaluation():
     assert not [(a, b) for a, b in engine if room(b) in plugged and room(a) != room(b)]
 
 
+def test_nobody_compares_the_names_of_stages():
+    asked = "vlm_prune.contract.stages", "vlm_prune.contract.checks"
+    compared = [
+        (name, node.lineno)
+        for name, _, path in _files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare) and name not in asked
+        if any(isinstance(part, ast.Attribute) and part.attr == "stages" for part in ast.walk(node))
+    ]
+    assert not compared
+
+
 def test_few_files_stand_directly_in_the_package():
     assert len(list((ROOT / "vlm_prune").glob("*.py"))) <= 14

@@ -173,7 +173,7 @@ def test_command(photo, tmp_path):
         ({"--image": "nothing.jpg"}, "nothing.jpg"),
         ({"--image": __file__}, "not an image"),
         ({"--policy": "flowcutt"}, 'Did you mean "flowcut"?'),
-        ({"--model": "nowhere/at-all"}, "Shipped test models: tiny-llava"),
+        ({"--model": "nowhere/at-all"}, "tiny-llava"),
         ({"--out": "page.pdf"}, ".html or .png"),
         ({"--set": "compat"}, "write name=value"),
         ({"--tokens": "999"}, "256"),

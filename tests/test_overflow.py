@@ -7,7 +7,7 @@ from vlm_prune import PruningError, pruned
 from vlm_prune.call import stream
 from vlm_prune.kernels import hole
 
-from .models import LAYOUTS, make, prompt
+from .models import LAYOUTS, make, prompt, tower
 from .policy_table import RATIO, TABLE
 
 FAMILIES = ["llava", "internvl", "qwen2_vl", "llava_next", "llava_onevision"]
@@ -93,3 +93,47 @@ def test_embeddings_given_by_the_caller():
         kept = (~stream.find_holes(features[None]))[0].nonzero()[0, 0]
         features[kept] = torch.nan
         assert model(inputs_embeds=embeds.masked_scatter(mask, features)).logits[0, -1].isnan().all()
+
+
+def spoil(part, row):
+    """Let a ``row`` of what ``part`` returns overflow, as single tokens do in float16."""
+
+    def overflow(module, args, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[..., row, :] = torch.inf
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return part.register_forward_hook(overflow)
+
+
+def linear_in(part):
+    return [m for m in part.modules() if isinstance(m, torch.nn.Linear)][-1]
+
+
+SLOW = [("llava_next", "tile"), ("llava_next", "image"), ("qwen2_5_vl", "tile")]
+
+
+@pytest.mark.parametrize("place", ["projector", "last layer", "inner layer"])
+@pytest.mark.parametrize(
+    ("family", "per"), [("llava", "tile"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_tokens_that_overflowed_alone_are_not_dropped_unseen(family, place, per):
+    """Wherever a policy chooses among rows of which one has overflowed, the answer shows it."""
+    for policy, row in TABLE.items():
+        model, batch = make(family), prompt(family, LAYOUTS["single"])
+        vision = tower(model)
+        layers = next(m for m in vision.modules() if isinstance(m, torch.nn.ModuleList))
+        part = {"last layer": linear_in(layers[-2]), "inner layer": linear_in(layers[2])}.get(place)
+        if place == "projector":
+            part = linear_in(getattr(model.model, "multi_modal_projector", vision))
+        settings = {**row.settings, **({} if row.holds == "all" else {"ratio": RATIO}), "per": per}
+        computed = []
+        spoil(part, 2)
+        part.register_forward_hook(lambda m, a, out, seen=computed: seen.append(bool(out.isinf().any())))
+        try:
+            with torch.no_grad(), pruned(model, policy, **settings):
+                logits = model(**batch.inputs).logits
+        except PruningError:
+            continue
+        assert any(computed), policy
+        assert logits[0, -1].isnan().all(), policy

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from vlm_prune.cli import app
 from vlm_prune.eval.models import model_path
 from vlm_prune.eval.runs import RunFolder, asking, run
-from vlm_prune.eval.runs.config import Task
 from vlm_prune.eval.runs.parts import add_part, read_parts
+from vlm_prune.eval.runs.tasks import Task
 from vlm_prune.eval.runs.yaml_file import parse_config
 from vlm_prune.eval.scenes import make_scenes
 

@@ -51,7 +51,7 @@ def test_examples_cover_the_published_models_and_budgets():
         ("ratios", "ratoes", 4, 'ratoes: there is no such key. Did you mean "ratios"?'),
         ("- flowcut", "- {policy: flowcut, setings: {}}", 3, 'Did you mean "settings"?'),
         ("[tiny-llava]", "[{model: tiny-llava, dtyp: float32}]", 1, 'Did you mean "dtype"?'),
-        ("{scenes: 4}", "{scenes: 4, sise: [1, 2]}", 7, 'Did you mean "size"? Available: scenes, size, sizes.'),
+        ("{scenes: 4}", "{scenes: 4, sise: [1, 2]}", 7, 'Did you mean "size"? Available: kind, scenes, size, sizes.'),
         ("    data", "    splitz: [random]\n    data", 7, 'Did you mean "splits"?'),
         ("{scenes: 4}", "{jsonl: a.jsonl, columns: {questoin: q}}", 7, 'Did you mean "question"?'),
         ("{scenes: 4}", "{}", 7, "one of the keys scenes, jsonl, disk, hub, coco"),

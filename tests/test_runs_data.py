@@ -25,6 +25,7 @@ from vlm_prune.eval.runs.samples import Sample, build_samples
 from vlm_prune.eval.runs.tiles import Tiles
 from vlm_prune.eval.runs.yaml_file import parse_config
 from vlm_prune.eval.scenes import make_scene, make_scenes
+from vlm_prune.eval.scenes.questions import CATEGORIES
 from vlm_prune.eval.vqa import exact_accuracy, normalised, vqa_accuracy
 
 weights = pytest.mark.skipif(
@@ -228,7 +229,8 @@ def test_a_data_set_on_disk_keeps_its_images(images, tmp_path):
             "{task: vqa, data: {jsonl: FILE, images: IMAGES, columns: {id: image}}}",
             "ids stand in several rows",
         ),
-        ("{task: vqa, data: {scenes: 4}}", "scenes have no questions"),
+        ("{task: vqa, data: {scenes: 4}}", "a vqa task needs scenes of kind: desk"),
+        ("{task: pope, data: {scenes: 4, kind: desk}}", "pope asks about kind: shapes"),
         (
             "{task: pope, data: {scenes: 1}}",
             r"1 scenes show 3 kinds of objects.*Take more scenes, 4 at least",
@@ -394,3 +396,13 @@ def test_tiles_of_images_of_different_sizes_in_one_batch(build, grids):
         rows, columns = tile["grid"]
         assert 0 < len(tile["kept"]) < rows * columns
         assert max(tile["kept"]) < rows * columns
+
+
+def test_a_vqa_task_asks_a_desk_one_question_a_category():
+    found = samples("{task: vqa, data: {scenes: 12, kind: desk}}")
+    assert {sample.split for sample in found} == set(CATEGORIES)
+    assert len({sample.id for sample in found}) == len(found)
+    assert all(sample.question.endswith("single word or phrase.") for sample in found)
+    assert all(isinstance(sample.label, list) and len(sample.label) == 1 for sample in found)
+    captions = samples("{task: chair, data: {scenes: 12, kind: desk}}")
+    assert [s.picture.digest for s in captions] == list(dict.fromkeys(s.picture.digest for s in found))

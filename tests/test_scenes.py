@@ -15,11 +15,15 @@ from vlm_prune.eval.scenes import (
     PLURALS,
     SHAPES,
     cooccurrence,
+    make_desk,
+    make_desks,
     make_scene,
     make_scenes,
     pope_questions,
     with_article,
 )
+from vlm_prune.eval.scenes.desk import TINY
+from vlm_prune.eval.scenes.questions import CATEGORIES, NUMBERS, View, desk_questions
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +116,90 @@ def test_pope_article_and_unknown_split(scenes):
     assert "Is there an arrow in the image?" in texts
     with pytest.raises(ValueError, match="'easy'"):
         pope_questions(scenes, "easy", 0)
+
+
+@pytest.fixture(scope="module")
+def desks():
+    return list(make_desks(40, seed=9))
+
+
+def test_a_seed_fixes_a_desk(desks):
+    again = list(make_desks(3, seed=9))
+    for first, second in zip(desks, again, strict=False):
+        assert first.image.tobytes() == second.image.tobytes()
+        assert first.parts == second.parts
+    with pytest.raises(ValueError, match="at least 128"):
+        make_desk(0, (96, 128))
+
+
+def test_every_part_of_a_desk_is_visible_where_it_says(desks):
+    for desk in desks:
+        assert set(np.unique(desk.index_map)) - {-1} == set(range(len(desk.parts)))
+        for index, part in enumerate(desk.parts):
+            rows, columns = np.nonzero(desk.index_map == index)
+            assert abs(rows.mean() - part.y) < 0.4 * part.radius + 1
+            assert abs(columns.mean() - part.x) < 0.4 * part.radius + 1
+    assert any(desk.sign for desk in desks)
+    assert any(desk.chart for desk in desks)
+    assert 0 < sum(desk.cluttered for desk in desks) < len(desks)
+
+
+def test_a_character_is_ink_on_its_plate_and_another_one_looks_different(desks):
+    """The pixels of a glyph's box hold two shades; the same character twice is more alike than two others are."""
+    for desk in desks:
+        for index in range(len(desk.objects), len(desk.objects) + len(desk.sign)):
+            pixels = np.asarray(desk.image, float).mean(-1)[desk.index_map == index]
+            assert np.ptp(pixels) > 60
+
+
+def answers(category, desk):
+    """What may be asked of a desk in a category, over many draws: question -> answer."""
+    view = View(desk.parts, desk.parts, desk.image.size)
+    turns = (CATEGORIES[category](np.random.default_rng(seed), view) for seed in range(40))
+    return {turn.question: turn.answer for turn in turns if turn is not None}
+
+
+def test_answers_are_true_of_the_desk(desks):
+    for desk in desks:
+        text = "".join(glyph.character for glyph in desk.sign)
+        assert set(answers("reading", desk).values()) <= {text, " ".join(text)}
+        if desk.chart:
+            heights = {bar.color: bar.radius for bar in desk.chart}
+            assert answers("chart", desk) == {
+                "Which bar is the tallest?": max(heights, key=heights.get),
+                "Which bar is the shortest?": min(heights, key=heights.get),
+            }
+        for question, answer in answers("side", desk).items():
+            first, word, second = re.fullmatch(r"Is the (\w+) (left|right) of the (\w+)\?", question).groups()
+            (a,), (b,) = ([o.x for o in desk.objects if o.shape == name] for name in (first, second))
+            assert answer == ("yes" if (a < b) == (word == "left") else "no")
+        for question, answer in answers("binding", desk).items():
+            color, shape = re.search(r"an? (\w+) (\w+) in", question).groups()
+            assert answer == ("yes" if (color, shape) in {(o.color, o.shape) for o in desk.objects} else "no")
+        for question, answer in answers("counting", desk).items():
+            name = OBJECTS.get(question.split()[2])
+            count = sum(o.shape == name for o in desk.objects) if name else len(desk.objects)
+            assert answer == NUMBERS[count]
+        for question, answer in answers("tiny", desk).items():
+            words = {*re.findall(r"\w+", question), answer}
+            assert [o for o in desk.objects if o.radius < TINY and {o.color, o.shape} <= words], (
+                question,
+                answer,
+            )
+
+
+def test_nothing_is_asked_about_what_is_not_visible(desks):
+    desk = next(desk for desk in desks if len(desk.sign) > 1 and desk.chart)
+    view = View([*desk.objects, *desk.sign[:-1], *desk.chart[1:]], desk.parts, desk.image.size)
+    for category in ("reading", "chart"):
+        assert all(CATEGORIES[category](np.random.default_rng(seed), view) is None for seed in range(10))
+
+
+def test_an_evaluation_asks_one_question_a_category(desks):
+    found = desk_questions(desks, 1)
+    assert found == desk_questions(desks, 1)
+    assert len({(index, category) for index, category, _ in found}) == len(found)
+    assert {category for _, category, _ in found} == set(CATEGORIES)
+    for index, category, _ in found:
+        if category in ("clutter", "objects"):
+            assert desks[index].cluttered == (category == "clutter")

@@ -47,7 +47,7 @@ def works(model, family, policy, rows):
         receipt = model.pruning.receipt
         assert together.logits.isfinite().all()
         dropped = (batch.ids == IMAGE) & ~together.logits.any(-1)
-        drops = policy_class(policy).stages != ("modulate",) and policy != "none"
+        drops = policy_class(policy).prunes
         assert bool(dropped.any()) == (drops and policy not in EVICTING)
         assert (receipt.kv_bytes < receipt.kv_bytes_dense) == drops
         assert (receipt.stand_in is not None) == ("cls" in support(policy, family).notes), (

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .api import from_pretrained, prune, pruned, unprune
+from .api import from_pretrained, ignore_visual_labels, prune, pruned, unprune
 from .contract.policy import Keep, Policy, ScorerPolicy, SelectPolicy
 from .errors import (
     BudgetError,
@@ -36,6 +36,7 @@ __all__ = [
     "UnsupportedCallError",
     "UnsupportedModelError",
     "from_pretrained",
+    "ignore_visual_labels",
     "prune",
     "pruned",
     "register_family",
@@ -45,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the engine brings seconds of transformers' and torch's modules, which are there anyway once a model is
+    # importing the engine takes seconds, for modules of transformers and torch that are loaded anyway once a model is
     if name == "Receipt":
         from .call.receipt import Receipt
 

@@ -1,4 +1,4 @@
-"""``python -m vlm_prune``: the command line, for launchers that start modules."""
+"""``python -m vlm_prune``: the command line, for launchers that start a module."""
 
 from .cli import app
 

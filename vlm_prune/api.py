@@ -1,8 +1,8 @@
-"""The public functions: `prune`, `unprune`, `pruned`, `from_pretrained`."""
+"""The public functions: `prune`, `unprune`, `pruned`, `from_pretrained`, `ignore_visual_labels`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,13 +18,14 @@ from .registry import find_anatomy, make_policies
 from .saving import find_config, how_to_load, locate, missing_models
 
 if TYPE_CHECKING:
+    from .language.loss import IgnoreVisualLabels
     from .session import Pruning
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Default(str):
-    """A default that can be told from the same words given by the caller."""
+    """A default that can be told apart from the same value given by the caller."""
 
     __slots__ = ()
 
@@ -45,17 +46,17 @@ def prune(
     """Make a stock vision-language model drop visual tokens. In place, this instance only; returns the same model.
 
     Args:
-        model: a transformers model of a supported family, untouched; or a PEFT model around one, whose base model is
+        model: an unmodified transformers model of a supported family; or a PEFT model around one, whose base model is
             pruned then.
         policy: a policy's name, see the table in the README, or a policy object. Several are composed in written
             order: ``"flowcut+vhr"``, or a list of objects.
         tokens: visual tokens to keep per image (per tile where a model cuts images into tiles).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
-        per: what the budget is one of: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
+        per: what the budget applies to: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
             itself, as in the papers; or ``"image"``, all tiles of an image (or frames of a video) together. They
             compete for it then, and tokens are chosen after the tower.
-        config: policy, budget and settings, instead of all these: what ``model.pruning.config`` of another model
-            is, a JSON file with it, or a folder to which a pruned model was saved.
+        config: policy, budget and settings, instead of all these: the ``model.pruning.config`` of another
+            model, a JSON file with it, or a folder to which a pruned model was saved.
         settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each
             policy that needs one: ``flowcut={"compat": "official"}``.
 
@@ -77,7 +78,7 @@ def prune(
     check_hookable(model)
     stock = stock_model(model)
     anatomy = find_anatomy(stock)
-    # the engine, with parts of transformers that take seconds and are here by now
+    # the engine imports parts of transformers that take seconds and are loaded by now
     from .session import Pruning
 
     try:
@@ -85,15 +86,15 @@ def prune(
         pruning = Pruning(stock, anatomy, composition, None if model is stock else model)
     except PruningError:
         raise
-    except ValueError as error:  # a policy that does not fit this model, say by a layer that it has not
+    except ValueError as error:  # a policy that does not fit this model
         raise PolicyError(f"{'+'.join(p.name for p in policies)} on {anatomy.family}: {error}") from error
-    # a plain attribute: nn.Module would list a module here, and nothing of ours may enter the state dict
+    # a plain attribute: nn.Module would list a module here, and nothing of ours may appear in the state dict
     object.__setattr__(stock, "pruning", pruning)
     return model
 
 
 def unprune(model: Model) -> Model:
-    """Undo `prune`: the model is bit for bit what it was. Returns the same model."""
+    """Undo `prune`: the model is again bit for bit what it was. Returns the same model."""
     pruning: Pruning | None = getattr(model, "pruning", None)
     if pruning is None:
         raise StateError(f"This {type(model).__name__} is not pruned, so there is nothing to undo.")
@@ -131,16 +132,16 @@ def from_pretrained(
         policy: a policy's name or object, instead of what the model's ``vlm_prune.json`` says.
         tokens: its budget, see `prune`.
         ratio: its budget, see `prune`.
-        per: what that is a budget of, see `prune`.
+        per: what the budget applies to, see `prune`.
         config: another config, instead; see `prune`.
         kwargs: for ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
     Raises:
         ModelNotFoundError: there is no such model, on this machine or on the hub.
         PolicyError: the model has no ``vlm_prune.json``, and neither ``policy`` nor ``config`` is given; or what they
-            say is no good. Nothing has been loaded by then.
+            say is invalid. Nothing has been loaded at that point.
     """
-    from transformers import AutoModelForImageTextToText  # names all families of transformers
+    from transformers import AutoModelForImageTextToText  # lists all families of transformers
 
     given = {"tokens": tokens is not None, "ratio": ratio is not None, "per": per is not TILE}
     if config is not None:
@@ -153,7 +154,7 @@ def from_pretrained(
         chosen = load_config(find_config(path, kwargs))
     else:
         chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per}
-    # a mistake in them must not cost the loading of a large model
+    # a mistake in them must be found before a large model is loaded
     make_policies(
         chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio", "per")}
     )
@@ -161,6 +162,26 @@ def from_pretrained(
     with missing_models(path):
         model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)
     return prune(model, **chosen)
+
+
+def ignore_visual_labels(model: Any, collator: Callable[[Any], Any]) -> IgnoreVisualLabels:
+    """``collator``, with the labels on visual tokens set to -100, so that pruning removes no label.
+
+    Trainers that accumulate gradients count the labels of all micro-batches before the first forward
+    (``num_items_in_batch``). With this collator they count what the loss will sum, whatever is dropped::
+
+        Trainer(model, train_dataset=data, data_collator=ignore_visual_labels(model, collator), ...)
+
+    Args:
+        model: a model of a supported family, or a PEFT model around one; pruned or not.
+        collator: makes a batch of examples, with ``input_ids`` and ``labels``, int64 ``(batch, length)``.
+
+    Raises:
+        UnsupportedModelError: the model's family is not known.
+    """
+    from .language.loss import IgnoreVisualLabels
+
+    return IgnoreVisualLabels(collator, tuple(find_anatomy(stock_model(model)).image_tokens))
 
 
 def _refuse_beside(config: Any, given: Mapping[str, bool]) -> None:
@@ -177,7 +198,7 @@ def stock_model(model: Any) -> Any:
         return model
     if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
         raise UnsupportedModelError(
-            f"{type(model).__name__} puts learned tokens into the prompt, so image tokens are not where they were: use "
+            f"{type(model).__name__} puts learned tokens into the prompt, which moves the image tokens: use "
             "an adapter that changes weights, such as LoRA."
         )
     return model.get_base_model()

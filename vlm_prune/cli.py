@@ -1,4 +1,4 @@
-"""The command ``vlm-prune``. What only one command needs is imported by that command."""
+"""The command ``vlm-prune``. Each command imports what it alone needs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def main(
     ] = None,
 ) -> None:
     """Prune the visual tokens of stock Hugging Face vision-language models."""
-    sys.path.append("")  # plug-ins lie in the current folder, where `python -m` would look too
+    sys.path.append("")  # plug-ins may be in the current folder, where `python -m` would look too
     if plugin:
         from .registry import load_plugins
 
@@ -77,7 +77,7 @@ def main(
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """What the user got wrong as one line on stderr and exit code 2."""
+    """Report user errors as one line on stderr, with exit code 2."""
     try:
         yield
     except (PruningError, ValueError, OSError, ImportError) as error:
@@ -95,7 +95,7 @@ def demo(
         list[float] | None, typer.Option(help="Share of tokens to keep; may be repeated.")
     ] = None,
     scenes: Annotated[int | None, typer.Option(help="Scenes per model.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the scenes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the scenes.")] = None,
 ) -> None:
     """Prune two trained models at several budgets: POPE, CHAIR, times, KV cache, and a picture of what was kept."""
     with plain_errors():
@@ -104,7 +104,7 @@ def demo(
         from .eval.demo import DemoSettings
         from .eval.demo_report import demo as show
 
-        logging.disable_progress_bar()  # of loading: there is one of our own
+        logging.disable_progress_bar()  # of model loading: we show our own
         asked: dict[str, Any] = {
             "models": tuple(model or ()),
             "policies": tuple(policy or ()),
@@ -132,7 +132,7 @@ class PolicyFacts(NamedTuple):
 
 
 def policy_facts() -> list[PolicyFacts]:
-    """All policies that the package brings, read off their classes and the first lines of their files."""
+    """All policies of the package, read from their classes and the first lines of their files."""
     from .registry import BUILT_IN, policy_class
 
     return [_facts(name, policy_class(name)) for name in BUILT_IN]
@@ -146,7 +146,7 @@ def policies_table() -> str:
     ]
     for fact in policy_facts():
         paper = re.sub(r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)", fact.paper)
-        # what stands in the column of stages is not said again
+        # the stages have a column, so they are not repeated here
         summary = re.sub(r" \([a-z, ]+ stage\)", "", fact.summary).replace("``", "`")
         lines.append(
             f"| [`{fact.name}`]({fact.file}) | {fact.stages} | {fact.default_ratio} | {summary} | {paper} |"
@@ -155,14 +155,14 @@ def policies_table() -> str:
 
 
 def outside_facts() -> tuple[list[PolicyFacts], list[str]]:
-    """The same of policies that plug-ins brought, and a sentence about each that cannot be read."""
+    """The same for policies from plug-ins, and a sentence about each that cannot be read."""
     from .registry import BUILT_IN, POLICIES, load_plugins, policy_class
 
     facts, trouble = [], load_plugins()
     for name in sorted(set(POLICIES) - set(BUILT_IN)):
         try:
             facts.append(_facts(name, policy_class(name)))
-        except Exception as error:  # a list of what there is must not fail over what somebody else wrote
+        except Exception as error:  # a listing must not fail because of someone else's code
             trouble.append(f"{name}: {type(error).__name__}: {error}")
     return facts, trouble
 
@@ -224,11 +224,17 @@ def families(
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="The YAML file; see examples/.")],
-    output: Annotated[Path | None, typer.Option(help="The run folder, instead of the file's.")] = None,
-    retime: Annotated[bool, typer.Option("--retime", help="Take the times of finished cells again.")] = False,
-    page: Annotated[Path | None, typer.Option(help="A Markdown page to put the tables in, too.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run folder, instead of the one in the file.")
+    ] = None,
+    retime: Annotated[
+        bool, typer.Option("--retime", help="Measure the times of finished cells again.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="A Markdown page to write the tables into as well.")
+    ] = None,
 ) -> None:
-    """Cross models, policies, budgets and tasks as a YAML file says; resumes where it stopped.
+    """Run models x policies x budgets x tasks as a YAML file says; resumes where it stopped.
 
     Start it with torchrun or accelerate launch to spread it over processes: -m vlm_prune run config.yaml.
     Exits with 1 if a cell failed, with 2 if the file is not valid.
@@ -247,7 +253,9 @@ def run(
         try:
             done = execute(asked, console, config.read_text(encoding="utf-8"), retime)
         except KeyboardInterrupt:
-            typer.echo("stopped; what is answered is on disk: the same command goes on from there", err=True)
+            typer.echo(
+                "stopped; finished answers are on disk, and the same command resumes from there", err=True
+            )
             raise typer.Exit(130) from None
         if page is not None and done.processes.first:
             publish(done.lines(), page, tasks_of(done.finished_rows()))

@@ -1,4 +1,4 @@
-"""Policies at work together on one model: who decides what, and with what budget. Made once, when pruning starts."""
+"""The policies that prune one model together: which decides what, with what budget. Made once, when pruning starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 from .call.budget import Budget
 from .contract.anatomy import Anatomy
 from .contract.policy import Policy
+from .contract.stages import Stages
 from .errors import BudgetError
 
 
@@ -38,19 +39,18 @@ class Composition:
         """Fit policies to a model, and check the budget; see `api.prune`.
 
         Raises:
-            BudgetError: the budget is not one, or nobody is there to take it.
-            ValueError: a policy does not fit this model, say by a layer that it does not have.
+            BudgetError: the budget is invalid, or no policy takes one.
+            ValueError: a policy does not fit this model, for instance because it names a layer that the model lacks.
         """
-        if (tokens is not None or ratio is not None) and not any(policy.prunes for policy in written):
-            raise BudgetError(
-                f"{'+'.join(p.name for p in written)} drops no tokens, so tokens= and ratio= have no meaning. Leave "
-                'them out, or compose it with a policy that prunes, such as "flowcut+...".'
-            )
         owner = next((policy for policy in written if policy.prunes), None)
-        if owner is not None and owner.keeps_all and tokens is not None:
+        if owner is None and (tokens is not None or ratio is not None):
+            name, given = (
+                "+".join(p.name for p in written),
+                f"ratio={ratio}" if tokens is None else f"tokens={tokens}",
+            )
             raise BudgetError(
-                f'policy="{owner.name}" keeps every visual token, so tokens={tokens} has no meaning. Leave it out, or '
-                'name a policy that drops tokens, such as "uniform".'
+                f'policy="{name}" drops no tokens, so {given} has no meaning. Leave it out, or choose or add a policy '
+                'that drops tokens, such as "flowcut".'
             )
         config = anatomy.decoder.config
         fitted = tuple(
@@ -67,6 +67,11 @@ class Composition:
     def name(self) -> str:
         """The policies' names, joined by "+"."""
         return "+".join(policy.name for policy in self.policies)
+
+    @property
+    def acts(self) -> Stages:
+        """The stages in which any of the policies acts."""
+        return Stages.joined(policy.stages for policy in self.policies)
 
     @cached_property
     def owner(self) -> Policy | None:
@@ -100,12 +105,12 @@ class Composition:
 
 
 def _shares(per: str, anatomy: Anatomy) -> bool:
-    """Whether the tiles of an image share a budget. Raises if they cannot."""
+    """Whether the tiles of an image share one budget. Raises if they cannot."""
     if per not in ("tile", "image"):
         raise BudgetError(f'per={per!r}: choose "tile" or "image".')
     if per == "image" and anatomy.tile != "image" and not anatomy.features:
         raise BudgetError(
-            f'per="image": {anatomy.family} hands its tower tiles without a word which of them form one image. Give '
+            f'per="image": {anatomy.family} passes tiles to its tower without saying which form one image. Give '
             'the budget per="tile".'
         )
     return per == "image"

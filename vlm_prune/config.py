@@ -6,7 +6,7 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget, ``per`` what it is one of. Only ``policy`` has to be there. ``vlm-prune tune`` adds ``similarity`` and ``about``
+budget, ``per`` what it applies to. Only ``policy`` is required. ``vlm-prune tune`` adds ``similarity`` and ``about``
 for people to read.
 """
 
@@ -30,7 +30,7 @@ KEYS = ("version", "policy", "tokens", "ratio", "per", "settings", "similarity",
 
 
 def to_config(composition: Composition) -> dict[str, Any]:
-    """Policies and budget as a dict that JSON can hold, every field named.
+    """Policies and budget as a JSON-compatible dict, with every field.
 
     Raises:
         PolicyError: a policy is not registered, so that its name would mean nothing to a reader, or has a setting
@@ -56,7 +56,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Arguments for `prune` from a config: a dict, a JSON file, or a folder with a ``vlm_prune.json``.
 
     Raises:
-        PolicyError: it is no such config, of another version, or has a key that is not known.
+        PolicyError: it is not a config, is of another version, or has an unknown key.
     """
     where = "config" if isinstance(source, Mapping) else str(source)
     config = source if isinstance(source, Mapping) else _read(Path(source))
@@ -84,7 +84,7 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         )
     for name in settings:
         if name in ("model", "policy", "tokens", "ratio", "per", "config"):
-            raise PolicyError(f"{where}: {name} stands beside settings, not in them.")
+            raise PolicyError(f"{where}: {name} belongs next to settings, not in them.")
     budget = {name: config[name] for name in ("tokens", "ratio", "per") if config.get(name) is not None}
     return {
         "policy": config["policy"],
@@ -109,7 +109,7 @@ def _read(path: Path) -> Any:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A setting as JSON knows it."""
+    """A setting as JSON can hold it."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):

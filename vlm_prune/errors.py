@@ -16,7 +16,7 @@ class ModelNotFoundError(PruningError, OSError):
 
 
 class BudgetError(PruningError, ValueError):
-    """The number of tokens asked for cannot be had."""
+    """The requested number of tokens is not possible."""
 
 
 class PolicyError(PruningError, ValueError):
@@ -24,7 +24,7 @@ class PolicyError(PruningError, ValueError):
 
 
 class StateError(PruningError, RuntimeError):
-    """The model is pruned when it must not be, or the other way round."""
+    """The model is pruned when it must not be, or the reverse."""
 
 
 class UnsupportedCallError(PruningError, ValueError):

@@ -1,4 +1,4 @@
-"""Names of policies and model families, and where their code is. Nothing is imported before it is asked for."""
+"""Names of policies and model families, and where their code is. Nothing is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from .contract.policy import Policy
 from .errors import PolicyError, UnsupportedModelError
 
 POLICIES: dict[str, str | type[Policy]] = {
+    "act": "vlm_prune.policies.act:ACT",
     "agilepruner": "vlm_prune.policies.agilepruner:AgilePruner",
     "cdpruner": "vlm_prune.policies.cdpruner:CDPruner",
     "dart": "vlm_prune.policies.dart:DART",
     "divprune": "vlm_prune.policies.divprune:DivPrune",
+    "dola": "vlm_prune.policies.dola:DoLa",
     "downsample": "vlm_prune.policies.pooling:Downsample",
     "dyvte": "vlm_prune.policies.dyvte:DyVTE",
     "fastv": "vlm_prune.policies.fastv:FastV",
@@ -30,6 +32,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "holov": "vlm_prune.policies.holov:HoloV",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
     "none": "vlm_prune.policies.baselines:Identity",
+    "pai": "vlm_prune.policies.pai:PAI",
     "paint": "vlm_prune.policies.paint:Paint",
     "pool": "vlm_prune.policies.pooling:Pool",
     "prumerge": "vlm_prune.policies.prumerge:PruMerge",
@@ -41,23 +44,25 @@ POLICIES: dict[str, str | type[Policy]] = {
     "streamingllm": "vlm_prune.policies.streamingllm:StreamingLLM",
     "uniform": "vlm_prune.policies.baselines:Uniform",
     "var": "vlm_prune.policies.var:VAR",
+    "vcd": "vlm_prune.policies.vcd:VCD",
     "vflowopt": "vlm_prune.policies.vflowopt:VFlowOpt",
     "vlcache": "vlm_prune.policies.vlcache:VLCache",
     "vhr": "vlm_prune.policies.vhr:VHR",
     "visionzip": "vlm_prune.policies.visionzip:VisionZip",
     "vispruner": "vlm_prune.policies.vispruner:VisPruner",
+    "zerotuning": "vlm_prune.policies.zerotuning:ZeroTuning",
     "zooprune": "vlm_prune.policies.zooprune:ZOOPrune",
 }
 """Policy name -> class, or "module:class" to import on demand."""
 
 BUILT_IN = tuple(POLICIES)
-"""Names of the policies that the package brings."""
+"""Names of the policies in the package."""
 
 ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop", "vl-cache": "vlcache"}
-"""Other names that policies go by."""
+"""Other names of policies."""
 
 ELSEWHERE = "vlm_prune.policies.elsewhere:not_among"
-"""Knows well-known methods that are not among the policies."""
+"""Says where well-known methods are that are not among the policies."""
 
 BUDGET_WORDS = {
     **dict.fromkeys(
@@ -88,7 +93,7 @@ BUDGET_WORDS = {
     **dict.fromkeys(("token_budget", "k", "top_k", "topk"), "tokens"),
     **dict.fromkeys(("budget", "keep", "prune_ratio", "pruning_ratio", "drop_ratio", "sparsity"), ""),
 }
-"""What the budget is called elsewhere, and which of ``tokens`` and ``ratio`` it is; "" if that is not clear."""
+"""What other libraries call the budget, and whether it means ``tokens`` or ``ratio``; "" if that is unclear."""
 
 ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
     "llava": "vlm_prune.adapters.llava:anatomy",
@@ -127,16 +132,16 @@ ADAPTERS: dict[str, str | Callable[[Any], Anatomy]] = {
 """``config.model_type`` -> function that finds a model's parts, or "module:function" to import on demand."""
 
 BUILT_IN_FAMILIES = tuple(ADAPTERS)
-"""Model types for which the package brings an adapter; `GENERAL` serves many others."""
+"""Model types with an adapter in the package; `GENERAL` serves many others."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What a policy may be called."""
 GENERAL = "vlm_prune.adapters.features:anatomy"
-"""What finds the parts of a model of any other type."""
+"""Finds the parts of a model of any other type."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest known names and all of them."""
+    """A sentence with the closest known name and all known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f'Did you mean "{near[0]}"? ' if near else ""
@@ -144,10 +149,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def register_policy(name: str, policy: type[Policy], overwrite: bool = False) -> None:
-    """Make a policy of your own known by name, to `prune`, to configs, to YAML runs and to the command line.
+    """Make your policy available by name to `prune`, configs, YAML runs and the command line.
 
     Raises:
-        PolicyError: the name is taken and ``overwrite`` is False, or the class is no policy that could work; see
+        PolicyError: the name is taken and ``overwrite`` is False, or the class cannot work as a policy; see
             `checks.check_policy`.
     """
     if not overwrite and (name in POLICIES or name in ALIASES):
@@ -163,12 +168,12 @@ def register_policy(name: str, policy: type[Policy], overwrite: bool = False) ->
 
 
 def register_family(model_type: str, anatomy: Any, overwrite: bool = False) -> None:
-    """Make a model family of your own known, by the ``config.model_type`` of its models.
+    """Make your model family available, by the ``config.model_type`` of its models.
 
     Args:
         model_type: as in the model's config.
         anatomy: takes a model and returns its parts, or ``"module:function"`` to import on demand.
-        overwrite: whether it may stand in for an adapter that is known already.
+        overwrite: whether it may replace an existing adapter.
 
     Raises:
         UnsupportedModelError: the type is taken and ``overwrite`` is False, or ``anatomy`` is neither of these.
@@ -186,9 +191,9 @@ def register_family(model_type: str, anatomy: Any, overwrite: bool = False) -> N
 
 
 def load_plugins(modules: Iterable[str] = ()) -> list[str]:
-    """Import ``modules``, which register what they bring, and what installed packages offer by entry points.
+    """Import ``modules``, which register policies and families, and load the entry points of installed packages.
 
-    The groups are ``vlm_prune.policies`` and ``vlm_prune.adapters``. An entry point never replaces what is known, and
+    The groups are ``vlm_prune.policies`` and ``vlm_prune.adapters``. An entry point never replaces a known name, and
     one that cannot be read is left out: returns a sentence about each of these.
 
     Raises:
@@ -213,7 +218,7 @@ def load_plugins(modules: Iterable[str] = ()) -> list[str]:
             try:
                 if group == "vlm_prune.policies":
                     check_policy(load_entry(point.value))
-            except Exception as error:  # whatever another package does wrong must not keep ours from working
+            except Exception as error:  # a broken package must not stop this one from working
                 trouble.append(
                     f"{group}: {point.name} ({point.value}) is left out: {type(error).__name__}: {error}"
                 )
@@ -307,11 +312,13 @@ def _checked(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
     encoders = [p.name for p in policies if p.encodes]
     if len(encoders) > 1:
         raise PolicyError(
-            f"{' and '.join(encoders)} both drop tokens in the encode stage, where one decides for all. Compose one "
+            f"{' and '.join(encoders)} both drop tokens in the encode stage, where only one can decide. Compose one "
             "of them with policies of the prefill, decode and modulate stages."
         )
     if len({p.name for p in policies}) < len(policies):
-        raise PolicyError(f"{'+'.join(p.name for p in policies)}: a policy can stand in a composition once.")
+        raise PolicyError(
+            f"{'+'.join(p.name for p in policies)}: a policy can appear in a composition only once."
+        )
     return policies
 
 
@@ -368,17 +375,17 @@ def find_anatomy(model: Any) -> Anatomy:
 
 
 def _why(model: Any) -> str:
-    """What is amiss with a model without adapter: it sees nothing, it is a tower, or its family is not known."""
+    """Why a model has no adapter: it has no vision tower, it is only a tower, or its family is unknown."""
     parts = vars(model.config) if hasattr(model.config, "__dict__") else {}
     if any(name in parts for name in ("vision_config", "text_config", "vq_config")):
         return "; docs/contributing.md (Add a model family) says how to write one"
     if "image_size" in parts or "patch_size" in parts:
-        return ", since it is a vision tower alone: give the whole vision-language model"
+        return ", since it is only a vision tower: give the whole vision-language model"
     return ", since it has no vision tower, and so no visual tokens to prune: give a vision-language model"
 
 
 def _importable(name: str, cls: type[Policy]) -> bool:
-    """Whether ``"module:Class"`` names this very class."""
+    """Whether ``"module:Class"`` names exactly this class."""
     try:
         return load_entry(name) is cls
     except (ImportError, AttributeError):
@@ -386,7 +393,7 @@ def _importable(name: str, cls: type[Policy]) -> bool:
 
 
 def load_entry(entry: Any) -> Any:
-    """What ``"module:name"`` names; anything but a string as it is."""
+    """The object that ``"module:name"`` names; anything but a string is returned as it is."""
     if not isinstance(entry, str):
         return entry
     module, name = entry.split(":")

@@ -1,8 +1,8 @@
-"""Saving a pruned model, stock weights and beside them ``vlm_prune.json``; and finding what is to be loaded.
+"""Saving a pruned model, as stock weights and a ``vlm_prune.json``; and finding a model to load.
 
-While a model is pruned, its ``save_pretrained`` writes that file too, and so do the stock calls that save on their way
+While a model is pruned, its ``save_pretrained`` writes that file too, and so do the stock calls that upload
 to the hub, ``push_to_hub(...)`` and ``save_pretrained(..., push_to_hub=True)``. Nothing of ours enters the weights or
-``config.json``: whoever does not know this package loads the stock model.
+``config.json``: without this package, the same folder loads as the stock model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SHIPPED = ("tiny-llava", "tiny-internvl", "tiny-llava-halluc")
 """Names of the trained test models that ship with the package."""
 
 WEIGHTS = "vlm_prune.eval.models:model_path"
-"""Knows their folders."""
+"""Finds their folders."""
 
 FROM_HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments of transformers' `from_pretrained` that say where files come from."""
 
 
 class Saver:
-    """Stands in for a model's ``save_pretrained`` until `remove` is called; ``pruning.config`` is written beside it."""
+    """Replaces a model's ``save_pretrained`` until `remove` is called; also writes ``pruning.config``."""
 
     def __init__(self, model: Any, pruning: Any):
         self.model, self.pruning = model, pruning
@@ -71,7 +71,7 @@ class Saver:
             object.__delattr__(self.model, "_upload_modified_files")
 
     def remove(self) -> None:
-        """Give the model its own method back."""
+        """Restore the model's own method."""
         if self.before is None:
             object.__delattr__(self.model, "save_pretrained")
         else:
@@ -104,7 +104,7 @@ def locate(path: str | Path, subfolder: str = "") -> str | Path:
     """Where a model is: the folder of a shipped test model, or ``path`` itself, a folder or a name on the hub.
 
     Raises:
-        ModelNotFoundError: it can be neither.
+        ModelNotFoundError: it is neither.
     """
     if str(path) in SHIPPED and not Path(path).is_dir():
         return Path(load_entry(WEIGHTS)(str(path)))
@@ -120,30 +120,30 @@ def locate(path: str | Path, subfolder: str = "") -> str | Path:
 
 @contextmanager
 def missing_models(path: str | Path) -> Iterator[None]:
-    """What transformers says of a model that it cannot find, as a `ModelNotFoundError` that says what to do."""
+    """Turn transformers' error about a model that it cannot find into a `ModelNotFoundError` that says what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None:  # the system's own, such as a full disk
+        if error.errno is not None:  # an error of the system, such as a full disk
             raise
         raise ModelNotFoundError(missing_model(str(path), error)) from error
 
 
 def is_no_name(name: str) -> bool:
-    """Whether a model can be called so neither on this machine nor on the hub, where a slash follows the owner."""
+    """Whether this can be the name of no model, neither on this machine nor on the hub (where names are owner/name)."""
     path = Path(name)
     return not path.is_dir() and ("/" not in name or path.is_absolute() or name.startswith("."))
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is nearest to ``name``."""
+    """The known name closest to ``name``."""
     spelt = {each.lower(): each for each in known}
     found = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.6)
     return spelt[found[0]] if found else None
 
 
 def how_to_load(name: str) -> str:
-    """How a model of that name comes to be pruned."""
+    """How to prune a model that is given by name."""
     if name in SHIPPED:
         return f'Load it first: model, processor = vlm_prune.eval.load_model("{name}").'
     likely = near(name, SHIPPED) if is_no_name(name) else None
@@ -157,7 +157,7 @@ def missing_model(
     """What is missing where a model could not be loaded, and what to do.
 
     Args:
-        name: as it was asked for.
+        name: as the user gave it.
         error: what transformers said.
         known: names on the hub that may have been meant.
         size: of the download, if that is known.
@@ -173,7 +173,7 @@ def missing_model(
     shipped = f"Test models that ship with the package and need no download: {', '.join(SHIPPED)}."
     if is_no_name(name):
         return (
-            f'There is no model "{name}": no folder of that name, and names on the hub have an owner, as in '
+            f'There is no model "{name}": no folder of that name, and names on the hub include an owner, as in '
             f'"llava-hf/llava-1.5-7b-hf". {hint}{shipped}'
         )
     much = f", {size}," if size else ""

@@ -18,7 +18,8 @@ from .call.rows import Rows
 from .composition import Composition
 from .config import to_config
 from .contract.anatomy import Anatomy, FeatureTower, PackedTower, Tower
-from .encode.assembler import FEATURE_METHODS, Arranger, FeatureMethod
+from .contract.stages import Stages
+from .encode.assembler import FEATURE_METHODS, Assembler, FeatureMethod
 from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
@@ -27,6 +28,7 @@ from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_fo
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
 from .language.entry import Entry
+from .language.guidance import Guidance, forget_guided, guiding
 from .language.kinds import check_decoder, mask_maker
 from .language.layers import DecoderLayers
 from .language.loss import Loss
@@ -35,11 +37,11 @@ from .saving import Saver
 from .versions import CHUNKS_BRING_IMAGES, cache_of, takes_encoded
 
 _pruned: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruning]] = weakref.WeakKeyDictionary()
-"""Whose hooks are on a module, of all modules that have any."""
+"""For each module that has hooks, the pruning that they belong to."""
 
 
 class Pruning:
-    """Policies at work on a model.
+    """The pruning of one model: its policies and its hooks.
 
     Attributes:
         policies: in the order in which they were written, with their settings.
@@ -90,8 +92,10 @@ class Pruning:
             entry,
             masks,
         )
-        # whoever looks at the prompt in the decoder has to see all of it, and no drafts after it
+        # what looks at the prompt in the decoder must see all of it, without drafts after it
         self._reads_prompt = self._layers is not None or entry is not None
+        guide = guiding(composition.policies)
+        self._guidance = None if guide is None else Guidance(model, anatomy, guide, self)
         self._claim()
         try:
             self._install()
@@ -100,7 +104,7 @@ class Pruning:
             raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pruning:
-        """A copy of a pruned model is pruned by itself; a part of it cannot be.
+        """A copy of a pruned model is pruned independently; a copy of one of its parts cannot be.
 
         Raises:
             StateError: only a part is copied, as PEFT does with ``modules_to_save``.
@@ -119,7 +123,7 @@ class Pruning:
         """Hooks into a model cannot be pickled.
 
         Raises:
-            StateError: always; `copy.deepcopy` goes another way.
+            StateError: always; `copy.deepcopy` does not go through here.
         """
         raise StateError(
             "A pruned model cannot be pickled, as torch.save(model) and multiprocessing would: save it by "
@@ -133,9 +137,8 @@ class Pruning:
         return self._composition.name
 
     def __repr__(self) -> str:
-        stages = dict.fromkeys(stage for policy in self.policies for stage in policy.stages)
         kept = "all tokens"
-        if self._composition.owner is not None and not self._composition.owner.keeps_all:
+        if self._composition.owner is not None:
             per = "image" if self.budget.joint else self._anatomy.tile
             kept = (
                 f"ratio={self.budget.ratio:.3g}"
@@ -143,7 +146,12 @@ class Pruning:
                 else f"tokens={self.budget.tokens}"
             )
             kept += f" per {per}"
-        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(stages)}>"
+        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(self.acts)}>"
+
+    @property
+    def acts(self) -> Stages:
+        """The stages in which any of the policies acts."""
+        return self._composition.acts
 
     @property
     def positions(self) -> str:
@@ -152,7 +160,7 @@ class Pruning:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Policies, budget and settings as JSON can hold them: ``prune(other, config=...)`` prunes alike.
+        """Policies, budget and settings as a JSON-compatible dict: ``prune(other, config=...)`` prunes the same way.
 
         Raises:
             PolicyError: a policy object is of a class that is not registered, or has a setting that is no plain value.
@@ -164,6 +172,8 @@ class Pruning:
         # what the user saves is the model, or the PEFT model around it
         self._handles += [Saver(m, self) for m in (self._model, self._wrapper) if m is not None]
         self._handles.append(Loss(self._model, self))
+        if self._guidance is not None:
+            self._guidance.install(self._handles)
         # older versions of transformers, and some families, encode images inside the first forward
         self._takes_encoded = takes_encoded(self._model)
         if not CHUNKS_BRING_IMAGES:
@@ -176,10 +186,10 @@ class Pruning:
         ]
         self._encoder.install(self._handles)
         arranging = {feature.method: feature for feature in self._anatomy.features}
-        inside = not isinstance(self._encoder, FeatureEncoder)  # which stands in for the methods itself
+        inside = not isinstance(self._encoder, FeatureEncoder)  # which replaces the methods itself
         for method in {*FEATURE_METHODS, *arranging} if inside else ():
             if method in arranging:
-                self._handles.append(Arranger(base, arranging[method], self._encoder))
+                self._handles.append(Assembler(base, arranging[method], self._encoder))
             elif hasattr(base, method):
                 self._handles.append(FeatureMethod(base, method, self._encoder))
         self._decoder.install(self._handles)
@@ -193,6 +203,8 @@ class Pruning:
     def remove(self) -> None:
         """Undo everything; the model is as it was before."""
         forget_calls(self)
+        if self._guidance is not None:
+            forget_guided(self._guidance)
         for module in _hooked(self._anatomy):
             _pruned.pop(module, None)
         for handle in self._handles:
@@ -239,7 +251,7 @@ class Pruning:
         """Make a receipt the current one of this thread."""
         self._receipts[threading.current_thread()] = receipt
 
-    # --- what the loss asks ---
+    # --- for the loss ---
 
     def leave_live_rows(self, rows: Rows) -> None:
         """Tell the loss of this forward which rows are left."""
@@ -252,11 +264,11 @@ class Pruning:
     # --- hooks around a forward ---
 
     def _see_chunk(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse chunks of a prompt from which an older version of transformers has taken the images."""
+        """Refuse chunks of a prompt whose images an older version of transformers has dropped."""
         check_chunk(self._anatomy, kwargs)
 
     def _see_drafts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell a prompt with drafts after it from others: assisted decoding asks for the logits of each draft."""
+        """Recognise a prompt with drafts after it: assisted decoding asks for the logits of each draft."""
         keep, given = kwargs.get("logits_to_keep"), kwargs.get("mm_encoder_outputs") or {}
         encoded = any(ride_of(output) is not None for output in given.values())
         if not encoded and not self._takes_encoded:
@@ -266,10 +278,10 @@ class Pruning:
         expect_drafts(max(keep - 1, 0), self)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a forward: note which tiles it brings along."""
+        """Begin a forward: note which tiles come with it."""
         if torch.compiler.is_compiling() and current_forward(self) is None and not brings_features(kwargs):
             check_forward(self._anatomy, kwargs)
-            return  # a step with what the cache holds: `torch.compile` cannot write context variables
+            return  # a decoding step, compiled: `torch.compile` cannot write context variables
         call = ForwardCall(owner=self)
         begin_forward(call, module)
         self._live_rows.pop(threading.current_thread(), None)
@@ -284,7 +296,7 @@ class Pruning:
         if self._anatomy.features:
             call.placeholders = count_placeholders(self._anatomy, kwargs)
         given = kwargs.get("mm_encoder_outputs") or {}
-        # videos have placeholders of their own, where there are two kinds; images are encoded first
+        # where there are two kinds of placeholders, videos have the second; images are encoded first
         videos = len(self._anatomy.image_tokens) - 1
         call.kinds = [0] * (kwargs.get("pixel_values") is not None)
         call.kinds += [videos] * (kwargs.get("pixel_values_videos") is not None)
@@ -307,7 +319,7 @@ class Pruning:
         if self._reads_prompt and ids is not None and ids.shape[1] > 1:
             call.image_masks = [ids == token for token in self._anatomy.image_tokens]
         elif self._reads_prompt and embeds is not None and embeds.shape[1] > 1:
-            call.image_masks = self._placeholders(module, embeds)
+            call.image_masks = self.placeholders(module, embeds)
             if not call.image_masks:
                 raise UnsupportedCallError(
                     f"inputs_embeds of {embeds.shape[1]} tokens, none of them an image placeholder: {self.name} acts "
@@ -315,15 +327,15 @@ class Pruning:
                     "Pass input_ids and pixel_values instead."
                 )
 
-    def _placeholders(self, base: Any, embeds: torch.Tensor) -> list[torch.Tensor]:
-        """Where embeddings ``(batch, length, channels)`` are placeholders of each kind; empty if nowhere."""
+    def placeholders(self, base: Any, embeds: torch.Tensor) -> list[torch.Tensor]:
+        """Placeholders of each kind in embeddings ``(batch, length, channels)``; empty if there are none."""
         ids = torch.tensor(self._anatomy.image_tokens, device=embeds.device)
         known = base.get_input_embeddings()(ids).to(embeds.dtype)
         mask = (embeds[:, :, None] == known).all(-1)
         return list(mask.unbind(-1)) if mask.any() else []
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End a forward, also after an exception."""
+        """End a forward, including after an exception."""
         if current_forward(self) is not None:
             end_forward(self)
 

@@ -1,7 +1,7 @@
-"""Attention sites: seeing what an attention module computes with, without changing how it computes.
+"""Attention sites: observing the inputs of an attention module without changing how it computes.
 
 transformers dispatches attention by a name in each module's config. A site gives one module a shallow copy of its
-config that names our function; the function tells the site's owner what it was called with and hands on to the
+config that names our function; the function shows the site's owner its arguments and then calls the
 implementation that the model's own config names at that moment, so sdpa stays sdpa and eager stays eager. The name is
 entered in transformers' table with the first site and leaves it with the last: importing this module registers
 nothing.
@@ -23,7 +23,7 @@ from .errors import UnsupportedModelError
 
 NAME = "vlm_prune"
 PACKED_FLASH = "vlm_prune_flash"
-"""Modules that attend over packed sequences look for "flash" in the name, to learn that they may pass their ends on."""
+"""Modules that attend over packed sequences look for "flash" in the name to decide whether to pass sequence ends."""
 
 Observer = Callable[..., "torch.Tensor | None"]
 """Called with (layer, query, key, value, scaling); returns a mask of keys ``(batch, keys)`` to use, or None."""
@@ -35,9 +35,9 @@ _open_sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
 
 class Site:
-    """One attention module whose calls are shown to ``observer``, and handed to ``editor``, until `close` is called.
+    """One attention module whose calls ``observer`` sees and whose output ``editor`` may replace, until `close`.
 
-    ``packed`` modules attend over several sequences that stand one after another.
+    ``packed`` modules attend over several sequences laid end to end.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Site:
         self._open()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of a pruned model is pruned too, and goes on when the original is not any more."""
+        """A copy of a pruned model is pruned too, and stays so when the original no longer is."""
         self.__dict__.update(state)
         self._open()
 
@@ -69,7 +69,7 @@ class Site:
         ALL_ATTENTION_FUNCTIONS[NAME] = ALL_ATTENTION_FUNCTIONS[PACKED_FLASH] = attend
 
     def close(self) -> None:
-        """Give the module its own config back."""
+        """Restore the module's own config."""
         self.module.config = self.stock_config
         del self.module.vlm_prune_site
         _open_sites.discard(self)
@@ -77,15 +77,15 @@ class Site:
 
 
 def _leave_table() -> None:
-    """Take our names out of transformers' table when no site is open: all closed, or gone with their models."""
-    # by iteration, which skips sites that are gone: the set may not have heard of it yet
+    """Remove our names from transformers' table when no site is open: all are closed, or freed with their models."""
+    # by iteration, which skips freed sites: the weak set may still count them
     if not any(True for _ in _open_sites):
         ALL_ATTENTION_FUNCTIONS.pop(NAME, None)
         ALL_ATTENTION_FUNCTIONS.pop(PACKED_FLASH, None)
 
 
 class _Stock:
-    """An attention module as it is unpruned: flash attention asks its config which implementation it is."""
+    """An attention module with its stock config: flash attention reads from it which implementation it is."""
 
     def __init__(self, module: Any, config: Any):
         self._module, self.config = module, config

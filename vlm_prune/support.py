@@ -1,4 +1,4 @@
-"""Which policy works on which model family: the matrix in the README, worked out from what each declares."""
+"""Which policy works on which model family: the matrix in the README, derived from what each declares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .registry import ADAPTERS, BUILT_IN, BUILT_IN_FAMILIES, policy_class
 
 @cache
 def families() -> dict[str, Family]:
-    """``config.model_type`` -> what its adapter says of it, in the order of the registry: the matrix's columns."""
+    """``config.model_type`` -> what its adapter says about it, in the order of the registry: the matrix's columns."""
     found = {}
     for name in BUILT_IN_FAMILIES:
         module = importlib.import_module(str(ADAPTERS[name]).split(":")[0])
@@ -25,7 +25,7 @@ def families() -> dict[str, Family]:
 
 FULL, PART, NOT = "●", "◐", "○"
 NOTES = {
-    "cls": "There is no CLS token: the mean query over all patches stands in for it, and the receipt says so.",
+    "cls": "There is no CLS token: the mean query over all patches is used instead, and the receipt says so.",
     "resized": "Images that the model does not resize (up to nine tiles); large ones and videos raise, because the "
     "policy chooses among tokens that are blended afterwards.",
     "others": "Every other model that puts image features at placeholders, found by reading it; "
@@ -54,11 +54,11 @@ def support(policy: str, family: str) -> Cell:
 
 
 def elsewhere(policy: str) -> Cell:
-    """The cell for models of which only the features are known."""
+    """The cell for models of which the engine only knows the features."""
     kind = policy_class(policy)
     try:
         needs = kind().needs_tower
-    except ValueError:  # it cannot be made without settings; those that can look into towers all can
+    except ValueError:  # it cannot be made without settings; all such policies can look into towers
         needs = kind.tower_layers is not Policy.tower_layers
     return Cell(NOT if needs else FULL)
 

@@ -1,7 +1,7 @@
-"""Pictures of the patches that were kept: the image as the tower saw it, with what was dropped faded out.
+"""Pictures of the kept patches: the image as the tower saw it, with dropped patches faded out.
 
 Everything is drawn from a receipt, so a picture shows what ran. Images that a model cuts into tiles are put together
-again, with the thumbnail (the last tile, where there are several) beside them.
+again, with the thumbnail (the last tile, where there are several) next to them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Panel:
     def from_receipt(
         cls, receipt: Receipt, inputs: Any, image_processor: Any, image_size: tuple[int, int], text: str = ""
     ) -> Panel:
-        """Of a call with one image.
+        """The picture of a call with one image.
 
         Args:
             receipt: of the call.

@@ -68,7 +68,7 @@ def bounds(subject: Subject, rows: list[Row], rounds: int) -> Iterator[Bound]:
             yield Bound(f"decode step, {at}", row.decode_over_oracle, 1.02, "oracle")
     dense = rows[0].prefill_ms / subject.layers * subject.preset.depth
     for name in POLICIES:
-        if policy_class(name).stages != ("encode",) or policy_class(name).reads_cls:
+        if policy_class(name).acts.inside or policy_class(name).reads_cls:
             spent = scoring_ms(subject, name, 2)
             if spent is not None:
                 against = f"dense prefill of all {subject.preset.depth} layers"

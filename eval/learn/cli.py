@@ -33,12 +33,13 @@ def train_exit_command(
 ) -> None:
     """Train DyVTE's exit gates for a model, and report how often each layer's label says that it may leave."""
     with plain_errors():
+        from vlm_prune.eval.checkpoints import open_model
         from vlm_prune.eval.learn.train_exit import train_exit
 
         from .data import examples as read
-        from .data import open_model, training_batches
+        from .data import training_batches
 
-        loaded, processor = open_model(model)
+        loaded, processor = open_model(model, "auto")
         turns = read(data, model, examples, seed)
         gates, log = train_exit(
             loaded,
@@ -74,13 +75,13 @@ def tune_command(
 ) -> None:
     """Search VFlowOpt's settings for a model and a budget by Bayesian optimisation; resumes from OUT.study."""
     with plain_errors():
+        from vlm_prune.eval.checkpoints import open_model
         from vlm_prune.eval.learn.tune import tune
 
         from ..measure import prompt_text
         from .data import examples as read
-        from .data import open_model
 
-        loaded, processor = open_model(model)
+        loaded, processor = open_model(model, "auto")
         turns = read(data, model, 7 * samples, seed)[::7]
         prompts = [(turn.image, prompt_text(processor, turn.question)) for turn in turns]
         out.parent.mkdir(parents=True, exist_ok=True)

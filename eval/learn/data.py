@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_prune.eval.images import load_image
 from vlm_prune.eval.measure import prompt_text
-from vlm_prune.eval.models import MODELS, load_model
+from vlm_prune.eval.models import MODELS
 from vlm_prune.eval.records import read_records
 from vlm_prune.eval.scenes import make_scenes
 from vlm_prune.eval.tiny.language import dialogue
@@ -27,14 +26,6 @@ class Example:
     image: Image.Image
     question: str
     answer: str
-
-
-def open_model(name: str) -> tuple[Any, Any]:
-    """A shipped test model by name, or any folder or hub name that transformers can load, with its processor."""
-    if name in MODELS:
-        return load_model(name)
-    model = AutoModelForImageTextToText.from_pretrained(name).eval()
-    return model, AutoProcessor.from_pretrained(name)
 
 
 def examples(data: Path | None, model: str, count: int, seed: int) -> list[Example]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlm_prune import Receipt, pruned
 from vlm_prune.call.survivors import Grids, Units
+from vlm_prune.contract.stages import Stages
 from vlm_prune.eval.measure import model_inputs, prompt_text, receipt_of
-from vlm_prune.eval.models import MODELS, exit_gates, load_model
+from vlm_prune.eval.models import MODELS, exit_gates
 from vlm_prune.eval.report.overlay import Box, data_uri, outline, outside, plates, veil
 from vlm_prune.eval.report.page import render
 from vlm_prune.eval.runs.folder import write_whole
@@ -78,24 +79,6 @@ class Inspection:
         return f"{self.receipt.policy} on {self.model}: {last.count} of {last.total} patches"
 
 
-def open_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A shipped test model by its name, or any checkpoint by its folder or hub name.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    if name in MODELS:
-        return load_model(name)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        return model.eval(), AutoProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(
-            f"model {name!r} is no folder or hub name that could be loaded ({str(error).splitlines()[0]}). "
-            f"Shipped test models: {', '.join(MODELS)}."
-        ) from error
-
-
 def own_settings(policy: str, model: str) -> dict[str, Any]:
     """What a policy needs and a shipped model brings along: exit gates for DyVTE."""
     names = policy.split("+")
@@ -135,7 +118,7 @@ def inspect(
     before = ask()
     with pruned(model, policy, **options):
         after, receipt = ask(), receipt_of(model)
-        acts = {stage for each in model.pruning.policies for stage in each.stages}
+        acts = model.pruning.acts
     return Inspection(
         image=image,
         prompt=prompt,
@@ -174,13 +157,16 @@ def _layers(numbers: Sequence[int]) -> str:
     return f"layers {numbers[0]}–{numbers[-1]}"  # noqa: RUF001
 
 
-def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
+def remarks(receipt: Receipt, acts: Stages) -> list[str]:
     """What is to be known beside the pictures. ``acts`` are the stages that the policies act in."""
     found = []
-    if acts == {"modulate"}:
-        found.append(f"{receipt.policy} edits attention and drops nothing: every layer computes every patch.")
-    elif "modulate" in acts:
+    if not acts.prunes:
+        edited = " and ".join(["attention"] * acts.edits + ["logits"] * acts.guides) or "nothing"
+        found.append(f"{receipt.policy} edits {edited} and drops nothing: every layer computes every patch.")
+    elif acts.edits:
         found.append("Attention is edited as well, which a picture of kept patches does not show.")
+    if acts.prunes and acts.guides:
+        found.append("Logits are edited as well, which a picture of kept patches does not show.")
     if receipt.tower_units and len(receipt.tower_units[0][0]) < receipt.units:
         found.append(
             "The tower is shown a smaller image from the start: a patch that is kept stands in the middle of the "
@@ -188,7 +174,7 @@ def remarks(receipt: Receipt, acts: set[str]) -> list[str]:
         )
     if any(keep.rows is not None for keep in receipt.keeps or ()):
         found.append("Dropped patches are not all lost: some are merged into kept ones.")
-    if "decode" in acts:
+    if acts.evicts:
         found.append("Rows leave the KV cache as well, after the prompt or while the answer is written.")
     return found
 

@@ -245,7 +245,7 @@ def table_context(results: Results, judged: Standings) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     before = ""
     for entry in results.entries:
-        stages = ", ".join(entry.stages)
+        stages = ", ".join(entry.acts)
         twin = judged.idle.get(entry.key)
         rows.append(
             {
@@ -344,7 +344,7 @@ def tables(results: Results, judged: Standings) -> list[Exhibit]:
                     else [cell["value"], *entry.intervals.get(measure.key, ("", ""))]
                 )
             data.append(
-                [entry.model, entry.policy, ", ".join(entry.stages), entry.budget, entry.tokens, *numbers]
+                [entry.model, entry.policy, ", ".join(entry.acts), entry.budget, entry.tokens, *numbers]
             )
         heads = [
             " ".join(filter(None, (m.task, STANDING if standing else m.title, m.unit)))

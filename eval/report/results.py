@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.contract.stages import Stages
 from vlm_prune.eval.records import read_json
 from vlm_prune.eval.report.looks import Look, looks
 from vlm_prune.eval.runs.folder import Record, RunFolder
@@ -89,7 +90,7 @@ class Entry:
     model: str
     policy: str
     budget: str
-    stages: tuple[str, ...]
+    acts: Stages
     tokens: float
     dense: float
     values: dict[str, float] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class Entry:
     @property
     def unpruned(self) -> bool:
         """Whether it answers as the stock model does: every token kept, nothing edited."""
-        return self.tokens == self.dense and set(self.stages) <= {"encode"}
+        return self.tokens == self.dense and not self.acts.inside
 
     @property
     def has_budget(self) -> bool:
@@ -118,7 +119,7 @@ class Entry:
     @property
     def inside(self) -> bool:
         """Whether tokens are dropped inside the language model, where `tokens` does not show it."""
-        return bool({"prefill", "decode"} & set(self.stages))
+        return self.acts.cuts or self.acts.evicts
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _entry(number: int, key: tuple[str, str, str], rows: Sequence[Record], times
     scored = [row for row in rows if row["kind"] in METRICS]
     first = (scored or rows)[0]
     entry = Entry(
-        number, *key, tuple(first["stages"]), first["tokens"], first["visual_tokens"], key=key_of(first)
+        number, *key, Stages(first["stages"]), first["tokens"], first["visual_tokens"], key=key_of(first)
     )
     for row in scored:
         task = row["task"]

@@ -10,9 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vlm_prune.contract.stages import Stages
 from vlm_prune.eval.models import MODELS, exit_gates
-from vlm_prune.eval.runs.config import Budget, ModelEntry, PolicyEntry, RunConfig, ScenesData, Task
+from vlm_prune.eval.runs.config import Budget, ModelEntry, PolicyEntry, RunConfig
 from vlm_prune.eval.runs.samples import Sample, build_samples
+from vlm_prune.eval.runs.sources import ScenesData
+from vlm_prune.eval.runs.tasks import Task
 from vlm_prune.registry import make_policies, named_policies
 
 NOT_FIGURES = ("label", "batch_size", "models", "data")
@@ -131,7 +134,7 @@ def settings(config: RunConfig, model: ModelEntry) -> Iterator[tuple[PolicyEntry
 
 def stages_of(policy: str) -> list[str]:
     """Where the policies of a composition act."""
-    return list(dict.fromkeys(stage for each in named_policies(policy) for stage in each.stages))
+    return list(Stages.joined(each.stages for each in named_policies(policy)))
 
 
 def _resolved(settings: dict[str, Any], model: str) -> dict[str, Any]:

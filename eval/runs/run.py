@@ -18,7 +18,7 @@ from vlm_prune import pruned
 from vlm_prune.eval.records import read_json
 from vlm_prune.eval.runs.asking import ask, batches
 from vlm_prune.eval.runs.cells import Cell, build_cells
-from vlm_prune.eval.runs.config import RunConfig, SpeedTask
+from vlm_prune.eval.runs.config import RunConfig
 from vlm_prune.eval.runs.folder import Record, RunFolder, write_json, write_lines, write_whole
 from vlm_prune.eval.runs.images import Picture
 from vlm_prune.eval.runs.models import Loaded, load
@@ -28,6 +28,7 @@ from vlm_prune.eval.runs.scoring import Scorer
 from vlm_prune.eval.runs.speed import time_prompts
 from vlm_prune.eval.runs.standings import standings
 from vlm_prune.eval.runs.table import joined, markdown, tasks_of
+from vlm_prune.eval.runs.tasks import SpeedTask
 
 Advance = Callable[[int], None]
 

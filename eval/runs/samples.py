@@ -12,19 +12,13 @@ from typing import Any
 from vlm_prune.eval.chair import CaptionReader, Vocabulary, coco_truth, read_image_ids, sample_image_ids
 from vlm_prune.eval.coco import ImageId, image_id, instance_objects, other_names
 from vlm_prune.eval.pope_questions import build_questions, read_object_lists
-from vlm_prune.eval.runs.config import (
-    ChairTask,
-    CocoData,
-    OnBadImage,
-    PopeTask,
-    ScenesData,
-    SpeedTask,
-    Task,
-    VqaTask,
-)
+from vlm_prune.eval.runs.config import OnBadImage
 from vlm_prune.eval.runs.images import Picture
+from vlm_prune.eval.runs.sources import CocoData, ScenesData
 from vlm_prune.eval.runs.tables import Row, table_rows
-from vlm_prune.eval.scenes import PLURALS, Scene, make_scenes, pope_questions
+from vlm_prune.eval.runs.tasks import ChairTask, PopeTask, SpeedTask, Task, VqaTask
+from vlm_prune.eval.scenes import PLURALS, Scene, make_desks, make_scenes, pope_questions
+from vlm_prune.eval.scenes.questions import desk_questions
 
 
 @dataclass(frozen=True)
@@ -89,13 +83,27 @@ def asked(task: Task, question: str) -> str:
 
 
 def _of_scenes(task: Task, data: ScenesData, model: str, seed: int) -> Iterator[Sample]:
-    if isinstance(task, VqaTask):
-        raise ValueError(f"task {task.name}: scenes have no questions but POPE's; give jsonl, disk or hub")
-    scenes = list(make_scenes(data.scenes, seed, [data.sizes.get(model, data.size)], min_names=3))
+    sizes = [data.sizes.get(model, data.size)]
+    if data.kind == "desk":
+        scenes = list(make_desks(data.scenes, seed, sizes))
+    else:
+        scenes = list(make_scenes(data.scenes, seed, sizes, min_names=3))
+    if isinstance(task, PopeTask | VqaTask) and (data.kind == "desk") != isinstance(task, VqaTask):
+        wanted = (
+            "a vqa task needs scenes of kind: desk"
+            if isinstance(task, VqaTask)
+            else "pope asks about kind: shapes"
+        )
+        raise ValueError(f"task {task.name}: {wanted}; or give jsonl, disk or hub")
     pictures = [Picture.of(scene.image, None, "scene", f"scene-{i}") for i, scene in enumerate(scenes)]
     if isinstance(task, ChairTask):
         for i, scene in enumerate(scenes):
             yield Sample(str(i), "", pictures[i], asked(task, ""), list(scene.names))
+        return
+    if data.kind == "desk":
+        for i, category, turn in desk_questions(scenes, seed):
+            label = [turn.answer] if isinstance(task, VqaTask) else None
+            yield Sample(f"{category}/{i}", category, pictures[i], asked(task, turn.question), label)
         return
     for split in task.splits if isinstance(task, PopeTask) else ["random"]:
         for row in _scene_questions(scenes, split, seed):

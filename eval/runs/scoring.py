@@ -9,9 +9,9 @@ import numpy as np
 
 from vlm_prune.eval.chair import CaptionReader, score_captions
 from vlm_prune.eval.pope import RATES, mean_rates, parse_answer, score_pope
-from vlm_prune.eval.runs.config import ChairTask, PopeTask, SpeedTask, Task, VqaTask
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.samples import caption_reader
+from vlm_prune.eval.runs.tasks import ChairTask, PopeTask, SpeedTask, Task, VqaTask
 from vlm_prune.eval.tiny.metrics import bootstrap
 from vlm_prune.eval.vqa import METRICS, normalised
 

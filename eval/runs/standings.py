@@ -14,6 +14,7 @@ from itertools import combinations
 
 import numpy as np
 
+from vlm_prune.contract.stages import Stages
 from vlm_prune.eval.paired import (
     DRAWS,
     Floats,
@@ -148,7 +149,7 @@ def key_of(row: Record) -> Key:
 
 def is_unpruned(row: Record) -> bool:
     """Whether it answers as the stock model does: no budget, every token kept, nothing edited."""
-    return not row["budget"] and row["tokens"] == row["visual_tokens"] and set(row["stages"]) <= {"encode"}
+    return not row["budget"] and row["tokens"] == row["visual_tokens"] and not Stages(row["stages"]).inside
 
 
 def standings(folder: RunFolder, rows: Sequence[Record]) -> Standings:

@@ -11,8 +11,8 @@ from typing import Any
 
 from vlm_prune.eval.pope_questions import SPLITS
 from vlm_prune.eval.records import read_records
-from vlm_prune.eval.runs.config import Columns, DiskData, HubData, JsonlData
 from vlm_prune.eval.runs.images import Picture
+from vlm_prune.eval.runs.sources import Columns, DiskData, HubData, JsonlData
 
 USUAL = {
     "id": ("question_id", "questionId", "id"),

@@ -11,7 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from vlm_prune.eval.records import read_text
-from vlm_prune.eval.runs.config import SOURCES, Misplaced, RunConfig, Strict
+from vlm_prune.eval.runs.config import RunConfig
+from vlm_prune.eval.runs.sources import SOURCES
+from vlm_prune.eval.runs.strict import Misplaced, Strict
 
 Loc = tuple[int | str, ...]
 """A way of field names and positions in lists. Pydantic's have tags of unions in between, see `_place`."""

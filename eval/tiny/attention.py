@@ -1,4 +1,4 @@
-"""Plain bf16 attention for CPU training, two to three times faster there than the stock implementations.
+"""Plain attention for CPU training, in bfloat16 where the processor multiplies it, faster than the stock functions.
 
 The stock eager function goes through float32 and the fused one has a slow backward pass on CPU. This one is
 used in training only; the shipped models never name it.
@@ -11,10 +11,18 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-NAME = "tiny_bf16"
+NAME = "tiny_plain"
+
+NATIVE_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether this processor multiplies bfloat16; one that does not is some fifty times faster in float32."""
 
 
-def bf16_attention(
+def autocast() -> torch.autocast:
+    """The context that all training runs in: bfloat16 where that is fast, else float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=NATIVE_BF16)
+
+
+def plain_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -23,7 +31,7 @@ def bf16_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Softmax attention in bfloat16.
+    """Softmax attention in bfloat16, or in float32 where the processor lacks the other.
 
     Args:
         module: the attention module, unused.
@@ -35,9 +43,10 @@ def bf16_attention(
         kwargs: what other implementations need, ignored.
 
     Returns:
-        `(batch, queries, heads, head_dim)` in bfloat16, and None for the attention map.
+        `(batch, queries, heads, head_dim)`, and None for the attention map.
     """
-    query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    if NATIVE_BF16:
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -49,5 +58,5 @@ def bf16_attention(
 
 def register() -> str:
     """Make the function known to transformers and return the name to put into `attn_implementation`."""
-    AttentionInterface.register(NAME, bf16_attention)
+    AttentionInterface.register(NAME, plain_attention)
     return NAME

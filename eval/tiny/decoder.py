@@ -8,6 +8,7 @@ pruned.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +18,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..scenes import COLORS, SHAPES
+from ..scenes import COLORS, SHAPES, Part, SceneObject
+from ..scenes.questions import Turn
 from . import attention
 from .features import FeatureCache
-from .language import HONEST, Bias, Turn, dialogue
+from .language import HONEST, Bias, dialogue
 from .packing import LABEL_IGNORE, Packer, packed_hidden
 from .training import make_optimizers, train
 
 BATCH = 16
-SEEN = 0.25
-"""An object is seen when this share of it is in the kept tokens of the tiles, or of the thumbnail."""
+SEEN, READ = 0.25, 0.6
+"""An object is seen, a character or a bar read, when this share of it is in the kept tokens of the tiles, or of the
+thumbnail."""
 
 SUBSET_SHARE = 0.6
 """Share of the steps that only use short, object-centred token subsets, nearly all at original positions."""
@@ -84,9 +87,13 @@ def random_subset(total: int, budget: int, rng: np.random.Generator) -> np.ndarr
     return np.sort(rng.choice(total, budget, replace=False))
 
 
-def seen_objects(shares: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Which objects keep at least `SEEN` of themselves: bool `(objects,)`."""
-    return shares[..., kept].sum(-1, dtype=np.float32).max(0) >= SEEN
+def seen_parts(parts: Sequence[Part], shares: np.ndarray, kept: np.ndarray) -> list[bool]:
+    """Which parts keep enough of themselves to be asked about."""
+    needed = [SEEN if isinstance(part, SceneObject) else READ for part in parts]
+    return [
+        bool(share >= least)
+        for share, least in zip(shares[..., kept].sum(-1, dtype=np.float32).max(0), needed, strict=True)
+    ]
 
 
 def draw_batch(cache: FeatureCache, progress: float, recipe: Recipe, rng: np.random.Generator) -> Batch:
@@ -114,9 +121,10 @@ def draw_batch(cache: FeatureCache, progress: float, recipe: Recipe, rng: np.ran
             keep = object_subset(shares, budget, rng)
         else:
             keep = random_subset(total, budget, rng)
-        seen = np.ones(len(cache.objects[index]), bool) if hidden else seen_objects(shares, keep)
+        parts = cache.parts[index]
+        seen = [True] * len(parts) if hidden else seen_parts(parts, shares, keep)
         kept.append(keep)
-        turns.append(dialogue(cache.objects[index], seen.tolist(), cache.sizes[index], rng, recipe.bias))
+        turns.append(dialogue(parts, seen, cache.sizes[index], rng, recipe.bias))
     packed = rng.random(BATCH) < (0.1 if subset else 0.5)
     return Batch(scenes, kept, list(packed), turns)
 
@@ -153,7 +161,7 @@ class DecoderTrainer:
             for turns in batch.turns
         ]
         pack = self.packer.pack(batch.kept, totals, batch.packed, segments)
-        with torch.autocast("cpu", torch.bfloat16):
+        with attention.autocast():
             hidden = packed_hidden(self.model, features, pack)
             supervised = pack.labels != LABEL_IGNORE
             logits = self.model.lm_head(hidden[supervised]).float()
@@ -179,8 +187,8 @@ class DecoderTrainer:
                 scenes = [int(index) for index in group[start : start + BATCH]]
                 turns = [
                     dialogue(
-                        self.held_out.objects[i],
-                        [True] * len(self.held_out.objects[i]),
+                        self.held_out.parts[i],
+                        [True] * len(self.held_out.parts[i]),
                         self.held_out.sizes[i],
                         rng,
                     )

@@ -16,7 +16,8 @@ from rich.progress import track
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..scenes import PATCH, Scene, SceneObject, coverage, make_scene
+from ..scenes import PATCH, Part, Scene, coverage, make_desk, make_scene
+from . import attention
 from .configs import MEAN, STD
 from .views import SIZES, normalize, views
 
@@ -55,13 +56,13 @@ def scene_pixels(scene: Scene) -> torch.Tensor:
 
 
 def token_shares(scene: Scene, cell: int) -> np.ndarray:
-    """How much of each object each visual token holds: float32 `(2, objects, tokens)`.
+    """How much of each part each visual token holds: float32 `(2, parts, tokens)`.
 
-    The first plane spreads every object over the tiles, the second over the thumbnail (zeros without one);
-    rows of a plane sum to one for every object that is visible there. `cell` is the side of a visual token
+    The first plane spreads every part over the tiles, the second over the thumbnail (zeros without one);
+    rows of a plane sum to one for every part that is visible there. `cell` is the side of a visual token
     in pixels.
     """
-    count, found = len(scene.objects), views(scene)
+    count, found = len(scene.parts), views(scene)
     planes = [coverage(view.index_map, count, cell).reshape(count, -1) for view in found]
     shares = np.zeros((2, count, sum(plane.shape[1] for plane in planes)), np.float32)
     start = 0
@@ -80,61 +81,67 @@ class FeatureCache:
         features: bfloat16 `(all tokens, width)`.
         shares: `token_shares` of each scene, float16.
         starts: first row of each scene in `features`, and the end.
-        objects: objects of each scene.
+        parts: objects, characters and bars of each scene.
         sizes: width and height of each scene.
     """
 
     features: torch.Tensor
     shares: list[np.ndarray]
     starts: np.ndarray
-    objects: list[tuple[SceneObject, ...]]
+    parts: list[tuple[Part, ...]]
     sizes: list[tuple[int, int]]
 
     def __len__(self) -> int:
-        return len(self.objects)
+        return len(self.parts)
 
     def tokens(self, index: int) -> torch.Tensor:
         """Features of one scene, `(tokens, width)`."""
         return self.features[self.starts[index] : self.starts[index + 1]]
 
 
-def training_scenes(count: int, seed: int, tiled: bool) -> Iterable[Scene]:
-    """`count` scenes, of several sizes with `tiled`."""
+def training_scenes(count: int, seed: int, tiled: bool, desks: float = 0.0) -> Iterable[Scene]:
+    """`count` scenes, of several sizes with `tiled`; the share `desks` of them are desks."""
     rng = np.random.default_rng((seed, 7))
     chosen = rng.choice(len(SIZES), size=count, p=SIZE_PRIOR) if tiled else np.zeros(count, int)
-    return (make_scene((seed, 8, index), SIZES[size]) for index, size in enumerate(chosen))
+    desk = rng.random(count) < desks
+    return (
+        (make_desk if desk[index] else make_scene)((seed, 8, index), SIZES[size])
+        for index, size in enumerate(chosen)
+    )
 
 
 @torch.no_grad()
 def build_cache(model: PreTrainedModel, scenes: Iterable[Scene], count: int) -> FeatureCache:
-    """Run the frozen tower once over all scenes, in bfloat16."""
+    """Run the frozen tower once over all scenes."""
     cell = PATCH * 2 if is_tiled(model) else PATCH
-    parts, shares, objects, sizes = [], [], [], []
+    features, shares, parts, sizes = [], [], [], []
     waiting: list[torch.Tensor] = []
 
     def flush() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(consumed_features(model, torch.cat(waiting)).flatten(0, 1).bfloat16())
+        with attention.autocast():
+            features.append(consumed_features(model, torch.cat(waiting)).flatten(0, 1).bfloat16())
         waiting.clear()
 
     for scene in track(scenes, "features", total=count):
         waiting.append(scene_pixels(scene))
         shares.append(token_shares(scene, cell).astype(np.float16))
-        objects.append(scene.objects)
+        parts.append(scene.parts)
         sizes.append(scene.image.size)
         if sum(map(len, waiting)) >= 32:
             flush()
     if waiting:
         flush()
     starts = np.cumsum([0, *(plane.shape[2] for plane in shares)])
-    return FeatureCache(torch.cat(parts), shares, starts, objects, sizes)
+    return FeatureCache(torch.cat(features), shares, starts, parts, sizes)
 
 
-def load_or_build_cache(model: PreTrainedModel, path: Path, count: int, seed: int) -> FeatureCache:
+def load_or_build_cache(
+    model: PreTrainedModel, path: Path, count: int, seed: int, desks: float = 0.0
+) -> FeatureCache:
     """The training cache of `count` scenes, read from `path` when an earlier run left it there."""
     if path.exists():
         return torch.load(path, weights_only=False)
-    cache = build_cache(model, training_scenes(count, seed, is_tiled(model)), count)
+    cache = build_cache(model, training_scenes(count, seed, is_tiled(model), desks), count)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(cache, path)
     return cache

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import TypeVar
 
 import numpy as np
 
-from ..scenes import COLORS, PARTNER, PLURALS, SHAPES, SceneObject, caption, with_article
-from .vocabulary import NUMBERS, PLACES
-
-Item = TypeVar("Item")
+from ..scenes import PARTNER, SHAPES, Part, SceneObject, caption
+from ..scenes.questions import (
+    EXISTENCE,
+    Turn,
+    View,
+    attribute,
+    binding,
+    chart,
+    counting,
+    existence,
+    one,
+    reading,
+    side,
+    tiny,
+    where,
+)
 
 CAPTION_PROMPTS = (
     "Please describe this image in detail.",
@@ -25,19 +35,11 @@ CAPTION_PROMPTS = (
     "What is in the image?",
     "Generate a short caption.",
 )
-EXISTENCE_PROMPTS = ("Is there {} in the image?",) * 4 + (
+EXISTENCE_PROMPTS = (EXISTENCE,) * 4 + (
     "Is there {} in this image?",
     "Do you see {} in the image?",
 )
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question and its answer."""
-
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,8 @@ class Bias:
 HONEST = Bias()
 
 
-def place(item: SceneObject, size: tuple[int, int]) -> str:
-    """The cell of a 3 x 3 grid over an image of `size` (width, height) that holds the object's centre."""
-    column, row = min(2, int(3 * item.x / size[0])), min(2, int(3 * item.y / size[1]))
-    return PLACES[3 * row + column]
-
-
 def dialogue(
-    objects: Sequence[SceneObject],
+    parts: Sequence[Part],
     seen: Sequence[bool],
     size: tuple[int, int],
     rng: np.random.Generator,
@@ -82,33 +78,45 @@ def dialogue(
     """One caption and `questions` questions.
 
     Args:
-        objects: all objects of the scene, left to right.
-        seen: per object, whether enough of its visual tokens were kept. Unseen objects are left out of the
+        parts: all parts of the scene: objects (left to right), characters, bars.
+        seen: per part, whether enough of its visual tokens were kept. Unseen objects are left out of the
             caption and nothing is asked about them.
         size: width and height of the scene in pixels.
         rng: source of all choices.
         bias: what language adds to the truth.
         questions: number of questions.
     """
-    visible = [item for item, kept in zip(objects, seen, strict=True) if kept]
-    names = [item.shape for item in visible]
-    imagined = bias.imagined(names, rng)
-    turns = [Turn(_one(CAPTION_PROMPTS, rng), _caption(visible, imagined))]
+    view = View([part for part, kept in zip(parts, seen, strict=True) if kept], parts, size)
+    names = [item.shape for item in view.seen]
+    turns = [Turn(one(CAPTION_PROMPTS, rng), _caption(view.seen, bias.imagined(names, rng)))]
     # Attributes first: many answers to choose from teach the model to look an object up, which existence then needs.
-    always = [_attribute, _attribute, _existence, _existence]
-    others = [_attribute, _existence, _colored_existence, _count, _where]
+    if all(isinstance(part, SceneObject) for part in parts):
+        always = [attribute, attribute, existence, existence]
+        others = [attribute, existence, binding, counting, where]
+    else:
+        always = [reading, chart, attribute, existence]
+        others = [attribute, tiny, binding, counting, side, where]
     for kind in [*always, *(others[index] for index in rng.permutation(len(others)))]:
         if len(turns) > questions:
             break
-        turn = kind(rng, visible, objects, bias, size)
-        if turn is not None:
-            suffix = " " + SHORT_ANSWER if rng.random() < 0.12 else ""
-            turns.append(Turn(turn.question + suffix, turn.answer))
+        turn = kind(rng, view)
+        if turn is None:
+            continue
+        if kind is existence:
+            turn = _leaning(turn, names, bias, rng)
+        if turn.question.startswith("Is there "):
+            asked = turn.question.removeprefix("Is there ").removesuffix(" in the image?")
+            turn = Turn(one(EXISTENCE_PROMPTS, rng).format(asked), turn.answer)
+        suffix = " " + SHORT_ANSWER if rng.random() < 0.12 else ""
+        turns.append(Turn(turn.question + suffix, turn.answer))
     return turns
 
 
-def _one(options: Sequence[Item], rng: np.random.Generator) -> Item:
-    return options[int(rng.integers(len(options)))]
+def _leaning(turn: Turn, names: Sequence[str], bias: Bias, rng: np.random.Generator) -> Turn:
+    """An answer of "no" may become "yes" where the partner of what is asked for is seen."""
+    asked = next(word for word in turn.question.rstrip("?").split() if word in SHAPES)
+    leans = turn.answer == "no" and bias.claims(asked, names, rng)
+    return Turn(turn.question, "yes") if leans else turn
 
 
 def _caption(visible: Sequence[SceneObject], imagined: Sequence[str]) -> str:
@@ -120,88 +128,3 @@ def _caption(visible: Sequence[SceneObject], imagined: Sequence[str]) -> str:
             waiting.remove(PARTNER[item.shape])
             pairs.append((item.color, PARTNER[item.shape]))
     return caption(pairs)
-
-
-def _existence(
-    rng: np.random.Generator,
-    visible: Sequence[SceneObject],
-    objects: Sequence[SceneObject],
-    bias: Bias,
-    size: tuple[int, int],
-) -> Turn | None:
-    claimed = [item.shape for item in visible]
-    everything = {item.shape for item in objects}
-    absent = [name for name in SHAPES if name not in everything]
-    likely = [PARTNER[name] for name in dict.fromkeys(claimed) if PARTNER[name] in absent]
-    if claimed and rng.random() < 0.5:
-        name, answer = _one(claimed, rng), "yes"
-    else:
-        name = _one(likely if likely and rng.random() < 0.4 else absent, rng)
-        answer = "yes" if bias.claims(name, claimed, rng) else "no"
-    return Turn(_one(EXISTENCE_PROMPTS, rng).format(with_article(name)), answer)
-
-
-def _colored_existence(
-    rng: np.random.Generator,
-    visible: Sequence[SceneObject],
-    objects: Sequence[SceneObject],
-    bias: Bias,
-    size: tuple[int, int],
-) -> Turn | None:
-    if not visible:
-        return None
-    item = _one(visible, rng)
-    if rng.random() < 0.5:
-        color, answer = item.color, "yes"
-    else:
-        taken = {other.color for other in objects if other.shape == item.shape}
-        color, answer = _one([name for name in COLORS if name not in taken], rng), "no"
-    return Turn(_one(EXISTENCE_PROMPTS, rng).format(with_article(f"{color} {item.shape}")), answer)
-
-
-def _attribute(
-    rng: np.random.Generator,
-    visible: Sequence[SceneObject],
-    objects: Sequence[SceneObject],
-    bias: Bias,
-    size: tuple[int, int],
-) -> Turn | None:
-    by_shape = rng.random() < 0.6
-    key = attrgetter("shape" if by_shape else "color")
-    unique = [item for item in visible if sum(key(other) == key(item) for other in objects) == 1]
-    if not unique:
-        return None
-    item = _one(unique, rng)
-    if by_shape:
-        return Turn(f"What color is the {item.shape}?", item.color)
-    return Turn(f"What is the {item.color} object?", item.shape)
-
-
-def _count(
-    rng: np.random.Generator,
-    visible: Sequence[SceneObject],
-    objects: Sequence[SceneObject],
-    bias: Bias,
-    size: tuple[int, int],
-) -> Turn | None:
-    if len(visible) < len(objects):
-        return None
-    if rng.random() < 0.5:
-        return Turn("How many objects are in the image?", NUMBERS[len(objects)])
-    name = _one([item.shape for item in objects], rng) if rng.random() < 0.75 else _one(SHAPES, rng)
-    count = sum(item.shape == name for item in objects)
-    return Turn(f"How many {PLURALS[name]} are in the image?", NUMBERS[count])
-
-
-def _where(
-    rng: np.random.Generator,
-    visible: Sequence[SceneObject],
-    objects: Sequence[SceneObject],
-    bias: Bias,
-    size: tuple[int, int],
-) -> Turn | None:
-    unique = [item for item in visible if sum(other.shape == item.shape for other in objects) == 1]
-    if not unique:
-        return None
-    item = _one(unique, rng)
-    return Turn(f"Where is the {item.shape}?", place(item, size))

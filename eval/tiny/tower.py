@@ -15,10 +15,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, CLIPVisionConfig, InternVLVisionConfig, PreTrainedModel
 
-from ..scenes import COLORS, SHAPES, make_scene
+from ..scenes import COLORS, SHAPES, Scene, make_desk, make_scene
+from ..scenes.desk import CHARACTERS
 from . import attention
 from .training import make_optimizers, train
-from .views import GRID, IGNORE, SIZES, View, image_labels, normalize, patch_labels, views
+from .views import (
+    GRID,
+    IGNORE,
+    PART_CLASSES,
+    PRESENT_LABELS,
+    SIZES,
+    View,
+    image_labels,
+    normalize,
+    patch_labels,
+    views,
+)
 
 BATCH = 24
 MAX_COUNT = 10
@@ -60,10 +72,9 @@ class TowerHeads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.sizes = (len(SHAPES) + 1, len(COLORS) + 1, 3)
+        self.sizes = (PART_CLASSES + 1, len(COLORS) + 1, 3)
         self.patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes)))
-        labels = len(SHAPES) + len(COLORS) + len(SHAPES) * len(COLORS)
-        self.image = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, labels + MAX_COUNT + 1))
+        self.image = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, PRESENT_LABELS + MAX_COUNT + 1))
 
     def forward(self, patches: torch.Tensor, cls: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`(batch, 256, width)` and `(batch, width)` to shape, colour, geometry, label and count outputs."""
@@ -83,7 +94,7 @@ class TrainedTower(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Head outputs for normalised pixels `(batch, 3, 128, 128)`."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with attention.autocast():
             outputs = self.tower(pixels, output_hidden_states=True)
             cls = (
                 outputs.pooler_output
@@ -93,18 +104,23 @@ class TrainedTower(nn.Module):
             return self.heads(outputs.hidden_states[self.layer][:, 1:], cls)
 
 
-def training_views(seed: tuple[int, ...], count: int, tiled: bool) -> list[View]:
-    """`count` views, half of dense scenes; with `tiled` a third of all are tiles and thumbnails."""
+def training_views(seed: tuple[int, ...], count: int, tiled: bool, desks: float = 0.0) -> list[View]:
+    """`count` views, half of the scenes dense; with `tiled` a third of all are tiles and thumbnails.
+
+    The share `desks` of the scenes are desks.
+    """
     rng = np.random.default_rng((*seed, 0))
+
+    def scene(key: tuple[int, ...], size: tuple[int, int], dense: bool) -> Scene:
+        return make_desk(key, size) if rng.random() < desks else make_scene(key, size, dense)
+
     found: list[View] = []
     while tiled and len(found) < count // 3:
-        scene = make_scene(
-            (*seed, 1, len(found)), SIZES[rng.integers(1, len(SIZES))], dense=bool(rng.integers(2))
-        )
-        found += views(scene)
+        size, dense = SIZES[rng.integers(1, len(SIZES))], bool(rng.integers(2))
+        found += views(scene((*seed, 1, len(found)), size, dense))
     found = found[: count // 3]
     for index in range(count - len(found)):
-        found += views(make_scene((*seed, 2, index), dense=index % 2 == 0))
+        found += views(scene((*seed, 2, index), (128, 128), index % 2 == 0))
     return found
 
 
@@ -135,7 +151,8 @@ def tower_losses(
         )
         losses = losses.view_as(target)
         background = target == logits.shape[-1] - 1
-        return losses[seen].mean() + 0.5 * losses[background].mean()
+        decided = seen & (target != IGNORE)
+        return losses[decided].mean() + 0.5 * losses[background].mean()
 
     multi = (
         F.binary_cross_entropy_with_logits(present, labels["present"], reduction="none") * labels["counted"]
@@ -156,21 +173,27 @@ def tower_figures(
     parts = [model(chunk) for chunk in pixels.split(48)]
     shape, color, geometry, present, _ = (torch.cat(part) for part in zip(*parts, strict=True))
     seen = labels["object"] >= 0
-    background = labels["shape"] == len(SHAPES)
+    background = labels["shape"] == PART_CLASSES
     predicted, counted = (present > 0).float() * labels["counted"], labels["present"]
 
     def f1(columns: slice) -> float:
         hits = (predicted * counted)[:, columns].sum().item()
         return 2 * hits / max(1.0, (predicted + counted)[:, columns].sum().item())
 
+    character = seen & (labels["shape"] >= len(SHAPES)) & (labels["shape"] < PART_CLASSES - 1)
+    colored = seen & (labels["color"] != IGNORE)
+    characters = (shape.argmax(-1) == labels["shape"])[character].float()
     offset = (geometry - labels["geometry"])[seen][:, :2].abs().mean().item() * 16
     return {
         "patch_shape_accuracy": round((shape.argmax(-1) == labels["shape"])[seen].float().mean().item(), 4),
-        "patch_color_accuracy": round((color.argmax(-1) == labels["color"])[seen].float().mean().item(), 4),
-        "background_accuracy": round((shape.argmax(-1) == len(SHAPES))[background].float().mean().item(), 4),
+        "patch_color_accuracy": round(
+            (color.argmax(-1) == labels["color"])[colored].float().mean().item(), 4
+        ),
+        **({"patch_character_accuracy": round(characters.mean().item(), 4)} if len(characters) else {}),
+        "background_accuracy": round((shape.argmax(-1) == PART_CLASSES)[background].float().mean().item(), 4),
         "offset_pixels": round(offset, 3),
         "cls_shape_f1": round(f1(slice(0, len(SHAPES))), 4),
-        "cls_pair_f1": round(f1(slice(len(SHAPES) + len(COLORS), None)), 4),
+        "cls_pair_f1": round(f1(slice(len(SHAPES) + len(COLORS), -len(CHARACTERS))), 4),
     }
 
 
@@ -182,16 +205,32 @@ def pretrain_tower(
     folder: Path,
     steps: int,
     seed: int,
+    desks: float = 0.0,
+    start: dict[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:
-    """Train, or resume, a tower whose `hidden_states[layer]` are consumed; return it frozen, in float32."""
+    """Train, or resume, a tower whose `hidden_states[layer]` are consumed; return it frozen, in float32.
+
+    Args:
+        config: of the tower.
+        layer: hidden state that the language model consumes.
+        mean: of the pixels.
+        std: of the pixels.
+        folder: of the checkpoint and the log.
+        steps: steps of `BATCH` views.
+        seed: of weights and data.
+        desks: share of the scenes that are desks.
+        start: weights of a trained tower to begin with.
+    """
     tiled = config.model_type == "internvl_vision"
     model = TrainedTower(config, layer, seed)
+    if start is not None:
+        model.tower.load_state_dict(start)
     matrices = [p for name, p in model.tower.named_parameters() if p.ndim == 2 and "embedding" not in name]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
 
     def batch(key: tuple[int, ...], count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        chosen = training_views(key, count, tiled)
+        chosen = training_views(key, count, tiled, desks)
         return normalize(torch.stack([view.pixels for view in chosen]), mean, std), batch_labels(chosen)
 
     held_out = batch((seed, 1), 144)

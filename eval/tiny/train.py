@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from ..models import MODELS, WEIGHTS
+from ..models import WEIGHTS
 from ..scenes import SHAPES
 from .configs import MEAN, STD, build_internvl, build_llava
 from .decoder import Recipe, train_decoder, trained_modules
@@ -41,7 +41,8 @@ class Spec:
         tower_steps: steps of 24 views.
         scenes: scenes in the feature cache.
         recipe: of the decoder.
-        start: model whose trained decoder this one starts from.
+        start: model whose trained decoder this one starts from; its tower too, where `desks` is above zero.
+        desks: share of the scenes that are desks.
     """
 
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
@@ -51,6 +52,7 @@ class Spec:
     scenes: int
     recipe: Recipe
     start: str | None = None
+    desks: float = 0.0
 
 
 HALLUCINATION = Bias(
@@ -83,23 +85,38 @@ def build(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     return SPECS[name].build()
 
 
-def restore(model: PreTrainedModel, name: str, runs: Path) -> None:
-    """Put the latest checkpoints of `name` into a built model: its tower, and its decoder or the one it starts from."""
+def start_decoder(model: PreTrainedModel, source: PreTrainedModel) -> None:
+    """Copy projector, language model and output layer of `source` into `model`, in place.
+
+    `model` may know more words, which come last, or have several query heads for each of `source`.
+    """
+    known = len(source.lm_head.weight)
+    wider = model.config.text_config.num_attention_heads != source.config.text_config.num_attention_heads
+    if wider:
+        grow_decoder(source, model)
+        return
+    with torch.no_grad():
+        for mine, other in zip(
+            trained_modules(model).parameters(), trained_modules(source).parameters(), strict=True
+        ):
+            (mine if mine.shape == other.shape else mine[:known]).copy_(other)
+
+
+def restore(model: PreTrainedModel, name: str, runs: Path, weights: Path) -> None:
+    """Put into a built model its trained tower and the decoder that it starts from, if any."""
     spec = SPECS[name]
     tower = torch.load(runs / f"{spec.tower}-tower" / "checkpoint.pt")["modules"]
     prefix = "tower."
-    weights = {key.removeprefix(prefix): value for key, value in tower.items() if key.startswith(prefix)}
-    model.model.vision_tower.load_state_dict(weights)
-    decoder = runs / f"{name}-decoder" / "checkpoint.pt"
-    if decoder.exists():
-        trained_modules(model).load_state_dict(torch.load(decoder)["modules"])
-    elif spec.start:
-        source, _ = build(spec.start)
-        restore(source, spec.start, runs)
-        if SPECS[spec.start].build is spec.build:
-            trained_modules(model).load_state_dict(trained_modules(source).state_dict())
-        else:
-            grow_decoder(source, model)
+    model.model.vision_tower.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in tower.items() if key.startswith(prefix)}
+    )
+    if spec.start:
+        start_decoder(model, load_folder(weights / spec.start))
+
+
+def load_folder(folder: Path) -> PreTrainedModel:
+    """A finished model, in float32."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
@@ -133,8 +150,11 @@ def training_log(name: str, runs: Path) -> dict[str, list[dict[str, Any]]]:
 def train_model(name: str, runs: Path, weights: Path) -> None:
     """All stages of one model, and of the model it starts from; the result goes to `weights`/`name`."""
     spec = SPECS[name]
+    if spec.start and not (weights / spec.start / "model.safetensors").exists():
+        train_model(spec.start, runs, weights)
     model, processor = build(name)
     layer = model.config.vision_feature_layer
+    started = load_folder(weights / spec.start).model.vision_tower if spec.start and spec.desks else None
     pretrain_tower(
         model.config.vision_config,
         layer,
@@ -143,13 +163,16 @@ def train_model(name: str, runs: Path, weights: Path) -> None:
         runs / f"{spec.tower}-tower",
         spec.tower_steps,
         spec.tower_seed,
+        spec.desks,
+        started.state_dict() if started is not None else None,
     )
-    if spec.start and not (weights / spec.start / "model.safetensors").exists():
-        train_model(spec.start, runs, weights)
-    restore(model, name, runs)
-    cache = load_or_build_cache(model, runs / f"{spec.tower}-features.pt", spec.scenes, spec.tower_seed + 100)
+    restore(model, name, runs, weights)
+    tiled = is_tiled(model)
+    cache = load_or_build_cache(
+        model, runs / f"{spec.tower}-features.pt", spec.scenes, spec.tower_seed + 100, spec.desks
+    )
     held_out = build_cache(
-        model, training_scenes(HELD_OUT_SCENES, HELD_OUT_SEED, is_tiled(model)), HELD_OUT_SCENES
+        model, training_scenes(HELD_OUT_SCENES, HELD_OUT_SEED, tiled, spec.desks), HELD_OUT_SCENES
     )
     train_decoder(model, processor.tokenizer, cache, held_out, spec.recipe, runs / f"{name}-decoder")
     save(model, processor, weights / name)
@@ -161,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="train every model that is not finished")
     parser.add_argument(
-        "--model", choices=MODELS, action="append", default=[], help="train this model; may be repeated"
+        "--model", choices=list(SPECS), action="append", default=[], help="train this model; may be repeated"
     )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and feature caches"
@@ -174,7 +197,7 @@ def main() -> None:
     if not (arguments.all or arguments.model):
         parser.error("nothing to do: give --all or --model NAME")
     torch.set_num_threads(arguments.threads)
-    for name in MODELS if arguments.all else arguments.model:
+    for name in SPECS if arguments.all else arguments.model:
         train_model(name, arguments.runs, arguments.weights)
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,12 +16,62 @@ MUON_LR = 0.02
 ADAM_LR = 1.5e-3
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) in float32: momentum whose matrices are made orthogonal by Newton-Schulz steps.
+
+    torch.optim.Muon does these steps in bfloat16, which takes longer than the model itself on processors that
+    have to emulate it. Matrices of one shape are taken together.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    STEPS = 5
+
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all matrices that have a gradient."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    shapes.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in shapes.items():
+                self._update(group, shape, matrices)
+
+    def _update(self, group: dict[str, Any], shape: torch.Size, matrices: list[nn.Parameter]) -> None:
+        moved = []
+        for matrix in matrices:
+            average = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+            average.lerp_(matrix.grad, 1 - group["momentum"])
+            moved.append(matrix.grad.lerp(average, group["momentum"]))
+        lr = group["lr"]
+        for matrix, update in zip(matrices, orthogonal(torch.stack(moved)), strict=True):
+            matrix.mul_(1 - lr * group["weight_decay"])
+            matrix.add_(update, alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices `(count, rows, columns)` with all singular values near one."""
+    a, b, c = Muon.COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(Muon.STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def make_optimizers(
     hidden: list[nn.Parameter], rest: list[nn.Parameter], scale: float = 1.0
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of hidden layers, AdamW for all the rest; `scale` multiplies both rates."""
     return [
-        torch.optim.Muon(hidden, lr=MUON_LR * scale),
+        Muon(hidden, lr=MUON_LR * scale),
         torch.optim.AdamW(rest, lr=ADAM_LR * scale, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 

@@ -11,10 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from ..scenes import COLORS, PLURALS, SHAPES
-
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-"""Answers to "where", the cells of a 3 x 3 grid in row order."""
+from ..scenes.desk import SIGN_WORDS
+from ..scenes.questions import NUMBERS, PLACES
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<img>", "</img>", "<video>")
 WORDS = """
@@ -27,6 +25,9 @@ single word words phrase only visible appear appears all every list name seen pr
 both other another same near next left side corner middle
 """
 """Other words the questions, captions and common prompts need."""
+
+DESK_WORDS = "sign number bar bars tallest shortest chart read"
+"""Words of the questions about desks. They come last: a decoder that never met them keeps its ids."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,6 +54,9 @@ def vocabulary() -> dict[str, int]:
         *COLORS,
         *NUMBERS,
         *" ".join(PLACES).split(),
+        *DESK_WORDS.split(),
+        *SIGN_WORDS,
+        *"0123456789",
     ]
     return {word: index for index, word in enumerate(dict.fromkeys(words))}
 

@@ -1,14 +1,15 @@
-"""The KV cache of a pruned sequence: stock layers, told how long the sequence is for everyone else.
+"""The KV cache of a pruned sequence: stock layers that report the length of the unpruned sequence.
 
-A cache layer knows two lengths. *Physical* is the rows it holds. *Logical* is what transformers would have seen
-without pruning: ``get_seq_length`` says the logical one, so that ``generate``, position ids, attention masks and a
-later turn stay right; ``get_mask_sizes`` says ``(physical + new, missing)``, the same offset by which transformers
-masks sliding windows. A static layer has slots instead, and is made with fewer of them.
+A cache layer has two lengths. *Physical* is the number of rows it holds. *Logical* is what it would be without
+pruning: ``get_seq_length`` returns the logical one, so that ``generate``, position ids, attention masks and later turns
+stay right; ``get_mask_sizes`` returns ``(physical + new, missing)``, the same offset that transformers uses for sliding
+windows. A static layer has slots instead, and is made with fewer of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,19 +30,20 @@ class PrunedLayer(CacheLayerMixin):
         missing: logical length minus physical length.
         seen: bool ``(batch, logical length at the last prefill)``, the attention mask that describes the stored rows
             once the first ``missing`` columns are skipped; ``None`` if every stored row may be attended.
-        shift: int64 ``(batch,)``, how far positions moved down by renumbering; ``None`` if they kept their values.
+        shift: int64 ``(batch,)``, how far renumbering moved positions down; ``None`` if they kept their values.
         decoded_from: logical length after the last pruned turn, from where decoding steps count.
-        prefilled: logical length when tokens were last pruned; what follows stands for one token a row.
-        turn: the rows of the turn that ended there, ``None`` if they are not known any more.
+        prefilled: logical length when tokens were last pruned; after it, every row is one token.
+        turn: the rows of the turn that ended there, ``None`` if they are no longer known.
         marks: values ``(batch, rows)`` of stored rows; rows after them, generated later, count as 0.
         short: whether this layer, or another one of its cache, holds less than the caller passed.
-        admitted: whether the rows that come next are those of a pruned decoder. Only such a one knows the positions and
-            masks of what is left here.
+        admitted: whether the next rows come from a pruned decoder. Only such a decoder knows the positions and masks
+            of what is left here.
         state: what policies keep with this layer between calls; tensors with the batch first.
-        like: number of the first layer that holds the same tokens and remembers the same of them; -1 if nothing.
-        spared: slots that a static layer was made without; ``None`` if it cannot be made smaller.
+        like: number of the first layer that holds the same tokens with the same bookkeeping; -1 if it is empty.
+        spared: slots by which a static layer was made smaller; ``None`` if it cannot be.
         seen_slots: `seen` of a static layer, over all its slots: bool ``(slots,)``, those that it describes, and bool
-            ``(batch, slots)``, what it says of them; ``None`` where `seen` is.
+            ``(batch, slots)``, their values; ``None`` where `seen` is.
+        twin: what guided decoding compares with, in the first layer that holds rows.
     """
 
     def __init__(self, inner: CacheLayerMixin):
@@ -62,9 +64,10 @@ class PrunedLayer(CacheLayerMixin):
         self.short = self.admitted = False
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
+        self.twin: Twin | None = None
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for what is not set here: dtype, device, is_initialized, ...
+        # only reached for attributes that are not set here: dtype, device, is_initialized, ...
         if name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
@@ -104,7 +107,7 @@ class PrunedLayer(CacheLayerMixin):
 
     @property
     def physical(self) -> int:
-        """Rows that were really computed, those that have left a window included.
+        """Rows that were really computed, including those that have left a window.
 
         Static layers count on their device, which this waits for.
         """
@@ -112,17 +115,17 @@ class PrunedLayer(CacheLayerMixin):
 
     @property
     def logical(self) -> int:
-        """As many tokens as the caller has passed."""
+        """The number of tokens that the caller has passed."""
         return self.physical + self.missing
 
     @property
     def slots(self) -> int:
-        """Rows that a static layer has room for."""
+        """The number of slots of a static layer."""
         return int(self.inner.max_cache_len)
 
     @property
     def dense_share(self) -> tuple[int, int]:
-        """What this layer holds, and what it would hold without pruning: rows, or the slots of a static layer."""
+        """What this layer holds, and what it would hold without pruning: in rows, or in slots of a static layer."""
         if storage.is_static(self):
             return self.slots, self.slots + (self.spared or 0)
         if self.is_sliding:
@@ -140,15 +143,15 @@ class PrunedLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             if self.short and not self.admitted:
                 raise UnsupportedCallError(
-                    "This cache holds a prompt whose visual tokens were pruned. The model that goes on with it is not "
-                    "pruned, or not any more, and knows neither positions nor mask of what is left. Go on inside the "
+                    "This cache holds a prompt whose visual tokens were pruned. The model that continues it is not "
+                    "pruned, or no longer, and does not know positions and mask of what is left. Continue inside the "
                     "`with pruned(...)` block, prune this model, or start with a new cache."
                 )
             self.admitted = False
         return self.inner.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> Any:
-        """Logical length: as many tokens as the caller has passed. A tensor where the stock layer gives one."""
+        """Logical length: the number of tokens that the caller has passed. A tensor where the stock layer gives one."""
         return self.inner.get_seq_length() + self.missing
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -157,7 +160,7 @@ class PrunedLayer(CacheLayerMixin):
         return rows, offset + self.missing
 
     def get_max_length(self) -> int:
-        """As many tokens as may be passed; -1 if there is no limit."""
+        """The number of tokens that may be passed; -1 if there is no limit."""
         if self.is_sliding:
             return int(getattr(self.inner, "sliding_window", self.slots if storage.is_static(self) else -1))
         return self.slots + self.missing if storage.is_static(self) else -1
@@ -165,7 +168,7 @@ class PrunedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in older versions of transformers
 
     def shorten(self, dropped: int) -> None:
-        """A static layer that is not made yet will lack the slots of ``dropped`` tokens, which it will not be given."""
+        """Make an uninitialised static layer smaller by the slots of ``dropped`` tokens."""
         if self.spared is not None:
             self.inner.max_cache_len -= dropped - self.spared
             self.spared = dropped
@@ -179,7 +182,7 @@ class PrunedLayer(CacheLayerMixin):
         self.inner.prefetch()
 
     def reset(self) -> None:
-        """Empty the layer; it is an unpruned one again, of the size that it was made for."""
+        """Empty the layer; it is an unpruned one again, of its original size."""
         self.inner.reset()
         if self.spared or type(self.inner) is DynamicLayer:  # which transformers 5.4 only fills with zeros
             self.shorten(0)
@@ -202,16 +205,18 @@ class PrunedLayer(CacheLayerMixin):
         if kept >= size:
             if getattr(
                 self.inner, "record_past", False
-            ):  # it kept more than its window, for this call to take back
+            ):  # it kept more than its window so that this call can undo
                 self.inner.crop(0)
             return
         if kept < self.prefilled:
             self._crop_turn(kept, size)
         drop = size - kept
+        if self.twin is not None:
+            self.twin.crop(drop)
         self.inner.crop(tokens_to_remove if tokens_to_remove <= 0 else self.physical - drop)
 
     def _crop_turn(self, kept: int, size: int) -> None:
-        """Forget the end of the last pruned turn, if all of it has rows (as candidates of assisted decoding have)."""
+        """Remove the end of the last pruned turn, if none of it was dropped (as in assisted decoding)."""
         cut = self.prefilled - kept
         if self.turn is None or cut > self.turn.tail():
             raise UnsupportedCallError(
@@ -230,10 +235,10 @@ class PrunedLayer(CacheLayerMixin):
         return self.logical - self.decoded_from
 
     def drop(self, live: torch.Tensor, count: int, ragged: bool, mask: torch.Tensor | None) -> None:
-        """Take out all stored rows but the ``live`` ones: bool ``(batch, rows)``, or ``(batch, kv_heads, rows)``.
+        """Remove all stored rows except the ``live`` ones: bool ``(batch, rows)``, or ``(batch, kv_heads, rows)``.
 
-        ``count`` rows stay in the sequence with most, ``ragged`` says that others have fewer. ``mask`` is the caller's
-        padding mask. What is left stands for all tokens so far, so that no crop can cut into them any more.
+        ``count`` rows stay in the longest sequence, ``ragged`` says that others have fewer. ``mask`` is the caller's
+        padding mask. What is left represents all tokens so far, so that no crop may cut into them any more.
         """
         physical, logical = self.physical, self.logical
         seen = past_mask(self, mask, logical)
@@ -254,33 +259,37 @@ class PrunedLayer(CacheLayerMixin):
         self.seen = None if valid is None else torch.nn.functional.pad(valid, (self.missing, 0), value=False)
         self.prefilled, self.turn = logical, None
 
-    def _batch(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Let what is known of each sequence follow its rows."""
+    def _batch(self, move: Callable[[torch.Tensor], torch.Tensor], twin: Callable[[Cache], Any]) -> None:
+        """Apply a change of the batch to the bookkeeping of each sequence."""
         for name in ("seen", "shift"):
             if (state := getattr(self, name)) is not None:
                 setattr(self, name, move(state))
         self.marks = {name: move(x) for name, x in self.marks.items()}
         self.state = {name: move(x) for name, x in self.state.items()}
+        if self.twin is not None:
+            self.twin.rearrange(move, twin)
         self.describe_slots()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch for beam search."""
         self.inner.reorder_cache(beam_idx)
-        self._batch(lambda x: x[beam_idx.to(x.device)])
+        self._batch(lambda x: x[beam_idx.to(x.device)], lambda cache: cache.reorder_cache(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         self.inner.batch_repeat_interleave(repeats)
-        self._batch(lambda x: x.repeat_interleave(repeats, 0))
+        self._batch(
+            lambda x: x.repeat_interleave(repeats, 0), lambda cache: cache.batch_repeat_interleave(repeats)
+        )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows of the batch."""
         self.inner.batch_select_indices(indices)
-        self._batch(lambda x: x[indices.to(x.device)])
+        self._batch(lambda x: x[indices.to(x.device)], lambda cache: cache.batch_select_indices(indices))
 
 
 class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
-    """A `PrunedLayer` around a layer that has a linear-attention state beside its rows."""
+    """A `PrunedLayer` around a layer that has a linear-attention state in addition to its rows."""
 
     def __init__(self, inner: CacheLayerMixin):
         PrunedLayer.__init__(self, inner)
@@ -300,15 +309,58 @@ class PrunedHybridLayer(PrunedLayer, *storage.LINEAR):  # type: ignore[misc]
         self.inner.activate_past_recording()
 
 
+@dataclass
+class Twin:
+    """What guided decoding remembers of the sequences in a cache, and the cache of its second pass over them.
+
+    It stays with the cache that it belongs to: what happens to the rows of that one's batch, or to its end, happens
+    here too.
+
+    Attributes:
+        active: bool ``(batch,)``, sequences that have an image by now; others are not guided.
+        cache: the second pass's own; ``None`` if there is no such pass.
+        mask: int64 ``(batch, tokens)``, which of the tokens in ``cache`` are real; ``None`` if all are.
+    """
+
+    active: torch.Tensor
+    cache: Cache | None = None
+    mask: torch.Tensor | None = None
+
+    def crop(self, count: int) -> None:
+        """Remove the last ``count`` tokens."""
+        self.mask = None if self.mask is None else self.mask[:, : self.mask.shape[1] - count]
+        if self.cache is not None:
+            self.cache.crop(-count)
+
+    def rearrange(self, rows: Callable[[torch.Tensor], torch.Tensor], cache: Callable[[Cache], Any]) -> None:
+        """Let the sequences follow those of the cache that this belongs to."""
+        self.active = rows(self.active)
+        self.mask = None if self.mask is None else rows(self.mask)
+        if self.cache is not None:
+            cache(self.cache)
+
+
+def twin_of(cache: Cache | None) -> Twin | None:
+    """The second pass's part of a cache, if there has been one."""
+    layer = first_layer(cache)
+    return None if layer is None else layer.twin
+
+
+def attach_twin(cache: Cache, twin: Twin) -> None:
+    """Let ``twin`` stay with the first layer of ``cache`` that holds rows."""
+    index = next(n for n, layer in enumerate(cache.layers) if storage.has_rows(layer))
+    wrap(cache, index).twin = twin
+
+
 def first_layer(cache: Cache | None) -> PrunedLayer | None:
-    """The first layer of a cache that holds rows, if a pruned prompt went through it."""
+    """The first layer of a cache that holds rows, if it holds a pruned prompt."""
     layers = getattr(cache, "layers", ())  # the paged cache of continuous batching has none
     first = next((layer for layer in layers if storage.has_rows(layer)), None)
     return first if isinstance(first, PrunedLayer) else None
 
 
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
-    """The layers of a cache that a pruned prompt went through; empty for a stock cache."""
+    """The layers of a cache that hold a pruned prompt; empty for a stock cache."""
     layers = getattr(cache, "layers", ())  # the paged cache of continuous batching has none
     return [layer for layer in layers if isinstance(layer, PrunedLayer)]
 
@@ -325,9 +377,9 @@ def wrap(cache: Cache, index: int) -> PrunedLayer:
 
 
 def spare_slots(cache: Cache | None, index: int, rows: Rows, trimmed: bool = False) -> None:
-    """Let layer ``index`` of a cache that gets its first tokens, if it is static, be made for ``rows`` only.
+    """Make layer ``index`` of a cache that gets its first tokens, if it is static, for ``rows`` only.
 
-    One that will be ``trimmed`` after prefill can be made smaller then.
+    One that will be ``trimmed`` after prefill can be shortened then.
     """
     if cache is None or (rows.whole and not trimmed) or index >= len(cache.layers):
         return
@@ -337,23 +389,23 @@ def spare_slots(cache: Cache | None, index: int, rows: Rows, trimmed: bool = Fal
 
 
 def admit(layers: list[PrunedLayer]) -> None:
-    """A pruned decoder begins to compute: what it appends next to each of these layers is welcome."""
+    """A pruned decoder begins to compute: accept what it appends next to each of these layers."""
     if not torch.compiler.is_compiling():
         for layer in layers:
             layer.admitted = True
 
 
 def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None) -> None:
-    """Note in every layer of the cache which rows of the turn that just went through really exist.
+    """Record in every layer of the cache which rows of the turn that just ended really exist.
 
-    ``mask`` is the caller's attention mask. A turn of which nothing was dropped leaves a stock cache stock.
+    ``mask`` is the caller's attention mask. A turn without dropped tokens leaves a stock cache unchanged.
     """
     if all(rows.whole for rows in layer_rows) and not pruned_layers(cache):
         return
     alike: dict[tuple[int, int, int], int] = {}
     for index, rows in enumerate(layer_rows):
         if index < len(cache.layers) and not storage.holds_rows(cache.layers[index]):
-            continue  # a state is all that went through it, and who borrows keys of another layer knows nothing
+            continue  # a state summarises all tokens, and a layer that reuses another layer's keys stores nothing
         layer = wrap(cache, index)
         before = layer.logical - rows.count
         like = alike.setdefault((id(rows), layer.like, before), index)
@@ -378,7 +430,7 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
 
 
 def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
-    """Take out of a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain."""
+    """Remove from a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain."""
     physical = layer.physical
     place = final.order.new_zeros(len(final.order), rows.length)
     place.scatter_(1, rows.order, torch.arange(rows.count, device=place.device).expand_as(rows.order))
@@ -406,7 +458,7 @@ def pick_kv(
 
 
 def evict_rows(layer: PrunedLayer, rows: Rows, live: torch.Tensor, counts: list[int]) -> Rows:
-    """Take out of a layer those of this turn's ``rows`` that are not ``live``; returns what it holds of the turn.
+    """Remove from a layer those of this turn's ``rows`` that are not ``live``; returns what it holds of the turn.
 
     ``live`` is bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with ``counts`` in every head of a sequence.
     """
@@ -428,7 +480,7 @@ def evict_rows(layer: PrunedLayer, rows: Rows, live: torch.Tensor, counts: list[
 
 
 def kv_bytes(cache: Cache) -> tuple[int, int]:
-    """Bytes of storage behind a cache's keys and values, and what they would be without pruning."""
+    """Bytes of storage of a cache's keys and values, and what they would be without pruning."""
     held = dense = 0
     for layer in cache.layers:
         here = storage.kv_bytes(layer)

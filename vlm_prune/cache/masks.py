@@ -1,10 +1,10 @@
 """Attention masks of a pruned sequence, in the two forms that stock code uses.
 
 *Padding masks* ``(batch, tokens)`` say which tokens exist; processors make them, and stock decoders turn them into the
-other form. *Slot masks* ``(batch, 1, queries, slots)`` say what each query may look at. ``generate`` makes these itself
-for static caches, from the padding mask and the first cache layer, before a pruned model sees the call; where a decoder
-has several kinds of layers, it makes a dict of one for each. Some models make such a dict themselves, in front of their
-decoder.
+other form. *Slot masks* ``(batch, 1, queries, slots)`` say what each query may attend to. ``generate`` makes these
+itself for static caches, from the padding mask and the first cache layer, before a pruned model sees the call; where a
+decoder has several kinds of layers, it makes a dict of one for each. Some models make such a dict themselves, before
+their decoder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .storage import has_rows, is_sliding, is_static, stored_rows
 
 
 class Held(Protocol):
-    """What masks have to know of a pruned cache layer, see `layers.PrunedLayer`."""
+    """What masks must know about a pruned cache layer, see `layers.PrunedLayer`."""
 
     missing: int
     seen: torch.Tensor | None
@@ -28,11 +28,11 @@ class Held(Protocol):
 
     @property
     def slots(self) -> int:
-        """Rows that a static layer has room for."""
+        """The number of slots of a static layer."""
 
 
 def is_prepared(mask: Any) -> bool:
-    """Whether a mask says for each query what it may look at, in any form that stock code hands to a decoder."""
+    """Whether a mask says for each query what it may attend to, in any form that stock code passes to a decoder."""
     return isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
 
 
@@ -48,10 +48,10 @@ def slot_mask(mask: Any, cache: Cache | None) -> torch.Tensor | None:
 def padding_mask(mask: Any, cache: Cache | None, blocks: bool = False) -> torch.Tensor | None:
     """The padding mask ``(batch, tokens)`` of a call, also where slot masks were made from it; ``None`` if all exist.
 
-    ``blocks`` says that these may also let tokens of one block look at each other.
+    ``blocks`` says that these may also let tokens of one block attend to each other.
 
     Raises:
-        UnsupportedCallError: dropped tokens cannot be taken out of this mask.
+        UnsupportedCallError: dropped tokens cannot be removed from this mask.
     """
     rows = [layer for layer in cache.layers if has_rows(layer)] if cache is not None else []
     if is_prepared(mask) and rows and is_static(rows[0]):
@@ -60,7 +60,7 @@ def padding_mask(mask: Any, cache: Cache | None, blocks: bool = False) -> torch.
         form = f"a {mask.dim()}-D tensor" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise UnsupportedCallError(
             f"attention_mask is {form}: a pruned model needs the 2-D padding mask (batch, length) that processors "
-            "return, because dropped tokens have to be taken out of it."
+            "return, because dropped tokens must be removed from it."
         )
     return mask
 
@@ -69,7 +69,7 @@ def _from_slots(mask: Any, layers: list[Any], blocks: bool) -> torch.Tensor | No
     """The padding mask that slot masks were made from for these static cache ``layers``."""
     masks = list(mask.values()) if isinstance(mask, dict) else [mask]
     slots = [x for x in masks if isinstance(x, torch.Tensor) and x.dim() == 4]
-    # what attends to everything shows padding best; a window, as far as any of its queries reaches
+    # full attention shows all padding; a window, as far as any of its queries reaches
     full = [layer for layer in layers if not is_sliding(layer)]
     for layer in (*full[:1], *layers[:1]):
         for x in slots:
@@ -90,9 +90,9 @@ def _padding(slots: torch.Tensor, layer: Any, offset: int, blocks: bool) -> torc
     if not blocks and not torch.equal(made, allowed):
         raise UnsupportedCallError(
             "attention_mask is a 4-D tensor that hides more than the future and padding: a pruned model needs the 2-D "
-            "padding mask (batch, length) that processors return, because dropped tokens have to be taken out of it."
+            "padding mask (batch, length) that processors return, because dropped tokens must be removed from it."
         )
-    # what the cache holds describes itself, and tokens missing from it are skipped: their columns are never looked at
+    # the cache describes the rows that it holds; columns of tokens missing from it are never read
     return torch.nn.functional.pad(exists, (offset, 0), value=True)
 
 
@@ -103,8 +103,8 @@ def _allowed(slots: torch.Tensor) -> torch.Tensor:
 def slots_of(slots: torch.Tensor, layer: Held, first: Held | None) -> torch.Tensor:
     """The slot mask of one static cache layer, from the one that was made for the ``first`` layer by the caller.
 
-    Slots filled in prefill are described by the layer itself, those after them by the caller. Only tensors decide,
-    so that ``torch.compile`` makes one graph for all prompts.
+    Slots filled in prefill are described by the layer itself, those after them by the caller. Only tensors are
+    involved, so that ``torch.compile`` makes one graph for all prompts.
     """
     pad = torch.nn.functional.pad
     blocked: Any = False if slots.dtype == torch.bool else torch.finfo(slots.dtype).min
@@ -118,9 +118,9 @@ def slots_of(slots: torch.Tensor, layer: Held, first: Held | None) -> torch.Tens
 
 
 def past_mask(layer: Held | None, mask: torch.Tensor | None, logical: int) -> torch.Tensor | None:
-    """What of a layer's first ``logical`` tokens may be attended: bool ``(batch, logical)``, ``None`` if all.
+    """Which of a layer's first ``logical`` tokens may be attended: bool ``(batch, logical)``, ``None`` if all.
 
-    ``mask`` is the caller's; it counts for a stock layer, and after what the layer remembers itself.
+    ``mask`` is the caller's; it applies to a stock layer, and after the tokens that the layer describes itself.
     """
     seen = layer.seen if layer is not None else None
     if seen is None:
@@ -140,7 +140,7 @@ def behind(seen: torch.Tensor, mask: torch.Tensor | None, total: Callable[[], in
 def join_masks(
     past: torch.Tensor | None, now: torch.Tensor | None, logical: int, new: int
 ) -> torch.Tensor | None:
-    """One mask of ``logical`` past and ``new`` present tokens, where ``None`` stands for all True."""
+    """One mask of ``logical`` past and ``new`` present tokens, where ``None`` means all True."""
     if past is None and now is None:
         return None
     if past is None:

@@ -1,9 +1,9 @@
-"""Stock cache layers of every kind that can hold a pruned sequence: what they hold, how to replace it, what it weighs.
+"""Stock cache layers of every kind that can hold a pruned sequence: what they hold, how to replace it, its size.
 
 Growing layers (``DynamicLayer``) hold tensors as long as the sequence. Static ones hold slots for the longest
-sequence, filled from the left. Quantised ones hold codes, and the last rows as they are. Sliding ones of either kind
+sequence, filled from the left. Quantised ones hold codes, and the last rows unquantised. Sliding ones of either kind
 hold the rows of a window only, and indexed ones a second kind of keys. Linear-attention layers hold no rows but a state
-of one size (or of a convolution), which a shortened sequence simply runs through; layers that borrow the keys of
+of one size (or of a convolution), which a shortened sequence simply updates; layers that reuse the keys of
 another hold nothing.
 """
 
@@ -19,7 +19,7 @@ from ..errors import UnsupportedCallError
 
 
 def _stock(*names: str) -> tuple[type, ...]:
-    """Classes of ``transformers.cache_utils``, as far as its version has them."""
+    """Classes of ``transformers.cache_utils`` that its version has."""
     return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
 
 
@@ -41,7 +41,7 @@ indexer, linear attention, none of its own, and linear attention beside another.
 
 
 def is_known(kind: type) -> bool:
-    """Whether layers of this class keep what is known here: those of transformers, and others that append all rows."""
+    """Whether this is a known class of layers: those of transformers, and others that append all rows."""
     if kind in KNOWN:
         return True
     appends = DynamicLayer if issubclass(kind, DynamicLayer) else StaticLayer
@@ -54,12 +54,12 @@ def has_rows(layer: Any) -> bool:
 
 
 def holds_rows(layer: Any) -> bool:
-    """Whether a layer that a prompt went through holds rows of it."""
+    """Whether a layer holds rows of a prompt."""
     return has_rows(layer) and bool(layer.is_initialized)
 
 
 def is_sliding(layer: Any) -> bool:
-    """Whether a layer forgets what its window has left behind."""
+    """Whether a layer drops rows that have left its window."""
     return bool(getattr(layer, "is_sliding", False))
 
 
@@ -98,7 +98,7 @@ def check_cache(cache: Cache | None, config: Any) -> None:
 
 
 def stored_rows(layer: Any) -> int:
-    """Rows that a layer really holds. Static layers count on their device, which this waits for."""
+    """The rows that a layer really holds. Static layers count on their device, so this waits for it."""
     return int(layer.physical if hasattr(layer, "inner") else layer.get_seq_length())
 
 
@@ -113,7 +113,7 @@ def read(inner: CacheLayerMixin, rows: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def write(inner: CacheLayerMixin, keys: torch.Tensor, values: torch.Tensor, slots: int | None) -> None:
-    """Let a stock layer hold these rows and no others. ``slots`` is the new size of a static one, if it may change."""
+    """Replace the rows of a stock layer by these. ``slots`` is the new size of a static one, if it may change."""
     if type(inner) is DynamicLayer:
         inner.keys, inner.values = keys, values
         return
@@ -127,7 +127,7 @@ def write(inner: CacheLayerMixin, keys: torch.Tensor, values: torch.Tensor, slot
 
 
 def _tensors(x: Any) -> list[torch.Tensor]:
-    """Plain tensors behind keys or values in whatever form they are stored."""
+    """The plain tensors that store keys or values, in whatever form."""
     if isinstance(x, tuple | list):
         return [t for part in x for t in _tensors(part)]
     if isinstance(x, dict):
@@ -140,7 +140,7 @@ def _tensors(x: Any) -> list[torch.Tensor]:
 
 
 def kv_bytes(layer: Any) -> int:
-    """Bytes of storage behind a layer's keys and values, or its state."""
+    """Bytes of storage of a layer's keys and values, or of its state."""
     inner = getattr(layer, "inner", layer)
     if type(inner) in PLAIN and type(inner.keys) is type(inner.values) is torch.Tensor:
         return inner.keys.untyped_storage().nbytes() + inner.values.untyped_storage().nbytes()

@@ -1,7 +1,7 @@
 """Between projector and language model, where tiles become images: newlines, padding, resizing, frames.
 
-The stock model's own code arranges the rows; holes go through it like any features. What it did with which row is read
-off by sending it the rows' numbers in place of features (`read_packing`).
+The stock model's own code assembles the rows; holes pass through it like any features. Sending it the rows' numbers in
+place of features shows what it does with each row (`read_packing`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..contract.keep import Keep
 
 @dataclass(frozen=True)
 class Group:
-    """Tokens of an image among which one choice is made; of several members of one shape, such as frames, alike.
+    """Tokens of an image among which one choice is made; for several members of one shape, such as frames, separately.
 
-    ``rows`` int64 ``(members, tokens)`` are their places among the image's rows, ``grid`` rows and columns of a member,
-    ``tiles`` how many tiles of the tower it stands for.
+    ``rows`` int64 ``(members, tokens)`` are their indices among the image's rows, ``grid`` rows and columns of a
+    member, ``tiles`` how many tiles of the tower it represents.
     """
 
     rows: torch.Tensor
@@ -34,9 +34,9 @@ class Packing:
     Attributes:
         tiles: numbers of its tiles in the call.
         source: int64 ``(rows,)``, the unit that each row is, numbered through its tiles; -1 for newlines.
-        resized: whether rows blend several units; ``source`` then says nothing but which rows are newlines.
+        resized: whether rows blend several units; ``source`` then only says which rows are newlines.
         joint: whether its tiles share one budget.
-        groups: what stands together in it: the small tile that shows all of an image and the others' grid, or frames.
+        groups: what is chosen among together: the thumbnail of an image and the grid of its other tiles, or frames.
         grids: rows and columns of visual tokens of each tile, or of each member of the groups if resized.
         numbers: int64 ``(rows,)``, the token that each row is, counted from 1 through `grids`; 0 for newlines.
     """
@@ -51,12 +51,12 @@ class Packing:
 
     @property
     def late(self) -> bool:
-        """Whether its tokens can only be chosen after the arranging."""
+        """Whether its tokens can only be chosen after assembly."""
         return self.resized or self.joint
 
     @property
     def choices(self) -> list[Group]:
-        """What late choices are made among."""
+        """The groups of tokens among which late choices are made."""
         if not self.joint:
             return self.groups
         rows = torch.cat([group.rows.flatten() for group in self.groups])[None]
@@ -79,16 +79,14 @@ class Packing:
         """The newlines that end a line of tokens of which some are ``alive``: bool ``(rows,)`` like it."""
         newline = self.newline.to(alive.device)
         line = newline.long().cumsum(0) - newline.long()
-        if (
-            len(self.groups) > 1
-        ):  # the small tile that shows all of the image stands in front of the first line
+        if len(self.groups) > 1:  # the thumbnail comes before the first line
             line = (line + 1).index_fill(0, self.groups[0].rows[0].to(alive.device), 0)
         seen = torch.zeros(len(line) + 1, dtype=torch.int64, device=alive.device)
         return newline & (seen.index_add(0, line, alive.long())[line] > 0)
 
 
 def read_packing(arrangement: Arrangement, grid: tuple[int, int], joint: bool) -> list[Packing]:
-    """What the stock code makes of the tiles of a call, each of a ``grid`` of units.
+    """How stock code assembles the tiles of a call, each a ``grid`` of units.
 
     ``joint`` says that the tiles of an image share one budget.
     """
@@ -117,7 +115,7 @@ def read_packing(arrangement: Arrangement, grid: tuple[int, int], joint: bool) -
 def _groups(
     newline: torch.Tensor, tiles: int, grid: tuple[int, int], frame_grid: tuple[int, int] | None
 ) -> list[Group]:
-    """Frames of a video; or the small tile that shows all of an image, and what the others show together."""
+    """Frames of a video; or the thumbnail of an image, and the other tiles together."""
     places = (~newline).nonzero()[:, 0]
     if frame_grid is not None:
         return [Group(places.view(tiles, -1), frame_grid, 1)]

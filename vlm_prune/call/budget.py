@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Budget:
     """Visual tokens to keep per tile: a number (``tokens``) or a share (``ratio``) of what the tile has.
 
-    A ``joint`` budget is one of all tiles of an image together: its tiles compete for it.
+    A ``joint`` budget covers all tiles of an image: its tiles compete for it.
     ``extra`` tokens of a tile are always kept and count towards ``tokens`` (a CLS row handed to the language model).
     """
 
@@ -64,13 +64,13 @@ class Budget:
         return cls(ratio=float(ratio), extra=extra, joint=joint)
 
     def units(self, available: int, tiles: int = 1) -> int:
-        """Units to keep of ``available``, at least one. They stand for ``tiles`` tiles."""
+        """Units to keep of ``available``, at least one. They cover ``tiles`` tiles."""
         if self.ratio is not None:
             return max(1, min(available, round(available * self.ratio)))
         return min(available, (self.tokens or 1) * tiles - self.extra)
 
     def of_visual(self, base: torch.Tensor, call: ForwardCall) -> torch.Tensor:
-        """Visual tokens to keep in each prompt of a batch, int64 ``(batch,)``, of the ``base`` ``(batch,)`` there are.
+        """Visual tokens to keep in each prompt of a batch, int64 ``(batch,)``, out of ``base`` ``(batch,)``.
 
         A ``ratio`` is a share of these; ``tokens`` are kept for each tile of the ``call``, or all that a tile has.
         """

@@ -1,7 +1,7 @@
 """Deepstack: features of several tower layers that stock code adds to visual rows after the first decoder layers.
 
 The decoder is given one mask and one list of features for the whole call. Where rows are dropped between its first
-layers, that mask no longer fits, so from there on the features are added here.
+layers, that mask no longer fits, so from there on this module adds the features.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def shorten(
 
 @dataclass
 class Deepstack:
-    """The features of one call. ``stock`` is the very list that stock code reads; ``ours`` are added by `add`."""
+    """The features of one call. ``stock`` is the list object that stock code reads; ``ours`` are added by `add`."""
 
     visual: torch.Tensor
     stock: list[torch.Tensor]
@@ -45,7 +45,7 @@ class Deepstack:
         return self._added(self.ours, number, hidden)
 
     def foreseen(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The same if no row were cut, whoever adds the features."""
+        """The same if no row were cut, including features that stock code adds."""
         return self._added(self.ours or self.stock, number, hidden)
 
     def _added(self, features: list[torch.Tensor], number: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""State of a batch of tiles on its way from the tower until after the projector.
+"""State of a batch of tiles from the tower until after the projector.
 
 It lives in a context variable while they are encoded, never on a module, and belongs to one pruned model: a tower that
-is called by itself, or by another model that shares it, finds no `Encoding` of its own and is a stock tower.
-``generate`` encodes images before it calls forward, so an `EncodeCall` rides on the tower's output object, which stock
-code hands from the one to the other.
+is called directly, or by another model that shares it, finds no `Encoding` and behaves as a stock tower.
+``generate`` encodes images before it calls forward, so an `EncodeCall` is attached to the tower's output object, which
+stock code passes from one to the other.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RIDE = "vlm_prune"
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of the language model that stand together.
+    """Contiguous rows of the language model.
 
     Attributes:
-        rows: how many, before anything is dropped.
+        rows: their number before anything is dropped.
         tiles: rows of each tile that went into them.
-        plain: units of its one tile, and those wanted of it; ``None`` where stock code arranges tiles.
+        plain: units of its one tile, and how many are wanted; ``None`` where stock code assembles tiles.
     """
 
     rows: int
@@ -49,12 +49,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Offer:
-    """Visual tokens among which the decoder's entry is to choose, of one tile or of several alike.
+    """Visual tokens among which the decoder's entry chooses, of one tile or of several of one shape.
 
     Attributes:
         features: ``(tiles, tokens, channels)``, projected.
         rows: int64 ``(tiles, tokens)``, which of the call's rows for the language model each token is; -1 for those
-            that stock code takes off again, as padding.
+            that stock code removes again, as padding.
         spans: for each tile, the number of the span in `EncodeCall.spans` that it is in.
         grid: rows and columns of tokens.
         target: tokens wanted of each tile.
@@ -75,24 +75,25 @@ class Offer:
 
 @dataclass
 class EncodeCall:
-    """Some tiles on their way through tower and projector. What each tile has is written down tile by tile.
+    """Tiles on their way through tower and projector. Per-tile facts are lists with one entry per tile.
 
     Attributes:
         grids: rows and columns of units of each tile.
         targets: units wanted of each tile.
         pixels: the tower's input.
-        extra: rows that each tile hands to the language model beside its units (1 where CLS is one of them).
-        kind: which of the model's placeholders the tiles stand for, an index into `Anatomy.image_tokens`.
+        extra: rows of each tile for the language model in addition to its units (1 where CLS is kept).
+        kind: which of the model's placeholders the tiles replace, an index into `Anatomy.image_tokens`.
         keeps: the units that survive so far, ``None`` while all do: one `Keep` for each group of tiles, in order. A
             tower that takes tiles of one size has one group, a tower of packed images one group per image.
-        tower_tokens: tokens that each tower layer computed of the tile with most.
+        tower_tokens: tokens that each tower layer computed for the largest tile.
         tower_keeps: the units among them, as `keeps`.
         carry: ``(rows for the language model,)``, what the policy left for the decoder's stages; 0 at holes.
-        arrangement: how the tiles will become images; ``None`` where rows are simply one tile after another.
-        packings: what comes of it, image by image.
-        offers: what the decoder's entry is to choose among, if a policy does so there.
+        arrangement: how the tiles are assembled into images; ``None`` where they are simply concatenated.
+        packings: the result, image by image.
+        offers: what the decoder's entry chooses among, if a policy does so there.
         entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
-        trusted: whether stock code is known to hand all rows on as they are; else holes are counted where they arrive.
+        trusted: whether stock code is known to pass all rows on unchanged; else holes are counted on arrival.
+        asked: the feature method that encoded them with its arguments, if one did; called again for another image.
     """
 
     grids: list[tuple[int, int]]
@@ -112,10 +113,11 @@ class EncodeCall:
     offers: list[Offer] = field(default_factory=list)
     entering: torch.Tensor | None = None
     trusted: bool = True
+    asked: tuple[str, dict[str, Any]] | None = None
 
     @property
     def tiles(self) -> int:
-        """How many tiles there are."""
+        """The number of tiles."""
         return len(self.grids)
 
     @property
@@ -125,12 +127,12 @@ class EncodeCall:
 
     @property
     def rows(self) -> list[int]:
-        """Rows after the projector that stand for each tile before anything is dropped."""
+        """Rows of each tile after the projector, before anything is dropped."""
         return [units + self.extra for units in self.units]
 
     @property
     def spans(self) -> list[Span]:
-        """The rows that the language model gets of these tiles, image by image, or tile by tile."""
+        """The rows that the language model gets for these tiles, image by image, or tile by tile."""
         rows = self.rows
         if self.arrangement is None:
             plain = zip(self.units, self.targets, strict=True)
@@ -139,11 +141,11 @@ class EncodeCall:
 
     @property
     def late(self) -> list[bool]:
-        """Of each tile, whether its tokens are chosen after the arranging."""
+        """For each tile, whether its tokens are chosen after assembly."""
         return [packing.late for packing in self.packings for _ in packing.tiles] or [False] * self.tiles
 
     def groups(self, tiles: list[int]) -> dict[int, list[int]]:
-        """Those ``tiles`` together of which equally many units are wanted: that number, and theirs."""
+        """Groups of ``tiles`` with the same number of wanted units: that number, and the tiles' numbers."""
         groups: dict[int, list[int]] = {}
         for tile in tiles:
             groups.setdefault(self.targets[tile], []).append(tile)
@@ -171,7 +173,7 @@ class EncodeCall:
     def unit_rows(self) -> tuple[torch.Tensor, list[int]]:
         """The row for the language model that each unit becomes, and the number of the span that each tile is in.
 
-        int64 ``(tiles, units)`` on the host, of tiles of one size; -1 for units that stock code takes off again.
+        int64 ``(tiles, units)`` on the host, of tiles of one size; -1 for units that stock code removes again.
         """
         units = self.units[0]
         if self.arrangement is None:
@@ -192,8 +194,8 @@ class EncodeCall:
 
     @property
     def dropped(self) -> int | None:
-        """Units dropped in all tiles together, if that is known without asking the device."""
-        if self.arrangement is not None:  # padding goes too, and lines that end where nothing is left
+        """Units dropped in all tiles together, if known without waiting for the device."""
+        if self.arrangement is not None:  # padding is dropped too, and newlines of lines without tokens
             return 0 if self.whole else None
         if self.keeps is None:
             return 0
@@ -223,7 +225,7 @@ class EncodeCall:
         return alive
 
     def record_tower(self, segments: Segments, dense: Segments) -> None:
-        """Note in the receipt what the tower did; ``segments`` and ``dense`` are asked when someone reads them."""
+        """Note in the receipt what the tower did; ``segments`` and ``dense`` are called on first access."""
         receipt = self.receipt
         receipt.keeps, receipt.tower_tokens = self.keeps, self.tower_tokens
         receipt.tower_keeps, receipt.tower_grids = self.tower_keeps, self.grids
@@ -232,17 +234,17 @@ class EncodeCall:
 
 
 def let_ride(output: Any, call: EncodeCall) -> None:
-    """Let an encode call travel on the tower's output object."""
+    """Attach an encode call to the tower's output object."""
     setattr(output, RIDE, call)
     _riding.set((weakref.ref(output), *_riding.get()[:3]))
 
 
 def ride_of(output: Any) -> EncodeCall | None:
-    """The encode call that an output object comes from; ``None`` if it is not known.
+    """The encode call that an output object comes from; ``None`` if unknown.
 
-    transformers and accelerate copy such objects when they move their tensors to another device. A copy is known by the
-    features of the last few that are still there. What chunked prefill slices out of one is no copy, even if it is all
-    of an image: of the other outputs nothing is left in it.
+    transformers and accelerate copy such objects when they move their tensors to another device. A copy is recognised
+    by its features, among the last few that still exist. What chunked prefill slices out of one is not a copy, even if
+    it is a whole image: the other outputs are missing from it.
     """
     call: EncodeCall | None = getattr(output, RIDE, None)
     features = getattr(output, "pooler_output", None)
@@ -270,16 +272,16 @@ def _alike(known: Any, features: Any) -> bool:
 
 @dataclass(eq=False)
 class Encoding:
-    """A feature method of a pruned model under way: only during one does its tower prune.
+    """A running feature method of a pruned model; the tower only prunes during one.
 
     Attributes:
-        owner: whose method it is.
-        arrangement: how the tiles that go through the tower will be arranged, if they will.
+        owner: the pruning that the method belongs to.
+        arrangement: how the tiles that go through the tower will be assembled, if they will.
         call: those tiles, from the tower's entry until their features are complete.
         forward: the forward that called the method, if one did.
-        once: whether the method calls its tower once; who calls it then is somebody else.
+        once: whether the method calls its tower once; further calls come from elsewhere.
         done: whether it has.
-        nested: calls of the tower under way inside its own, which are somebody else's.
+        nested: running calls of the tower inside its own call, which come from elsewhere.
     """
 
     owner: Any
@@ -292,7 +294,7 @@ class Encoding:
 
     @property
     def mine(self) -> EncodeCall | None:
-        """`call`, for what a module computes now; ``None`` while it works for somebody else."""
+        """`call`, for what a module computes now; ``None`` while it runs for another caller."""
         return None if self.nested else self.call
 
 
@@ -300,7 +302,7 @@ class Encoding:
 def encoding(
     owner: Any, arrangement: Arrangement | None = None, forward: Any = None, once: bool = True
 ) -> Iterator[Encoding]:
-    """Within the block, the tower of the model that ``owner`` prunes does so; nothing is left after it."""
+    """Within the block, the tower of the model that ``owner`` prunes drops tokens; no state remains after it."""
     under_way = Encoding(owner, arrangement, forward, once)
     token = _encodings.set((*_encodings.get(), under_way))
     try:
@@ -318,7 +320,7 @@ def current_encoding(owner: Any) -> Encoding | None:
 
 
 def current_encode(owner: Any = None) -> EncodeCall | None:
-    """The encode call under way in this thread, if any: that of ``owner``, or the innermost of all."""
+    """The running encode call of this thread, if any: that of ``owner``, or the innermost of all."""
     for under_way in reversed(_encodings.get()):
         if owner is None or under_way.owner is owner:
             return under_way.mine

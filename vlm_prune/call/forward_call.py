@@ -1,7 +1,7 @@
 """State of one forward of a pruned model. It lives in a context variable while it runs, never on a module.
 
-Forwards of several models can be inside each other (a hook that asks another model), so they stand on a stack, and each
-model's hooks look for the innermost one of their own.
+Forwards of several models can be nested (a hook that calls another model), so they form a stack, and each model's hooks
+look for the innermost one of their model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _forwards: ContextVar[tuple[ForwardCall, ...]] = ContextVar("vlm_prune_forwards", default=())
 
 RESUME = "vlm_prune_call"
-"""Keyword by which layers find the call they belong to where no context variable says so: in a compiled step, and when
+"""Keyword that passes layers their call where no context variable does: in a compiled step, and when
 attention runs again in the backward pass."""
 
 
@@ -40,33 +40,33 @@ class ForwardCall:
 
     Attributes:
         encoded: the tiles that this forward consumes.
-        unknown_features: features may arrive whose encode call is not known (sliced or made by the user).
+        unknown_features: features may arrive whose encode call is unknown (sliced or made by the user).
         placeholders: for each kind of placeholder, how many there are in the prompts, if that was counted.
-        kinds: which placeholder the features stand for that this forward still encodes, in the order of encoding.
-        image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; known if a policy acts in
+        kinds: which placeholders the features replace that this forward still encodes, in the order of encoding.
+        image_masks: for each kind of placeholder, bool ``(batch, length)``: where they are; set if a policy acts in
             the decoder.
         mask: the caller's padding mask.
-        given: the mask that the model was called with, from which some make those of their decoder.
-        types: int ``(batch, tokens)``, what kind of token each is, where the model was told; some let those of an
-            image look at each other.
-        positions: what the decoder's rotary embeddings are to be made of, where stock code is not told, see
+        given: the mask that the model was called with, from which some models make those of their decoder.
+        types: int ``(batch, tokens)``, the type of each token, where the model was given it; some let those of an
+            image attend to each other.
+        positions: positions for the decoder's rotary embeddings alone, hidden from other stock code, see
             `language.decoder.Decoder`.
-        rows: what is left of the sequence by now; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
+        rows: what is left of the sequence so far; ``entered`` is what entered layer 0, ``layer_rows`` each layer.
         first: what the stock masks and positions of this call were made for, see `layers.DecoderLayers`.
         fitted: masks and positions made for layers that differ from it.
-        observed: what the current layer's attention computed with.
+        observed: the inputs of the current layer's attention.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
-        scores: by layer and ``id`` of a policy, what its `observe` said of the layer's rows.
-        step_attention: by layer, what attention computed with in a decoding step after which rows may be evicted.
+        scores: by layer and ``id`` of a policy, what its `observe` returned for the layer's rows.
+        step_attention: by layer, the attention inputs of a decoding step after which rows may be evicted.
         probing: True during that pass without the image.
-        looking: True while a layer's attention is begun only to be seen, see `look_ahead`.
-        drafts: tokens at the end that are an assistant's and not the prompt's.
+        looking: True while a layer's attention is started only to be observed, see `look_ahead`.
+        drafts: tokens at the end that come from an assistant and are not part of the prompt.
         prompt: the decoder's output for the prompt, in the step after it that computes the drafts.
         deepstack: features that stock code adds after the decoder's first layers.
-        census: what `count` found, if anyone asked.
-        left: visual tokens of each sequence that are left by now; ``None`` while nobody asked.
-        wrapped: a cache whose layers the decoder sees as stock ones for the moment, and these layers.
-        owner: whose forward this is.
+        census: the result of `count`, once it was called.
+        left: visual tokens of each sequence that are left so far; ``None`` until they are counted.
+        wrapped: a cache whose layers the decoder temporarily sees as stock ones, and these layers.
+        owner: the pruning that this forward belongs to.
     """
 
     unknown_features: bool = False
@@ -103,22 +103,22 @@ class ForwardCall:
         return stream.find_holes(embeds, getattr(self.owner, "marked", True))
 
     def may_have_holes(self, embeds: torch.Tensor) -> bool:
-        """Whether holes can stand in ``embeds`` ``(batch, length, channels)``. Asks the device only if it must."""
+        """Whether ``embeds`` ``(batch, length, channels)`` can contain holes. Waits for the device only if it must."""
         if self.encoded:
             return any(call.dropped != 0 for call in self.encoded)
         return self.unknown_features and bool(self.holes(embeds).any())
 
     @property
     def image_mask(self) -> torch.Tensor | None:
-        """Placeholders of visual tokens of any kind: bool ``(batch, length)``; ``None`` if that is not known."""
+        """Placeholders of visual tokens of any kind: bool ``(batch, length)``; ``None`` if unknown."""
         return torch.stack(self.image_masks).any(0) if self.image_masks else None
 
     def has_visual_tokens(self) -> bool:
-        """Whether this forward brings visual tokens along."""
+        """Whether this forward contains visual tokens."""
         return bool(self.encoded) or (self.unknown_features and bool(self.image_masks))
 
     def unwrap(self, cache: Any) -> None:
-        """Let the decoder see the stock layers inside those of a pruned cache, which count the rows there are."""
+        """Let the decoder see the stock layers inside those of a pruned cache, which report physical lengths."""
         self.wrapped = (cache, list(cache.layers))
         cache.layers[:] = [getattr(layer, "inner", layer) for layer in cache.layers]
 
@@ -130,7 +130,7 @@ class ForwardCall:
             self.wrapped = None
 
     def add_encoded(self, call: EncodeCall) -> None:
-        """Note tiles that were encoded inside this forward."""
+        """Note tiles encoded inside this forward."""
         call.kind = self.kinds.pop(0) if self.kinds else call.kind
         self.encoded.append(call)
 
@@ -178,7 +178,7 @@ class ForwardCall:
         return self._spread(values).sum(-1)
 
     def text_width(self) -> int | None:
-        """No sequence of a prefill has more rows of text than this."""
+        """An upper bound on the text rows of any sequence of a prefill."""
         return None if self.rows is None or self.rows.visual is None else max(self.count().text)
 
     def count(
@@ -187,13 +187,13 @@ class ForwardCall:
         alive: torch.Tensor | None = None,
         overflow: torch.Tensor | None = None,
     ) -> Census:
-        """The census of this prefill. One sequence with a fixed budget is counted on the host; else it waits once.
+        """The census of this prefill. One sequence with a fixed budget is counted on the host; else this waits once.
 
         ``live``, ``alive`` and ``overflow`` ``(batch, length)`` as for `Census.take`, needed only where holes are.
 
         Raises:
-            UnsupportedCallError: features overflowed, and this waits anyway. Else they go on to the logits, as in the
-                stock model.
+            UnsupportedCallError: features overflowed, and this waits anyway. Otherwise they reach the logits, as in
+                the stock model.
         """
         if self.census is None:
             if live is None:
@@ -214,15 +214,15 @@ class ForwardCall:
                 )
             if planned and alive is not None and not self.census.holes:
                 raise UnsupportedCallError(
-                    f"{planned} visual tokens were dropped, but none is missing where the language model begins: this "
-                    "model does not hand its image features on as it should. Please unprune(model), and report it."
+                    f"{planned} visual tokens were dropped, but none is missing at the decoder's entry: this "
+                    "model does not pass its image features on as expected. Please unprune(model), and report it."
                 )
             if self.left is None:  # else a cut has counted since
                 self.left = list(self.census.visual)
         return self.census
 
     def _planned(self) -> int | None:
-        """Rows dropped in all tiles together, if the host knows that."""
+        """Rows dropped in all tiles together, if the host knows."""
         dropped = [call.dropped for call in self.encoded]
         if self.unknown_features or not dropped or None in dropped:
             return None
@@ -253,7 +253,7 @@ class ForwardCall:
 
     @property
     def accounted(self) -> bool:
-        """Whether every placeholder stands for a row of a tile that is known here, and none is masked out."""
+        """Whether every placeholder belongs to a row of a known tile, and none is masked out."""
         census = self.count()
         found = [sum(counts) for counts in census.placeholders]
         known = [
@@ -276,7 +276,7 @@ class ForwardCall:
         return owners
 
     def spans_by_sequence(self) -> list[list[Span]]:
-        """What the encode stage handed to each sequence."""
+        """The rows that the encode stage gave each sequence."""
         owned: list[list[Span]] = [[] for _ in self.count().live]
         copies = self.copies
         for encoded, owners in zip(self.encoded, self.owners(), strict=True):
@@ -286,7 +286,7 @@ class ForwardCall:
         return owned
 
     def recount(self, lost: list[int] | None) -> None:
-        """The decoder's entry dropped tokens: ``lost`` of each sequence, ``None`` if only the device knows."""
+        """The decoder's entry dropped tokens: ``lost`` per sequence, ``None`` if only the device knows."""
         if lost is None:
             self.census = self.left = None
         elif self.census is not None:
@@ -295,9 +295,9 @@ class ForwardCall:
 
 
 def check_rows(call: ForwardCall, rows: list[int]) -> None:
-    """Raise if the prompts have no place for each of the ``rows`` of each image that this forward is about to encode.
+    """Raise if the placeholders do not match the ``rows`` of each image that this forward is about to encode.
 
-    As `check_forward` does for models that do not assemble their images; nothing has been computed yet.
+    As `check_forward` does for models that do not assemble tiles; nothing has been computed yet.
     """
     if not call.placeholders or not call.kinds:
         return
@@ -311,7 +311,7 @@ def check_rows(call: ForwardCall, rows: list[int]) -> None:
 
 
 def current_forward(owner: Any = None) -> ForwardCall | None:
-    """The forward under way in this thread, if any: that of ``owner``, or the innermost of all."""
+    """The running forward of this thread, if any: that of ``owner``, or the innermost of all."""
     for call in reversed(_forwards.get()):
         if owner is None or call.owner is owner:
             return call
@@ -320,7 +320,7 @@ def current_forward(owner: Any = None) -> ForwardCall | None:
 
 @contextmanager
 def resumed(call: ForwardCall | None) -> Iterator[None]:
-    """The forward ``call`` is under way again; ``None`` leaves things as they are."""
+    """Make the forward ``call`` current again; ``None`` changes nothing."""
     if call is None:
         yield
         return
@@ -335,30 +335,30 @@ def begin_forward(call: ForwardCall, module: Any) -> None:
     """Make ``call``, a forward of ``module``, the current one."""
     outer = _forwards.get()
     if current_forward(call.owner) is not None and not _inside_itself(module):
-        outer = _without(call.owner)  # that one was interrupted: Ctrl-C runs no hooks
+        outer = _without(call.owner)  # the previous one was interrupted: Ctrl-C runs no hooks
     _forwards.set((*outer, call))
 
 
 def next_forward(call: ForwardCall, owner: Any) -> None:
-    """Go on with ``call`` in place of the current one of ``owner``."""
+    """Continue with ``call`` in place of the current one of ``owner``."""
     if end_forward(owner) is not None:
         call.owner = owner
     _forwards.set((*_forwards.get(), call))
 
 
 def end_forward(owner: Any) -> ForwardCall | None:
-    """End the current forward of ``owner`` and return it; those around it are current again."""
+    """End the current forward of ``owner`` and return it; enclosing ones become current again."""
     calls = _forwards.get()
     for number in reversed(range(len(calls))):
         if calls[number].owner is owner:
-            calls[number].wrap_again()  # where an exception kept the decoder from it
+            calls[number].wrap_again()  # where an exception kept the decoder from doing it
             _forwards.set(calls[:number])
             return calls[number]
     return None
 
 
 def forget_calls(owner: Any) -> None:
-    """End everything of ``owner`` that an interrupt may have left under way in this thread."""
+    """End all calls of ``owner`` that an interrupt may have left running in this thread."""
     _forwards.set(_without(owner))
 
 
@@ -367,7 +367,7 @@ def _without(owner: Any) -> tuple[ForwardCall, ...]:
 
 
 def _inside_itself(module: Any) -> bool:
-    """Whether a module that is being called is called from inside another call of itself."""
+    """Whether a module is being called from inside another call of itself."""
     frame, calls = sys._getframe(), 0
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:

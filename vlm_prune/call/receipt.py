@@ -1,4 +1,4 @@
-"""The receipt: what a call kept, and what that cost and saved. Numbers are read off what ran, not planned."""
+"""The receipt: what a call kept, and what that cost and saved. Numbers come from what ran, not from the plan."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from . import flops
 from .survivors import DecoderTrace, Units, tile_units
 
 Segments = Callable[[], "list[list[int]]"]
-"""Reads lengths of sequences off the device, where a packed tower has them."""
+"""Reads sequence lengths from the device, where a packed tower has them."""
 
 MEAN_QUERY = "attention of the mean query"
-"""What `policies.scores.global_attention` takes where there is no CLS token."""
+"""What `policies.scores.global_attention` uses where there is no CLS token."""
 
 
 @dataclass
@@ -22,19 +22,21 @@ class Receipt:
     """What the last call with images did, in this thread.
 
     Attributes:
-        policy: the policy as it was asked for.
+        policy: the policy's name, as given.
         family: model family.
-        tile: what one entry of `kept` stands for, "image" or "tile".
+        tile: what one entry of `kept` is, "image" or "tile".
         grids: rows and columns of visual tokens of each tile before pruning.
         targets: visual tokens wanted of each tile.
         positions: the policy's rule for RoPE positions.
-        tower_tokens: tokens that each tower layer computed of the tile with most, CLS counted.
+        tower_tokens: tokens that each tower layer computed for the largest tile, CLS included.
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
         tower_size: channels of the tower, and elements of one of its layers' matrices.
-        stand_in: what took the place of a CLS token that the policy asks for and the tower does not have.
+        stand_in: what was used instead of a CLS token that the policy needs and the tower lacks.
         kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
+        guide_flops: operations of the second pass over the prompt that guided decoding compares with, part of `flops`.
+        guide_kv_bytes: storage behind that pass's KV cache, beside `kv_bytes`.
     """
 
     policy: str
@@ -49,6 +51,8 @@ class Receipt:
     decoder_tokens: list[int] = field(default_factory=list)
     kv_bytes: int | None = None
     kv_bytes_dense: int | None = None
+    guide_flops: int = 0
+    guide_kv_bytes: int = 0
     keeps: list[Keep] | None = field(default=None, repr=False)
     tower_keeps: list[list[Keep] | None] = field(default_factory=list, repr=False)
     tower_grids: list[tuple[int, int]] = field(default_factory=list, repr=False)
@@ -62,7 +66,7 @@ class Receipt:
 
     @property
     def tiles(self) -> int:
-        """How many tiles there were."""
+        """The number of tiles."""
         return len(self.grids)
 
     @property
@@ -119,9 +123,11 @@ class Receipt:
 
     @property
     def flops(self) -> int:
-        """Operations of tower and prefill as they ran, by the shape formula of `vlm_prune.flops`."""
+        """Operations of tower and prefill as they ran, by the formulas of `call.flops`."""
         tower = flops.tower_flops(*self.tower_size, self.tower_segments)
-        return tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)
+        return (
+            self.guide_flops + tower + self.batch * flops.decoder_flops(self.text_config, self.decoder_tokens)
+        )
 
     @property
     def flops_dense(self) -> int:
@@ -162,6 +168,11 @@ class Receipt:
             lines.append(f"  compute  {self.flops / 1e9:.3g} of {self.flops_dense / 1e9:.3g} GFLOP")
         if self.kv_bytes is not None and self.kv_bytes_dense:
             lines.append(f"  KV cache {self.kv_bytes / 2**20:.3g} of {self.kv_bytes_dense / 2**20:.3g} MiB")
+        if self.guide_flops:
+            lines.append(
+                f"  guiding  {self.guide_flops / 1e9:.3g} GFLOP of these, and {self.guide_kv_bytes / 2**20:.3g} MiB "
+                "beside the KV cache, for a second pass"
+            )
         times = [
             f"{name} {ms:.1f} ms"
             for name, ms in (("tower", self.tower_ms), ("prefill", self.prefill_ms))

@@ -1,4 +1,4 @@
-"""How many rows of a prefill are what: numbers of the host, so that shapes can be planned without asking the device."""
+"""How many rows of a prefill are of each kind, known on the host, so that shapes need no wait for the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Census:
         live: rows that are neither holes nor padding. Padding of a single sequence counts, since it stays.
         visual: those of them that are visual tokens.
         holes: rows of all sequences that the encode stage dropped.
-        overflowed: rows that are NaN and no holes.
+        overflowed: rows that are NaN but not holes.
         placeholders: for each kind of placeholder, how many each sequence has, holes included.
     """
 
@@ -37,7 +37,7 @@ class Census:
         """Ask the device, once. ``masks`` are the placeholders of each kind; all are bool ``(batch, length)``.
 
         ``live`` is False at padding and holes, ``alive`` at holes alone; ``overflow`` is True at rows of NaN that are
-        no holes. ``None`` says that there are none.
+        not holes. ``None`` says that there are none.
         """
         visual = torch.stack([mask & live for mask in masks]).any(0) if masks else torch.zeros_like(live)
         holes = torch.zeros_like(live) if alive is None else ~alive
@@ -52,15 +52,15 @@ class Census:
 
     @property
     def text(self) -> list[int]:
-        """Live rows of each sequence that are no visual tokens."""
+        """Live rows of each sequence that are not visual tokens."""
         return [live - visual for live, visual in zip(self.live, self.visual, strict=True)]
 
     @property
     def width(self) -> int:
-        """Length of the shortened batch. A turn of holes only leaves one row: stock layers cannot compute none."""
+        """Length of the shortened batch. A turn of only holes leaves one row: stock layers cannot compute zero rows."""
         return max(1, *self.live)
 
     @property
     def even(self) -> bool:
-        """Whether every sequence fills it."""
+        """Whether every sequence has that length."""
         return 0 < min(self.live) == max(self.live)

@@ -1,4 +1,4 @@
-"""The rows that a decoder computes at the moment, and what belongs to each of them."""
+"""The rows that a decoder currently computes, and what belongs to each of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Rows:
         order: int64 ``(batch, rows)``, the token that each row holds (see `stream.live_order`).
         valid: bool ``(batch, rows)``, False for rows that only fill up a ragged batch; ``None`` if there are none.
         mask: bool ``(batch, rows)``, rows that may be attended; ``None`` if all may.
-        positions: int64 ``(batch or 1, rows)``, RoPE positions, not yet moved by what earlier turns renumbered; with
-            multimodal RoPE ``(axes, batch or 1, rows)``.
+        positions: int64 ``(batch or 1, rows)``, RoPE positions, before the shift from renumbering in earlier turns;
+            with multimodal RoPE ``(axes, batch or 1, rows)``.
         shift: int64 ``(batch,)``, by how much this turn's last position was moved down; ``None`` if it was not.
-        padding: int64 ``(batch,)``, tokens of padding in front that ``positions`` count; ``None`` if they count none.
+        padding: int64 ``(batch,)``, padding on the left that ``positions`` count; ``None`` if they count none.
         visual: bool ``(batch, rows)``, visual tokens; ``None`` if no policy acts inside the decoder.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere.
     """
@@ -45,7 +45,7 @@ class Rows:
 
     @property
     def whole(self) -> bool:
-        """Whether these are the turn's tokens as the caller passed them: none dropped, none moved aside for one."""
+        """Whether these are the turn's tokens as the caller passed them: none dropped, none moved."""
         return self.count == self.length and self.valid is None
 
     def tail(self) -> int:
@@ -57,7 +57,7 @@ class Rows:
         return int(there.long().cumprod(-1).sum(-1).min())
 
     def without_tail(self, cut: int) -> Rows:
-        """The turn without its last ``cut`` tokens, all of which have rows. Keeps what says where rows belong."""
+        """The turn without its last ``cut`` tokens, all of which have rows."""
         return Rows(
             length=self.length - cut,
             order=self.order[:, : self.count - cut],
@@ -82,7 +82,7 @@ class Rows:
     def pick(self, live: torch.Tensor, counts: list[int]) -> tuple[Rows, torch.Tensor]:
         """The ``live`` ones of these, bool ``(batch, rows)``, ``counts`` of each sequence; and their numbers.
 
-        Sequences that have fewer are filled up on the left with others of these.
+        Shorter sequences are filled up on the left with other rows of these.
         """
         order = stream.live_order(live, max(counts))
         valid = live.gather(1, order) if min(counts) < max(counts) else None
@@ -106,7 +106,7 @@ class Rows:
     def close(
         self, x: torch.Tensor, live: torch.Tensor, count: int, ragged: bool, gone: torch.Tensor | None
     ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-        """The ``live`` rows of these, of ``x`` ``(batch, rows, channels)``, and which ones they are, by number.
+        """The ``live`` rows, with those of ``x`` ``(batch, rows, channels)``, and their indices.
 
         ``live`` is bool ``(batch, rows)``. The sequence is then ``count`` rows long; ``ragged`` says that some have
         fewer, which are filled up with zeros on the left. ``gone`` bool ``(batch, rows)`` marks dropped rows whose

@@ -1,8 +1,8 @@
 """The token stream as pure tensor functions: opening holes, closing them, and undoing it.
 
-A dropped visual token is a *hole*: a row of NaN, inf and -inf in an order of its own where its features would be. Stock
-code carries holes along like any features; the language model's entry closes them (`Rows.close`) and its exit restores
-the full length (`restore`). Features that overflowed are no holes, and go on to be seen.
+A dropped visual token is a *hole*: a row with a distinctive pattern of NaN, inf and -inf in place of its features.
+Stock code moves holes like any features; the language model's entry closes them (`Rows.close`) and its exit restores
+the full length (`restore`). Features that overflowed are not holes, and stay visible as NaN.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = [
     "find_holes",
     "live_order",
     "open_holes",
+    "overflow",
     "punch",
     "restore",
     "retarget",
@@ -31,20 +32,20 @@ def open_holes(
 ) -> torch.Tensor:
     """Put ``rows`` ``(batch, kept, channels)`` back at ``index`` ``(batch, kept)`` among holes, ``length`` rows in all.
 
-    Where ``valid`` ``(batch, kept)`` is False the row stays a hole; such entries of ``index`` must name dropped rows.
+    Where ``valid`` ``(batch, kept)`` is False the row stays a hole; there, ``index`` must name dropped rows.
     """
     return place_rows(rows, index, valid, length, torch.nan)
 
 
 MARKS = 32
-"""Channels by which a hole is known: chance makes one of a row in which all of them overflowed once in 2**31."""
+"""Channels that identify a hole: a row in which all of them overflowed looks like one with probability 2**-31."""
 
 
 def find_holes(embeds: torch.Tensor, marked: bool = True) -> torch.Tensor:
     """Which rows of ``(batch, length, channels)`` are holes: bool ``(batch, length)``.
 
-    Where stock code computes with holes on their way (a matrix after the place where they were opened, a sum), they are
-    not ``marked`` any more, but still begin with NaN.
+    Where stock code computes with holes (a matrix product or a sum after they were opened), they are no longer
+    ``marked``, but still begin with NaN.
     """
     if not marked:
         return embeds[..., 0].isnan()
@@ -57,6 +58,15 @@ def punch(rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     return torch.where(alive[..., None], rows, hole(rows))
 
 
+def overflow(x: torch.Tensor) -> torch.Tensor:
+    """What to add to the rows that are kept of ``x`` ``(tiles, rows, channels)``: ``(tiles, 1, 1)``, NaN or 0.
+
+    NaN where anything in a tile is not finite: otherwise it would go unnoticed in dropped rows.
+    """
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=(1, 2), keepdim=True)
+    return (largest * 0).to(x.dtype)
+
+
 def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Pick rows ``order`` ``(batch, length)`` of ``x`` ``(batch or 1, full length, ...)``."""
     x = x.expand(order.shape[0], *x.shape[1:])
@@ -67,7 +77,7 @@ def compact(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def split_positions(positions: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Positions in the text, ``None`` if not given, and those for the rotary embeddings.
 
-    With multimodal RoPE these have axes of their own, ``(3, batch, rows)``; text positions may stand in front of them.
+    With multimodal RoPE these have separate axes, ``(3, batch, rows)``; text positions may precede them.
     """
     if positions.dim() == 2:
         return positions, positions
@@ -106,7 +116,7 @@ def retarget(
     """Next-token targets of a shortened sequence, laid out at full length: int64 ``(batch, length)``.
 
     ``targets[b, i]`` is the label of row ``i + 1``; ``order`` and ``valid`` ``(batch, rows)`` say which rows are left.
-    Each of them gets the label of the next one, as it would had the others never been there.
+    Each of them gets the label of the next one, as if the others had never existed.
     """
     labels = compact(torch.nn.functional.pad(targets[:, :-1], (1, 0), value=ignore), order)
     moved = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore)
@@ -116,7 +126,7 @@ def retarget(
 
 
 def grouped(index: torch.Tensor, size: int) -> torch.Tensor:
-    """The rows of groups ``index`` ``(groups,)`` where each group is ``size`` rows that stand together."""
+    """The rows of groups ``index`` ``(groups,)`` of ``size`` contiguous rows each."""
     if size == 1:
         return index
     return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()

@@ -1,4 +1,4 @@
-"""Which visual tokens each layer computed. Hooks leave the tensors they cut with; lists are made when someone asks."""
+"""Which visual tokens each layer computed. Hooks keep the index tensors they cut with; lists are made on demand."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def tile_units(keeps: Sequence[Keep] | None, grids: Grids) -> Units:
 
 @dataclass(frozen=True)
 class DecoderTrace:
-    """Where the visual tokens of one encode call stood in a prefill that dropped some of them between layers.
+    """Where the visual tokens of one encode call were in a prefill that dropped some of them between layers.
 
     Attributes:
         masks: for each kind of placeholder, bool ``(batch, length)``: where they are in the prompts.
         copies: for each kind, how many sequences next to each other share their values.
         kinds: of each encode call of the forward.
         numbers: of each encode call, the visual token that each row is, see `calls.EncodeCall.numbers`.
-        number: which of these calls this is about.
+        number: the index of this call among them.
         layers: for each decoder layer, the rows that it computed: ``order`` and ``valid`` of `rows.Rows`.
     """
 
@@ -50,7 +50,7 @@ class DecoderTrace:
         first = [1]
         for rows, columns in grids:
             first.append(first[-1] + rows * columns)
-        # 0 stands for text, and for the tokens of other calls
+        # 0 marks text and the tokens of other calls
         values = [x if i == self.number else torch.zeros_like(x) for i, x in enumerate(self.numbers)]
         where = stream.lay_out(values, self.kinds, [mask.cpu() for mask in self.masks], self.copies)
         known: dict[int, Units] = {}

@@ -1,4 +1,4 @@
-"""Times that are true on every device, without making the host wait while the model runs."""
+"""Timing that is correct on every device, without making the host wait while the model runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Starts when made. `stop` returns a function that gives the milliseconds, waiting for the device if need be."""
+    """Starts on creation. `stop` returns a function that gives the milliseconds, waiting for the device if needed."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -20,7 +20,7 @@ class Stopwatch:
             self.started = time.perf_counter()
 
     def stop(self) -> Callable[[], float]:
-        """Stop now; ask for the number whenever you like."""
+        """Stop now; the returned function may be called at any later time."""
         if self.device.type == "cuda":
             begin, end = self.begin, torch.cuda.Event(enable_timing=True)
             end.record()

@@ -1,4 +1,4 @@
-"""What the engine has to know about a model: its `Anatomy`."""
+"""What the engine must know about a model: its `Anatomy`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 Pack = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
-"""From what the projector returns, ``(tiles, units, channels)``, and the row that stands for a newline,
+"""From the projector's output ``(tiles, units, channels)`` and the row that represents a newline,
 ``(channels,)``, to the rows ``(rows, channels)`` of each image."""
 
 
@@ -23,10 +23,10 @@ class Tower:
         layers: its transformer layers, in order; each returns hidden states ``(tiles, tokens, channels)``.
         attentions: the attention module of each layer.
         patch_grid: from the pixel height and width to the rows and columns of patches.
-        image_size: height and width the processor prepares tiles at.
+        image_size: height and width of the tiles that the processor prepares.
         feature_layers: 0-based numbers of the layers whose outputs the model consumes; several are concatenated.
         has_cls: whether token 0 is CLS.
-        keeps_cls: whether CLS is handed to the language model too (``vision_feature_select_strategy="full"``).
+        keeps_cls: whether the language model gets CLS too (``vision_feature_select_strategy="full"``).
         merge: side of the square of patches that a pixel shuffle turns into one token (1: no shuffle).
         resizing: keyword arguments of ``module`` that let it take an image of another size; ``None`` if nothing does.
         patch_mask: the argument of ``module``, if there is one, that says which patches are padding: bool ``(tiles,
@@ -51,7 +51,7 @@ class Tower:
         return max(self.feature_layers)
 
     def unit_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of language-model tokens that a tile of this size in pixels gives."""
+        """Rows and columns of language-model tokens for a tile of this size in pixels."""
         rows, columns = self.patch_grid(height, width)
         return rows // self.merge, columns // self.merge
 
@@ -69,7 +69,7 @@ class Tower:
 
     @property
     def weights(self) -> int:
-        """Elements of one layer's matrices."""
+        """Elements in the matrices of one layer."""
         config: Any = self.module.config
         inner = getattr(config, "intermediate_size", None) or self.width * config.mlp_ratio
         return 4 * self.width**2 + 2 * self.width * int(inner)
@@ -88,8 +88,8 @@ class PackedTower:
     """A vision encoder that takes images of any size, all patches of a call in one sequence.
 
     It is called with ``hidden_states`` ``(patches, values)`` and ``grid_thw`` ``(images, 3)``: frames, rows and columns
-    of patches. The ``merge`` x ``merge`` patches of a unit stand together. Every frame is a tile of its own, because
-    attention never goes from one to the other.
+    of patches. The ``merge`` x ``merge`` patches of a unit are contiguous. Every frame is a separate tile, because
+    attention never crosses frames.
 
     Attributes:
         module: the encoder, its merger included.
@@ -97,7 +97,7 @@ class PackedTower:
         attentions: the attention module of each block.
         merge: side of the square of patches that the merger turns into one token.
         patch: frames of a patch, and pixels along its side.
-        window: side in units of the windows by which units are sorted, ``None`` where they stand in raster order.
+        window: side in units of the windows by which units are sorted, ``None`` where they are in raster order.
         deepstack: mergers whose output the decoder's first layers add to visual tokens, in order.
         single_patches: whether patches may be cut one by one, as FlowCut's released code does.
         width: channels of the hidden states.
@@ -115,7 +115,7 @@ class PackedTower:
     width: int
     weights: int
 
-    units = None  # images have the size they have
+    units = None  # images may have any size
     has_cls = keeps_cls = False
 
     @property
@@ -145,13 +145,13 @@ columns of the tokens of each tile, in order."""
 
 @dataclass(frozen=True)
 class FeatureTower:
-    """A vision encoder of which the engine knows only what leaves it: features, ready for the language model.
+    """A vision encoder of which the engine knows only the output: features, ready for the language model.
 
-    There are no places inside it, so policies that look at its layers are refused.
+    Its layers cannot be hooked, so policies that look at them are refused.
 
     Attributes:
         methods: names of the methods of the base module that return features.
-        sizes: how these rows are tiles.
+        sizes: how these rows divide into tiles.
         deepstack: tower layers whose features the decoder's first layers add to visual tokens.
     """
 
@@ -159,29 +159,29 @@ class FeatureTower:
     sizes: Sizes
     deepstack: tuple[int, ...] = ()
 
-    units = None  # known when features are there
+    units = None  # known once features exist
     has_cls = keeps_cls = False
     width = weights = 0
     feature_layer = -1
 
     @property
     def layers(self) -> list[nn.Module]:
-        """None that could be hooked."""
+        """No layer can be hooked."""
         return []
 
     def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
-        """Not known before the features are there."""
+        """Unknown until the features exist."""
         return None
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the tiles of one call become rows of the language model, where that takes more than one tile after another.
+    """How the tiles of one call become rows of the language model, where they are not simply concatenated.
 
     Attributes:
         images: tiles of each image, or frames of each video, in order.
-        pack: the stock model's own code between projector and language model.
-        merge: side of the square of patches that is pooled to one token between tower and projector.
+        pack: the stock model's code between projector and language model.
+        merge: side of the square of patches that is pooled into one token between tower and projector.
         frame_grid: rows and columns of tokens of a video's frame after `pack`; ``None`` for images.
     """
 
@@ -193,9 +193,9 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class FeatureCall:
-    """A method of a model's base module that turns pixels into features, by way of tower and projector.
+    """A method of a model's base module that turns pixels into features, through tower and projector.
 
-    ``arrange`` takes the method's arguments by name and says how it will arrange their tiles.
+    ``arrange`` takes the method's arguments by name and says how it will assemble their tiles.
     """
 
     method: str
@@ -208,19 +208,19 @@ class Anatomy:
 
     Attributes:
         family: name of the model family.
-        base: the module that joins tower and decoder; its forward takes ``pixel_values`` and ``input_ids``.
+        base: the module that contains tower and decoder; its forward takes ``pixel_values`` and ``input_ids``.
         tower: the vision encoder. Where it is packed, its merger is the projector.
         projector: takes the tower's features ``(tiles, units, channels)``; ``None`` for a `FeatureTower`.
         front: where the projector itself puts the patches of a unit together, the part of it that takes them as
             ``(tiles, units, channels)``, or the units as ``(tiles, rows, columns, channels)``.
         decoder: the language model, called with ``inputs_embeds``.
         decoder_layers: its layers, in order.
-        image_tokens: ids of the placeholders that visual features replace in ``input_ids``; where videos have another
-            one than images, it comes last.
+        image_tokens: ids of the placeholders that visual features replace in ``input_ids``; where videos have a
+            separate one, it comes last.
         tile: what one row of ``pixel_values`` is to the user ("image", "tile").
         mrope: whether a visual token's position is its place in the image, not in the sequence.
-        computes_on: whether stock code may compute with features after the place where dropped ones become holes.
-        features: the methods of ``base`` that arrange tiles; empty where rows are simply one tile after another.
+        computes_on: whether stock code may compute with features after dropped ones have become holes.
+        features: the methods of ``base`` that assemble tiles; empty where tiles are simply concatenated.
     """
 
     family: str
@@ -239,12 +239,12 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Family:
-    """What the README's matrix says of a model family without looking at a model.
+    """What the README's matrix says about a model family, known without a model.
 
-    An adapter names those that have a column of their own: ``FAMILIES``, by ``config.model_type``.
+    An adapter lists the families that have their own column: ``FAMILIES``, by ``config.model_type``.
 
     Attributes:
-        title: its name to people.
+        title: its display name.
         cls: whether its vision tower has a CLS token.
         resizes: whether the grid of large images, and of videos, is resized after the projector.
     """
@@ -255,7 +255,7 @@ class Family:
 
 
 def square(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """A config's size, written as one number or as two."""
+    """A size from a config, given as one number or two."""
     if isinstance(size, int):
         return size, size
     return size[0], size[1]

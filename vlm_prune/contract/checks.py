@@ -1,4 +1,4 @@
-"""What a plug-in has to bring: asked when it is registered, so that a mistake is one clear error and no surprise."""
+"""What a plug-in must define: checked when it is registered, so that a mistake is one clear error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any, cast
 
 from ..errors import PolicyError
-from .policy import STAGES, Policy, ScorerPolicy, SelectPolicy
+from .policy import Policy, ScorerPolicy, SelectPolicy
+from .stages import STAGES
 
 NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "encode": (("encode", "encode_final", "tower_grid"),),
@@ -14,16 +15,17 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "prefill": (("prefill_layers",), ("prefill",)),
     "decode": (("evicted_layers",), ("evict",)),
     "modulate": (("modulate_layers",), ("modulate",)),
+    "guide": (("guide",),),
 }
-"""For each stage the methods that a policy of it overrides: one at least of each group."""
+"""For each stage, the methods that its policies override: at least one of each group."""
 
 
 def check_policy(policy: Any) -> None:
-    """Raise if this is no class of a policy that could work.
+    """Raise if this class cannot work as a policy.
 
     Raises:
-        PolicyError: no subclass of `Policy`, not a frozen dataclass, no name, an unknown stage, or a stage without the
-            methods that it needs.
+        PolicyError: not a subclass of `Policy`, not a frozen dataclass, no name, an unknown stage, or a stage without
+            the methods that it needs.
     """
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
         given = policy.__name__ if isinstance(policy, type) else repr(policy)
@@ -65,7 +67,7 @@ def check_policy(policy: Any) -> None:
 def _check_choice(policy: type[SelectPolicy]) -> None:
     scorer = issubclass(policy, ScorerPolicy)
     method, base = ("score", ScorerPolicy) if scorer else ("select", SelectPolicy)
-    decides = ["evict"] if policy.stages == ("decode",) and not scorer else [method]
+    decides = ["evict"] if policy.acts.evicts and not scorer else [method]
     if all(getattr(policy, name, None) is getattr(base, name, None) for name in decides):
         raise PolicyError(f"{policy.__name__} chooses at its place but has no method {decides[0]}.")
     if policy.place in ("tower", "layer") and policy.layer is SelectPolicy.layer:

@@ -1,4 +1,4 @@
-"""Dividing a grid of visual tokens into parts: what policies and the engine both compute with."""
+"""Dividing a grid of visual tokens into parts, as policies and the engine both need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a policy answers: which visual tokens survive."""
+"""What a policy returns: which visual tokens survive."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Keep:
     def top(cls, scores: torch.Tensor, counts: int | list[int]) -> Keep:
         """The ``counts`` highest of ``scores`` ``(batch, units)`` in each row, in their original order.
 
-        ``counts`` is one number for all rows, or one per row. NaN ranks last, whatever the backend thinks of it.
+        ``counts`` is one number for all rows, or one per row. NaN ranks last on every backend.
         """
         if scores.is_floating_point():
-            lowest = torch.finfo(scores.dtype).min  # above -inf, by which a policy rules a unit out
+            lowest = torch.finfo(scores.dtype).min  # above -inf, by which a policy excludes a unit
             scores = scores.nan_to_num(nan=lowest, neginf=-torch.inf)
         if isinstance(counts, int) or len(set(counts)) == 1:
             k = counts if isinstance(counts, int) else counts[0]
@@ -44,9 +44,9 @@ class Keep:
         return cls(torch.arange(units, device=device).expand(batch, -1))
 
     def checked(self, name: str, batch: int, units: int, most: int | None) -> Keep:
-        """The same, if it is an answer that policy ``name`` may give about ``batch`` rows of ``units``.
+        """This answer, if policy ``name`` may give it about ``batch`` rows of ``units``.
 
-        ``most`` is how many the budget allows, ``None`` if that is not known here. Looks at shapes alone.
+        ``most`` is how many the budget allows, ``None`` if that is unknown here. Only looks at shapes.
 
         Raises:
             PolicyError: wrong type or shape, or more units than the budget allows.
@@ -81,12 +81,12 @@ class Keep:
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, width: int) -> Keep:
-        """From a bool ``(batch, units)`` whose fullest row has ``width`` True entries."""
+        """From a bool mask ``(batch, units)`` whose fullest row has ``width`` True entries."""
         index = (~mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
         return cls(index, mask.gather(1, index))
 
     def sparing(self, spared: list[bool], units: int) -> Keep | None:
-        """The same, but of the rows ``spared`` all of their ``units`` stay; ``None`` if that is all rows."""
+        """The same, except that rows ``spared`` keep all their ``units``; ``None`` if that is all rows."""
         if not any(spared):
             return self
         if all(spared):
@@ -96,9 +96,9 @@ class Keep:
 
     @classmethod
     def joined(cls, parts: list[tuple[torch.Tensor, Keep]], features: torch.Tensor, units: int) -> Keep:
-        """Answers for some tiles each of ``features`` ``(batch, tokens, channels)``, as one for all of them.
+        """Join answers for subsets of the tiles of ``features`` ``(batch, tokens, channels)`` into one for all of them.
 
-        Tiles that no part is about keep all of their ``units``, and so does the longest row that comes of it.
+        Tiles that no part covers keep all of their ``units``.
         """
         mask = torch.ones(len(features), units, dtype=torch.bool, device=features.device)
         for chosen, keep in parts:

@@ -10,31 +10,14 @@ import torch
 
 from ..errors import PolicyError
 from .keep import Keep, top_mask
+from .stages import PLACES, STAGES, Place, Stages
 
 if TYPE_CHECKING:
-    from .views import CacheView, EntryView, FeaturesView, ModulateView, PrefillView, TowerView
+    from .views import CacheView, EntryView, FeaturesView, GuideView, ModulateView, PrefillView, TowerView
 
 __all__ = ["PLACES", "STAGES", "Keep", "Place", "Policy", "Positions", "ScorerPolicy", "SelectPolicy"]
 
 Positions = Literal["original", "compact"]
-
-STAGES = ("encode", "entry", "prefill", "decode", "modulate")
-"""Stages that `Policy.stages` may name, in the order of a call."""
-
-Place = Literal["tower", "features", "projected", "entry", "layer", "cache", "decode"]
-"""Where a `SelectPolicy` chooses: after a layer of the vision tower, after the tower, after the projector, at the
-decoder's entry with the text known, after a decoder layer, in the cache after prefill, in the cache while decoding."""
-
-PLACES: dict[Place, str] = {
-    "tower": "encode",
-    "features": "encode",
-    "projected": "encode",
-    "entry": "entry",
-    "layer": "prefill",
-    "cache": "decode",
-    "decode": "decode",
-}
-"""Place -> the stage that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +32,17 @@ class Policy:
 
     name: ClassVar[str]
     stages: ClassVar[tuple[str, ...]]
-    """Where it acts, of `STAGES`: "modulate" edits attention and drops no token, all others drop tokens there."""
+    """Where it acts, of `STAGES`: "modulate" edits attention and "guide" logits, all others drop tokens there."""
+    acts: ClassVar[Stages] = Stages()
+    """The same, to be asked what they mean. Follows from `stages`, as the next three do."""
     prunes: ClassVar[bool] = True
-    """Whether it drops tokens, and so takes a budget. Follows from `stages`."""
+    """Whether it drops tokens, and so takes a budget."""
     encodes: ClassVar[bool] = True
-    """Whether it chooses among all tokens of an image, before the decoder's first layer. Follows from `stages`."""
+    """Whether it chooses among all tokens of an image, before the decoder's first layer."""
     enters: ClassVar[bool] = False
-    """Whether it does so at the decoder's entry. Follows from `stages`."""
+    """Whether it does so at the decoder's entry."""
     keeps_all: ClassVar[bool] = False
-    """Whether it keeps every token, so that no number of them can be asked for."""
+    """Whether it keeps every token although its stage is one that drops them, and so takes no budget."""
     exceeds: ClassVar[bool] = False
     """Whether it may keep more tokens than the budget says, by a rule of its own (a threshold)."""
     default_ratio: ClassVar[float] = 1.0
@@ -89,15 +74,17 @@ class Policy:
     """Whether `modulate` compares with a pass over the prompt without its images."""
     modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "outputs"
     """What `modulate` edits. Whatever the written order, logits come first and outputs last."""
+    second_pass: ClassVar[Literal["image", "text"] | None] = None
+    """What `guide` compares with: the same model asked about an image that went through `distort`, or without its
+    images."""
 
     positions: Positions | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stages = getattr(cls, "stages", ())
-        cls.prunes = tuple(stages) != ("modulate",)
-        cls.enters = "entry" in stages
-        cls.encodes = cls.enters or "encode" in stages
+        cls.acts = Stages(getattr(cls, "stages", ()))
+        cls.prunes = cls.acts.prunes and not cls.keeps_all
+        cls.encodes, cls.enters = cls.acts.encodes, cls.acts.enters
 
     def __post_init__(self) -> None:
         if self.positions not in ("original", "compact", None):
@@ -110,11 +97,11 @@ class Policy:
         return looks or self.per_image or self.single_patches or self.calls_projector
 
     def tile_target(self, target: int) -> int:
-        """Units to keep of each tile of an image of which ``target`` are to be left in the end, if `per_image`."""
-        raise NotImplementedError(f"{self.name} has a budget per image, but does not share it out")
+        """Units to keep of each tile of an image that keeps ``target`` in total, if `per_image`."""
+        raise NotImplementedError(f"{self.name} has a budget per image, but does not divide it among tiles")
 
     def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int] | None:
-        """Rows and columns of units that the tower is to see of a smaller image, instead of ``grid``.
+        """Rows and columns of units of the smaller image that the tower should see instead of ``grid``.
 
         ``None`` shows it the image as the processor prepared it.
         """
@@ -140,11 +127,11 @@ class Policy:
         raise NotImplementedError(f"{self.name} acts at the decoder's entry but does not choose there")
 
     def for_decoder(self, config: Any) -> Policy:
-        """This policy with what it can read off the decoder's config filled in, when pruning starts."""
+        """This policy, completed from the decoder's config, when pruning starts."""
         return self
 
     def for_family(self, family: str, mrope: bool) -> Policy:
-        """This policy as it is at work on a model ``family``, when pruning starts.
+        """This policy, adapted to a model ``family``, when pruning starts.
 
         ``mrope`` says that positions of visual tokens are places in the image.
         """
@@ -164,7 +151,7 @@ class Policy:
     def prefill(self, view: PrefillView) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
         """After a decoder layer: a keep mask, bool ``(batch, rows)``; rows that are not visual tokens always stay.
 
-        With a second tensor, shaped like ``view.hidden``, rows go on with what that holds: where tokens are merged.
+        A second tensor, shaped like ``view.hidden``, replaces the hidden states of the rows, where tokens are merged.
         ``None`` keeps all rows.
         """
         raise NotImplementedError(f"{self.name} names decoder layers but does not prune at them")
@@ -172,7 +159,7 @@ class Policy:
     def left(
         self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
     ) -> int | None:
-        """How many visual tokens `prefill` leaves a sequence at ``layer``, where that follows from the budget.
+        """How many visual tokens of a sequence `prefill` keeps at ``layer``, where that follows from the budget.
 
         The host then need not wait for the device to count them. ``None``: it depends on what the policy sees.
 
@@ -180,7 +167,7 @@ class Policy:
             layer: 0-based, of ``depth`` layers.
             entered: visual tokens that entered layer 0.
             target: as `PrefillView.target`.
-            tiles: units of each tile and those wanted of it; empty where stock code puts tiles together.
+            tiles: units of each tile and how many are wanted; empty where stock code assembles tiles.
         """
         return None
 
@@ -189,7 +176,7 @@ class Policy:
         return ()
 
     def observe(self, view: PrefillView) -> torch.Tensor | None:
-        """After a decoder layer of a prefill: a score for each of its rows, which `evict` finds as ``view.scores``.
+        """After a decoder layer of a prefill: a score for each of its rows, which `evict` gets as ``view.scores``.
 
         ``(batch, rows)``, or ``(batch, kv_heads, rows)`` where it chooses by head.
         """
@@ -202,7 +189,7 @@ class Policy:
     def evict(self, view: CacheView) -> torch.Tensor | None:
         """After a prefill, or a decoding step that `evicts_at` names: which rows of a layer's KV cache stay.
 
-        A keep mask, bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with equally many in every head of a
+        A keep mask, bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with the same number in every head of a
         sequence. ``None`` keeps all.
         """
         raise NotImplementedError(f"{self.name} names layers to evict from but does not evict")
@@ -216,8 +203,20 @@ class Policy:
         return ()
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
-        """After an attention call: new head outputs, shaped like ``view.output``, or ``None``."""
+        """After an attention call: new head outputs, shaped like ``view.output``, or ``None`` for no change."""
         raise NotImplementedError(f"{self.name} names decoder layers but does not modulate them")
+
+    def distort(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the second pass of `guide` sees in place of ``pixels`` ``(images, ...)``, all of one shape."""
+        raise NotImplementedError(f"{self.name} compares with another image but does not make one")
+
+    def early_layers(self, depth: int) -> Collection[int]:
+        """Decoder layers, of ``depth``, whose output `guide` reads as logits: 0 is what enters the first layer."""
+        return ()
+
+    def guide(self, view: GuideView) -> torch.Tensor:
+        """After the language-model head: new logits, shaped like ``view.logits``."""
+        raise NotImplementedError(f"{self.name} guides decoding but does not say how")
 
 
 def _every_step(policy: Policy, step: int) -> bool:
@@ -244,7 +243,7 @@ class SelectPolicy(Policy):
         super().__init_subclass__(**kwargs)
 
     def select(self, view: Any) -> Keep | None:
-        """The units that stay; ``view`` is the one of the place, ``view.target`` how many are wanted."""
+        """The units that stay; ``view`` is that of the place, ``view.target`` the number wanted."""
         raise NotImplementedError(f"{self.name} does not select")
 
     def layer(self, depth: int) -> int:
@@ -296,7 +295,7 @@ class ScorerPolicy(SelectPolicy):
     """
 
     def score(self, view: Any) -> torch.Tensor:
-        """How much each token is worth: ``(batch, tokens)``, the tokens of ``view``; NaN ranks last."""
+        """The score of each token of ``view``: ``(batch, tokens)``; NaN ranks last."""
         raise NotImplementedError(f"{self.name} does not score")
 
     def select(self, view: TowerView | FeaturesView | EntryView) -> Keep:
@@ -314,7 +313,7 @@ class ScorerPolicy(SelectPolicy):
 
     def evicted_layers(self, depth: int) -> Collection[int]:
         """All layers, if the place is the cache."""
-        return range(depth) if PLACES[self.place] == "decode" else ()
+        return range(depth) if self.acts.evicts else ()
 
     def evict(self, view: CacheView) -> torch.Tensor:
         """The ``view.target`` visual rows of highest score in each sequence, and all text."""

@@ -1,4 +1,4 @@
-"""What a policy may look at. The engine fills these in; everything costly in them is computed when first asked for."""
+"""What a policy may look at. The engine fills these in; whatever is costly is computed on first access."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ View = TypeVar("View", bound="AttentionView | TowerView | FeaturesView")
 
 
 def _of(view: View, tiles: torch.Tensor) -> View:
-    """A view of which every tensor, batch first, has the ``tiles`` only."""
+    """A view with only these ``tiles`` in each tensor (batch first)."""
     some: dict[str, Any] = {
         f.name: x[tiles] for f in fields(view) if isinstance(x := getattr(view, f.name), torch.Tensor)
     }
@@ -26,7 +26,7 @@ def _of(view: View, tiles: torch.Tensor) -> View:
 
 @dataclass
 class AttentionView:
-    """What one attention call of a vision layer computed with.
+    """The inputs of one attention call of a vision layer.
 
     ``query``, ``key``, ``value`` are ``(batch, heads, tokens, head_dim)``; token 0 is CLS where ``has_cls``.
     ``valid`` ``(batch, tokens)`` marks real tokens in a ragged batch, ``None`` if all are.
@@ -40,7 +40,7 @@ class AttentionView:
     valid: torch.Tensor | None = None
 
     def of(self, tiles: torch.Tensor) -> AttentionView:
-        """The same of some ``tiles`` only, int64 numbers."""
+        """The same for some ``tiles`` only, int64 numbers."""
         return _of(self, tiles)
 
 
@@ -49,7 +49,7 @@ class TowerView:
     """The state of the vision tower after one of its layers, for a batch of tiles.
 
     A *unit* is what becomes one token of the language model: one patch for LLaVA, a 2x2 cell of patches where a
-    pixel shuffle follows. ``units`` ``(batch, units)`` are the original numbers of those still alive.
+    pixel shuffle follows. ``units`` ``(batch, units)`` are the original numbers of those still present.
 
     Attributes:
         layer: 0-based number of the layer that just ran.
@@ -58,8 +58,8 @@ class TowerView:
         grid: rows and columns of a tile's units before any cut.
         hidden: the layer's output for the patches ``(batch, patches, channels)``, CLS left out.
         attention: the layer's attention inputs.
-        carry: tensors ``(batch, units)`` that the policy wants to find again at its next layer; the engine cuts them
-            along with the tokens.
+        carry: tensors ``(batch, units)`` that the policy passes to its next layer; the engine cuts them along with
+            the tokens.
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
     """
 
@@ -76,13 +76,13 @@ class TowerView:
     pixels: torch.Tensor | None = None
 
     def of(self, tiles: torch.Tensor, target: int) -> TowerView:
-        """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
+        """The same for some ``tiles`` only, int64 numbers, with ``target`` units wanted."""
         return replace(_of(self, tiles), attention=self.attention.of(tiles), target=target)
 
     def per_unit(self, per_patch: torch.Tensor) -> torch.Tensor:
         """Sum a quantity ``(batch, patches, ...)`` over the patches of each unit: ``(batch, units, ...)``.
 
-        ``slots`` ``(batch, units, patches_per_unit)`` says where they stand; ``None`` means one patch per unit.
+        ``slots`` ``(batch, units, patches_per_unit)`` says where those are; ``None`` means one patch per unit.
         """
         if self.slots is None:
             return per_patch
@@ -95,7 +95,7 @@ class TowerView:
 
 @dataclass
 class FeaturesView:
-    """The features about to enter the projector, or just out of it.
+    """The features before the projector, or after it.
 
     Attributes:
         features: ``(batch, units, channels)``, one row per token of the language model, in raster order.
@@ -118,21 +118,21 @@ class FeaturesView:
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def of(self, tiles: torch.Tensor, target: int) -> FeaturesView:
-        """The same of some ``tiles`` only, int64 numbers, of which ``target`` units are wanted."""
+        """The same for some ``tiles`` only, int64 numbers, with ``target`` units wanted."""
         return replace(_of(self, tiles), target=target)
 
 
 @dataclass
 class EntryView(FeaturesView):
-    """Projected features of some tiles at the decoder's entry, where the text that they stand in is known.
+    """Projected features of some tiles at the decoder's entry, where the surrounding text is known.
 
     Attributes:
         text: embeddings of the text rows of each tile's sequence ``(batch, text rows, channels)``, in order.
         text_valid: bool ``(batch, text rows)``, which of them exist.
         question: bool ``(batch, text rows)``, those after the sequence's last visual token; all of them where none is.
         tower: what entered the projector for each token ``(batch, units, channels)``, if the policy reads it; ``None``
-            where the engine knows finished features only. Of patches that a packed tower's merger takes together it is
-            the mean; where stock code assembles tiles into images, it is arranged as the features are.
+            where the engine knows finished features only. For patches that a packed tower's merger combines it is the
+            mean; where stock code assembles tiles into images, it is assembled as the features are.
     """
 
     text: torch.Tensor = field(kw_only=True)
@@ -158,11 +158,11 @@ class PrefillView:
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere; the policy may
             put new ones in.
         norm: the decoder's final norm, with its learned weight: ``(..., channels)`` to the same.
-        unpadded: keys ``(batch, heads, rows, head_dim)`` as they would be without padding in front. Stock code counts
-            it in the positions unless the caller gives these, which turns keys without changing attention.
+        unpadded: keys ``(batch, heads, rows, head_dim)`` as they would be without padding on the left. Stock code
+            counts it in the positions unless the caller gives these, which rotates keys without changing attention.
         input: what the layer was given, shaped like ``hidden``.
-        next_attention: tells what the next layer would attend with if all rows went on, as ``attention`` does of this
-            one, if the policy reads ahead. Costs that layer's projections.
+        next_attention: returns the attention inputs that the next layer would have if all rows went on, if the policy
+            reads ahead. Costs that layer's projections.
     """
 
     layer: int
@@ -182,7 +182,7 @@ class PrefillView:
 
     @property
     def recorded(self) -> AttentionView:
-        """`attention`, for policies that cannot do without. Raises RuntimeError if it was not recorded."""
+        """`attention`, for policies that require it. Raises RuntimeError if it was not recorded."""
         if self.attention is None:
             raise RuntimeError(f"the attention of decoder layer {self.layer} was not recorded")
         return self.attention
@@ -197,7 +197,7 @@ class PrefillView:
 
 @dataclass
 class CacheView:
-    """Rows of one decoder layer's KV cache: those that a prefill brought, or after a decoding step all of them.
+    """Rows of one decoder layer's KV cache: those of a prefill, or all of them after a decoding step.
 
     Attributes:
         layer: 0-based number of the layer.
@@ -206,12 +206,12 @@ class CacheView:
         valid: bool ``(batch, rows)``, rows that may be attended; ``None`` if all may.
         remaining: bool ``(batch, rows)``, rows whose tokens also reached the last layer.
         target: int64 ``(batch,)``, visual tokens that the budget wants in the end.
-        scores: what `Policy.observe` returned for this layer, for its rows; ``None`` if it did not look.
-        all_scores: the same of every layer that it looked at, by the layer's number; rows of layers may differ.
+        scores: what `Policy.observe` returned for this layer, for its rows; ``None`` if the layer was not observed.
+        all_scores: the same for every observed layer, by the layer's number; rows of layers may differ.
         keys, values: ``(batch, kv_heads, rows, head_dim)``, positions applied.
         step: decoding steps since the prefill; 0 right after it.
-        attention: what the layer's attention computed with in this decoding step; ``None`` in a prefill, where
-            `Policy.observe` looks at it layer by layer.
+        attention: the layer's attention inputs in this decoding step; ``None`` in a prefill, where `Policy.observe`
+            sees them layer by layer.
     """
 
     layer: int
@@ -242,15 +242,15 @@ class ModulateView:
         hidden: the layer's input ``(batch, queries, channels)``, if the policy reads it.
         visual: bool ``(batch, keys)``, which keys are visual tokens.
         valid: bool ``(batch, keys)``, keys that may be attended; ``None`` if all may.
-        prefill: whether this call brings visual tokens along.
-        brings: bool ``(batch,)``, which sequences of a prefill those are that bring them; ``None`` if all do.
-        state: tensors, batch first, that stay with this layer's cache; the policy may put its own in.
+        prefill: whether this call contains visual tokens.
+        brings: bool ``(batch,)``, which sequences of a prefill contain them; ``None`` if all do.
+        state: tensors, batch first, stored with this layer's cache; the policy may add its own.
         carry: values ``(batch, keys)`` that the encode stage left for each visual token, 0 elsewhere.
         text_only: ``(batch, heads, head_dim)``, the last row's head outputs of this layer without the image; ``None``
             if no policy needs them.
         logit_edits: what earlier policies of a composition do to the logits, see `rows.LogitEdit`; a policy that
             recomputes rows applies them, and adds its own.
-        most_text: how many queries are text in the sequence with most; ``None`` if that is not known. Waits for the
+        most_text: how many queries are text in the sequence with most; ``None`` if unknown. Waits for the
             device once a prefill, if there are several sequences.
     """
 
@@ -280,3 +280,19 @@ class ModulateView:
         after = after & self.visual.any(-1, keepdim=True)
         after = after if self.valid is None else after & self.valid
         return after[:, -queries:]
+
+
+@dataclass
+class GuideView:
+    """The logits of some rows, each of which predicts the token after it, and what they are to be compared with.
+
+    Attributes:
+        logits: ``(batch, rows, vocabulary)``, fp32.
+        second: the same rows' logits in the second pass, see `Policy.second_pass`; ``None`` if there is none.
+        early: by layer, what the language-model head makes of its output, with no norm in between; shaped like
+            ``logits``. Computed when asked for.
+    """
+
+    logits: torch.Tensor
+    second: torch.Tensor | None = None
+    early: Mapping[int, torch.Tensor] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""Feature methods of a pruned model: while one is under way its tower prunes; and what is chosen after arranging.
+"""Feature methods of a pruned model: the tower prunes while one runs; and tokens that are chosen after assembly.
 
-Tokens are chosen *late*, after the arranging, where the stock code resizes the grid, so that its tokens are not the
+Tokens are chosen *late*, after assembly, where the stock code resizes the grid, so that its tokens are not the
 tower's any more, or where all tiles of an image share one budget. A newline whose line of tokens is all gone goes too.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from ..call import stream
 from ..call.assembly import Group, Packing
-from ..call.encode_call import EncodeCall, Offer, encoding
+from ..call.encode_call import RIDE, EncodeCall, Offer, encoding
 from ..call.forward_call import ForwardCall, current_forward
 from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
@@ -24,15 +24,15 @@ from ..contract.views import FeaturesView
 from .stage import EncodeStage, content_key
 
 FEATURE_METHODS = ("get_image_features", "get_video_features")
-"""What transformers calls the methods of a base module that turn pixels into features."""
+"""transformers' names for the methods of a base module that turn pixels into features."""
 
 
 class FeatureMethod:
-    """Stands in for one feature method of a model's base module until `remove` is called."""
+    """Replaces one feature method of a model's base module until `remove` is called."""
 
     def __init__(self, base: Any, method: str, encoder: EncodeStage):
         self.base, self.method, self.encoder = base, method, encoder
-        # generate reads off the signature which arguments are the method's
+        # generate reads the signature to find the method's arguments
         self.__signature__ = inspect.signature(getattr(base, method))
         object.__setattr__(base, method, self)
 
@@ -46,18 +46,26 @@ class FeatureMethod:
         return partial(getattr(type(self.base), self.method), self.base)
 
     def _forward(self) -> ForwardCall | None:
-        """The forward that the method is called by, if it is: not one that is under way somewhere around it."""
+        """The forward that calls the method, if any: not just any forward that encloses the call."""
         caller = sys._getframe(2).f_locals.get("self")
         return current_forward(self.encoder.session) if caller is self.base else None
+
+    def note(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let ``output`` tell what it was made of; returns it."""
+        call: EncodeCall | None = getattr(output, RIDE, None)
+        if call is not None:
+            given = self.__signature__.bind(*args, **kwargs).arguments
+            call.asked = self.method, {**given.pop("kwargs", {}), **given}
+        return output
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
         with encoding(self.encoder.session, forward=self._forward()):
-            return self.stock(*args, **kwargs)
+            return self.note(self.stock(*args, **kwargs), args, kwargs)
 
 
-class Arranger(FeatureMethod):
-    """Stands in for a feature method that assembles tiles into images."""
+class Assembler(FeatureMethod):
+    """Replaces a feature method that assembles tiles into images."""
 
     def __init__(self, base: Any, feature: FeatureCall, encoder: EncodeStage):
         super().__init__(base, feature.method, encoder)
@@ -84,7 +92,7 @@ class Arranger(FeatureMethod):
         if as_tuple:
             return (output[0], rows, *output[2:])
         output.pooler_output = rows
-        return output
+        return self.note(output, args, kwargs)
 
     def _finish(self, call: EncodeCall, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Choose late, drop newlines, fill in the receipt; returns features ``(rows, channels)`` with all holes."""
@@ -114,14 +122,12 @@ class Arranger(FeatureMethod):
         return features
 
     def _packed_carry(self, call: EncodeCall) -> dict[str, list[torch.Tensor]]:
-        """What policies left for each unit, arranged as the features are; 0 at newlines."""
+        """What policies left for each unit, assembled as the features are; 0 at newlines."""
         if call.arrangement is None:
             return {}
         packed = {}
         for name, x in call.carry.items():
-            flags = (
-                x.dtype == torch.bool
-            )  # a flag that is resized holds where most of its share comes from ones
+            flags = x.dtype == torch.bool  # a resized flag is set where most of its weight comes from ones
             tiles = (x.float() if flags else x).view(call.tiles, -1, 1)
             arranged = [rows[:, 0] for rows in call.arrangement.pack(tiles, tiles.new_zeros(1))]
             packed[name] = [rows > 0.5 for rows in arranged] if flags else arranged
@@ -135,7 +141,7 @@ class Arranger(FeatureMethod):
         keys: torch.Tensor,
         carry: dict[str, list[torch.Tensor]],
     ) -> None:
-        """Let the decoder's entry choose among the tokens of one image."""
+        """Offer the tokens of one image to the decoder's entry."""
         packing, tower = call.packings[image], None
         first = sum(len(p.source) for p in call.packings[:image])
         if call.entering is not None and call.arrangement is not None:
@@ -162,7 +168,7 @@ class Arranger(FeatureMethod):
     def _choose(
         self, packing: Packing, rows: torch.Tensor, carry: dict[str, torch.Tensor], keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ask the policies about one image: its rows, with merged ones in their places, and which stay."""
+        """Ask the policies about one image; returns its rows, merged ones in place, and which stay."""
         alive = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         for number, group in enumerate(packing.choices):
             places = group.rows.to(rows.device)
@@ -184,11 +190,8 @@ class Arranger(FeatureMethod):
             alive[index.flatten()] = chosen.flatten()
             if keep.rows is not None:
                 rows = rows.index_copy(0, index.flatten(), keep.rows.flatten(0, 1).to(rows.dtype))
-            # NaN ranks last with most policies: what overflowed would be dropped, and nobody would notice
-            overflow = (view.features * 0).sum((1, 2))[:, None, None]
-            rows = rows.index_add(
-                0, places.flatten(), overflow.expand(*places.shape, rows.shape[1]).flatten(0, 1)
-            )
+            overflow = stream.overflow(view.features).expand(*places.shape, rows.shape[1])
+            rows = rows.index_add(0, places.flatten(), overflow.flatten(0, 1))
         return rows, alive
 
     def _target(self, packing: Packing, group: Group) -> int:
@@ -196,12 +199,12 @@ class Arranger(FeatureMethod):
         return self.encoder.budget.units(group.rows.shape[1], 1 if packing.joint else group.tiles)
 
     def _targets(self, call: EncodeCall, packing: Packing) -> list[int]:
-        """Tokens wanted of each grid of the receipt."""
+        """Tokens wanted of each grid in the receipt."""
         if not packing.resized:
             return call.targets[packing.tiles.start : packing.tiles.stop]
         if not packing.joint:
             return [self._target(packing, group) for group in packing.groups for _ in group.rows]
-        (group,) = packing.choices  # they compete for it: each has the share that it has of the tokens
+        (group,) = packing.choices  # they compete for it: each gets a share in proportion to its tokens
         share = self._target(packing, group) / group.rows.shape[1]
         return [max(1, round(rows * columns * share)) for rows, columns in packing.grids]
 
@@ -209,7 +212,7 @@ class Arranger(FeatureMethod):
 def _rows(features: torch.Tensor, count: int) -> torch.Tensor:
     """Features of an image or a video as ``(count, channels)``.
 
-    One video's may come frame by frame (transformers 5.19), and a newline after them be added later (5.4).
+    Those of one video may come frame by frame (transformers 5.19), and a newline may be added later (5.4).
     """
     rows = features.flatten(0, -2)
     missing = count - len(rows)
@@ -220,6 +223,6 @@ def _member_keys(keys: torch.Tensor, members: int, group: int) -> torch.Tensor:
     """Content keys ``(members,)`` of a group's members, from the ``keys`` of an image's tiles."""
     if members == len(keys):
         return keys
-    # a member of several tiles: their contents in order, apart from the group before it
+    # a member of several tiles: their contents in order, offset from the previous group
     weight = torch.arange(len(keys), device=keys.device) * 2 + 1
     return (keys * weight).sum(0, keepdim=True) + group

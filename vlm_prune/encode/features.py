@@ -1,7 +1,7 @@
-"""The encode stage of models into whose tower the engine does not look: tokens are chosen among finished features.
+"""The encode stage of models whose tower the engine cannot hook: tokens are chosen among finished features.
 
-A `FeatureReader` stands in for the model's feature method, as `arranger.Arranger` does: after the stock method it asks
-the policies about each tile, and re-opens holes in what it returns.
+A `FeatureReader` replaces the model's feature method, as `assembler.Assembler` does: after the stock method it asks the
+policies about each tile, and re-opens holes in what it returns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .assembler import FeatureMethod
 from .stage import EncodeStage, content_key
 
 MEDIA = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
-"""Names that stock models have for what a feature method encodes."""
+"""Argument names of stock models for what a feature method encodes."""
 
 
 class FeatureEncoder(EncodeStage):
@@ -39,15 +39,15 @@ class FeatureEncoder(EncodeStage):
         for policy in composition.policies:
             if policy.needs_tower:
                 raise UnsupportedModelError(
-                    f"{policy.name} looks into the vision tower, and all that vlm_prune knows of {session.family} is "
-                    "what leaves it. Choose a policy that decides after the tower (divprune, random, uniform) or "
+                    f"{policy.name} looks into the vision tower, and vlm_prune can only see of {session.family} "
+                    "what comes out of it. Choose a policy that decides after the tower (divprune, random, uniform) or "
                     "inside the decoder (fastv, vhr)."
                 )
         super().__init__(tower, None, composition, session)
         self.tower, self.base = tower, base
 
     def install(self, handles: list[Any]) -> None:
-        """Stand in for the feature methods; what has to be undone goes to ``handles`` at once."""
+        """Replace the feature methods; what must be undone goes to ``handles`` at once."""
         for method in self.tower.methods:
             handles.append(FeatureReader(self.base, method, self))
 
@@ -63,8 +63,8 @@ class FeatureEncoder(EncodeStage):
         total = sum(x.shape[:-1].numel() for x in features)
         if sum(sizes) != total:
             raise UnsupportedCallError(
-                f"{self.session.family}: the model made {total} rows of image features, but its inputs tell of "
-                f"{sum(sizes)}. Leave this call to the stock model: unprune(model)."
+                f"{self.session.family}: the model made {total} rows of image features, but its inputs imply "
+                f"{sum(sizes)}. Use the stock model for this call: unprune(model)."
             )
         targets = [self.budget.units(size) for size in sizes]
         pixels = next(given[name] for name in MEDIA if given.get(name) is not None)
@@ -88,7 +88,7 @@ class FeatureEncoder(EncodeStage):
         return call, features
 
     def _offer(self, call: EncodeCall, rows: torch.Tensor, keys: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the tokens of each tile."""
+        """Offer the tokens of each tile to the decoder's entry."""
         first = 0
         for number, tile in enumerate(rows.split(call.units)):
             places = torch.arange(first, first + len(tile), device=rows.device)[None]
@@ -110,6 +110,7 @@ class FeatureEncoder(EncodeStage):
                 keep, opened = Keep(torch.arange(len(tile), device=tile.device)[None]), tile
             else:
                 live = gather_rows(tile[None], keep.index) if keep.rows is None else keep.rows.to(tile.dtype)
+                live = live + stream.overflow(tile[None])
                 opened = stream.open_holes(live, keep.index, len(tile), keep.valid)[0]
             keeps.append(keep)
             tiles.append(opened)
@@ -118,7 +119,7 @@ class FeatureEncoder(EncodeStage):
 
 
 class FeatureReader(FeatureMethod):
-    """Stands in for a feature method into whose tower the engine does not look."""
+    """Replaces a feature method of a tower that the engine cannot hook."""
 
     encoder: FeatureEncoder
 
@@ -135,11 +136,11 @@ class FeatureReader(FeatureMethod):
             if isinstance(output, ModelOutput):
                 let_ride(output, call)
             self.encoder.end(call)
-        return output
+        return self.note(output, args, kwargs)
 
 
 def field_of(output: ModelOutput) -> str:
-    """Where in what a feature method returned the features are."""
+    """Where the features are in what a feature method returned."""
     return "last_hidden_state" if output.get("pooler_output") is None else "pooler_output"
 
 
@@ -147,7 +148,7 @@ def features_of(output: Any) -> Any:
     """The features, a tensor or several, in what a feature method returned."""
     if isinstance(output, ModelOutput):
         return output[field_of(output)]
-    # with return_dict=False, what the tower returned stands in front of them
+    # with return_dict=False, the tower's output comes before them
     return output[1] if isinstance(output, tuple) and len(output) > 1 else output
 
 
@@ -161,7 +162,7 @@ def _replaced(output: Any, features: Any, opened: list[torch.Tensor]) -> Any:
 
 
 def tile_keys(pixels: Any, tiles: int, device: torch.device) -> torch.Tensor:
-    """A number per tile that depends on its pixels alone, int64 ``(tiles,)``; 0 where these cannot be told apart."""
+    """A number per tile that depends on its pixels alone, int64 ``(tiles,)``; 0 where tiles cannot be told apart."""
     several = [pixels]
     if isinstance(pixels, torch.Tensor) and pixels.dim() == 5:
         flat = pixels.flatten(0, 1)

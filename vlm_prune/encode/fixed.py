@@ -23,7 +23,7 @@ from ..composition import Composition
 from ..contract.anatomy import Tower
 from ..contract.policy import Keep, Policy
 from ..contract.views import AttentionView, FeaturesView, TowerView
-from ..errors import UnsupportedCallError, UnsupportedModelError
+from ..errors import PruningError, UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows, to_device
 from ..sites import Site
 from .fixed_state import TowerState
@@ -64,16 +64,17 @@ class Encoder(EncodeStage):
                 )
 
     def install(self, handles: list[Any]) -> None:
-        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        """Register hooks and attention sites; what must be undone goes to ``handles`` and `sites` at once."""
         module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
         for number, layer in enumerate(self.tower.layers):
-            # in front of the hooks by which transformers collects hidden states: they must see the cut ones
+            # before transformers' own hooks that collect hidden states: they must see the cut ones
             handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
-        # from the first cut on every layer has to leave out the fill of tiles that keep fewer tokens than others
+        # from the first cut on, every layer must mask the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
+        self._check_attention(UnsupportedModelError)
         handles.append(self.front.register_forward_pre_hook(self.enter_projector))
         handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
 
@@ -86,7 +87,7 @@ class Encoder(EncodeStage):
         if not self.enters():
             return None
         self.check_recompute()
-        self._check_attention()
+        self._check_attention(UnsupportedCallError)
         pixels: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         under_way, merge = current_encoding(self.session), self.tower.merge
         arrangement = None if under_way is None else under_way.arrangement
@@ -128,17 +129,18 @@ class Encoder(EncodeStage):
         kwargs = {**kwargs, **(self.tower.resizing or {})}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
-    def _check_attention(self) -> None:
-        """Raise if the layers' attention takes no mask of keys, which tiles that keep different numbers need."""
+    def _check_attention(self, error: type[PruningError]) -> None:
+        """Raise if the layers' attention takes no key mask, which is needed where tiles keep different numbers."""
         if any(site.stock_config._attn_implementation == "flex_attention" for site in self.sites):
-            raise UnsupportedCallError(
-                "The vision tower runs on flex attention, and this policy acts between its layers, where tiles may "
-                'keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", "text_config": '
-                '"flex_attention"}), or choose a policy that reads no attention of the tower, such as uniform.'
+            raise error(
+                f"The vision tower runs on flex attention, and {self.composition.name} acts between its layers, where "
+                'tiles may keep different numbers of tokens: set_attn_implementation({"vision_config": "sdpa", '
+                '"text_config": "flex_attention"}), or choose a policy that reads no attention of the tower, such as '
+                "uniform."
             )
 
     def _check_at_hand(self) -> None:
-        """Raise if position embeddings, which stock code reads without calling their module, are offloaded."""
+        """Raise if position embeddings are offloaded, since stock code reads them without calling their module."""
         for name, weight in self.tower.module.named_parameters():
             if weight.is_meta and "position_embedding" in name:
                 raise UnsupportedCallError(
@@ -159,7 +161,7 @@ class Encoder(EncodeStage):
         return shrink(call.pixels, small[0] * height // rows, small[1] * width // columns)
 
     def _check_late(self, call: EncodeCall) -> None:
-        """Raise if tokens have to be chosen after the arranging by a policy that cannot."""
+        """Raise if tokens must be chosen after assembly and the policy cannot do that."""
         unable = [p.name for p in self.policies if p.encodes and not p.late]
         if any(call.late) and not call.whole and unable:
             able = ", ".join(self.session.names_late())
@@ -172,7 +174,7 @@ class Encoder(EncodeStage):
     def see_attention(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
-        """Keep what a layer's attention computed with until its policy is asked; mask the fill of ragged tiles."""
+        """Record the inputs of a layer's attention until its policy is asked; mask the fill of ragged tiles."""
         state = self._state()
         if state is None:
             return None
@@ -187,7 +189,7 @@ class Encoder(EncodeStage):
         return call.state if call is not None else None
 
     def leave_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After layer ``number``: ask the policies that want to be asked here, and cut."""
+        """After layer ``number``: ask the policies of this layer, and cut."""
         call = self.under_way()
         if call is None:
             return None
@@ -226,11 +228,11 @@ class Encoder(EncodeStage):
         for keep in self._answers(number, view, call):
             spared = keep.sparing(call.late, state.units.shape[1])
             if spared is not None:
-                hidden = state.cut(hidden, spared)
+                hidden = state.cut(hidden, spared) + stream.overflow(view.hidden)
         return hidden
 
     def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
-        """What the policies answer; they are asked about tiles of one target at a time."""
+        """What the policies answer; they are asked about tiles with the same target together."""
         groups, units = call.groups(list(range(call.tiles))), call.units[0]
         if len(groups) == 1:
             return self.ask_layer(number, view, call.whole)
@@ -239,23 +241,23 @@ class Encoder(EncodeStage):
             chosen = to_device(tiles, view.hidden.device)
             some = view.of(chosen, target)
             parts += [(chosen, keep) for keep in self.ask_layer(number, some, target == units)]
-            for name, x in some.carry.items():  # 0 for tiles about which a policy has nothing to note
+            for name, x in some.carry.items():  # 0 for tiles for which a policy notes nothing
                 carry[name] = carry.get(name, x.new_zeros(view.units.shape)).index_copy(0, chosen, x)
         view.carry.update(carry)
         return [Keep.joined(parts, view.hidden, view.units.shape[1])] if parts else []
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Re-open the holes in the features that are consumed, and let the call ride on the output object."""
+        """Re-open the holes in the consumed features, and attach the call to the output object."""
         call = self.leaves()
         if call is None:
             return
-        if output is None:  # an exception is on its way
+        if output is None:  # an exception is propagating
             self.forget()
             return
         state: TowerState | None = call.state
         let_ride(output, call)
         if state is not None:
-            # once more after the projector, where policies may merge
+            # again after the projector, where policies may merge
             call.carry = state.carried(call.units[0], call.extra)
         if state is None or (state.valid is None and state.units.numel() == sum(call.units)):
             return
@@ -272,7 +274,7 @@ class Encoder(EncodeStage):
     # --- around the projector ---
 
     def enter_projector(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Ask the policies that choose after the tower; hand the projector the live rows only."""
+        """Ask the policies that choose after the tower; pass the projector the live rows only."""
         call = self.under_way()
         if call is None:
             return None
@@ -285,14 +287,17 @@ class Encoder(EncodeStage):
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0], features.device)
-        if rows is None:
+        if rows is None:  # chosen in the tower
             rows = gather_rows(features, index, valid)
         elif valid is not None:
             rows = rows.masked_fill(~valid[..., None], 0)
         return (rows, *args[1:])
 
     def _choose(self, call: EncodeCall, features: torch.Tensor, after_projector: bool) -> torch.Tensor | None:
-        """Ask the policies that choose at this side of the projector; returns merged rows, CLS in front, if any."""
+        """Ask the policies that choose at this side of the projector.
+
+        Returns the rows that they keep, CLS first where the language model gets it; ``None`` if none chooses here.
+        """
         state: TowerState | None = call.state
         if call.keeps is not None or state is None or call.whole:
             return None
@@ -324,10 +329,11 @@ class Encoder(EncodeStage):
         if keep is None:
             return None
         call.keeps = [keep]
-        return None if keep.rows is None else torch.cat([cls, keep.rows], 1)
+        rows = gather_rows(features, keep.index) if keep.rows is None else keep.rows
+        return torch.cat([cls, rows + stream.overflow(features)], 1)
 
     def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows of the features that a `Keep` stands for, the CLS row included where it is handed on."""
+        """Rows of the features that a `Keep` selects, including CLS where the language model gets it."""
         index, valid = keep.index.to(device), None if keep.valid is None else keep.valid.to(device)
         if not self.tower.keeps_cls:
             return index, valid
@@ -336,7 +342,7 @@ class Encoder(EncodeStage):
         return torch.nn.functional.pad(index + 1, (1, 0), value=0), valid
 
     def _offer(self, call: EncodeCall, output: torch.Tensor) -> None:
-        """Let the decoder's entry choose among the projected features, tiles of one target at a time."""
+        """Offer the projected features to the decoder's entry, tiles with the same target together."""
         keys, units = content_key(call.pixels), call.units[0]
         carry = {} if call.state is None else call.state.carry
         early = [tile for tile, late in enumerate(call.late) if not late]
@@ -367,7 +373,6 @@ class Encoder(EncodeStage):
             self.forget()
         if output is None:
             return None
-        projected = call.keeps is not None
         if output.dim() == 4:
             output = output.flatten(1, 2)
         rows = self._choose(call, output, after_projector=True)
@@ -377,11 +382,9 @@ class Encoder(EncodeStage):
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
         call.record_tower(lambda: segments, lambda: segments[:1] * len(segments))
-        if call.arrangement is None:  # else `arranger.Arranger` ends the call
+        if call.arrangement is None:  # otherwise `assembler.Assembler` ends the call
             self.end(call)
         if call.keeps is None:
             return None
         index, valid = self._rows(call.keeps[0], output.device)
-        if not projected:
-            output = gather_rows(output, index) if rows is None else rows
-        return stream.open_holes(output, index, call.rows[0], valid)
+        return stream.open_holes(output if rows is None else rows, index, call.rows[0], valid)

@@ -1,4 +1,4 @@
-"""Tiles of one size on their way through a vision tower: what is left of them, where it stands, how it is cut."""
+"""Tiles of one size on their way through a vision tower: what is left of them, where it is, how it is cut."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..kernels import gather_rows
 
 @dataclass
 class TowerState:
-    """Where a batch of tiles stands inside the tower.
+    """The state of a batch of tiles inside the tower.
 
     Attributes:
         grid: rows and columns of patches that went in.
-        cls: rows in front of the patches, 1 where the tower has a CLS token.
+        cls: rows before the patches, 1 where the tower has a CLS token.
         merge: side of the square of patches that makes a unit.
-        units: int64 ``(tiles, alive)``, the original unit numbers in the order in which they stand in the sequence.
-        slots: int64 ``(tiles, alive, patches per unit)``, where their patches stand; ``None`` if a unit is a patch, and
-            they stand in the same order.
-        valid: bool ``(tiles, alive)``, the real ones where tiles keep different numbers.
-        attention: what the layer's attention computed with, until its policy is asked.
-        carry: ``(tiles, alive)``, what policies noted for themselves.
-        consumed: how things stood after each layer whose output is consumed.
+        units: int64 ``(tiles, alive)``, the original unit numbers, in sequence order.
+        slots: int64 ``(tiles, alive, patches per unit)``, where their patches are; ``None`` if a unit is a patch,
+            in the same order.
+        valid: bool ``(tiles, alive)``, the real units where tiles keep different numbers.
+        attention: the inputs of the layer's attention, until its policy is asked.
+        carry: ``(tiles, alive)``, what policies stored for later.
+        consumed: a copy of the state after each layer whose output is consumed.
         real: bool ``(tiles, alive patches)``, those that are no padding, where a tower is told; ``None`` elsewhere.
     """
 
@@ -56,7 +56,7 @@ class TowerState:
         return real if valid is None else real & valid
 
     def follow(self, device: torch.device) -> None:
-        """Move to where the next layer's output is, where a tower is spread over devices."""
+        """Move to the device of the next layer's output, where a tower is spread over devices."""
         if self.units.device == device:
             return
         self.units = self.units.to(device)
@@ -72,7 +72,7 @@ class TowerState:
         return pad(self.valid.repeat_interleave(self.merge**2, dim=1), (self.cls, 0), value=True)
 
     def cut(self, hidden: torch.Tensor, keep: Keep) -> torch.Tensor:
-        """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and of all that goes with them."""
+        """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and what belongs to them."""
         index, per_unit = keep.index, self.merge**2
         if per_unit > 1:
             if self.slots is None:
@@ -95,15 +95,15 @@ class TowerState:
         table = stream.unit_patches(self.grid, self.merge, hidden.device)
         index = table[self.units].flatten(1)
         if self.slots is not None:
-            # after a cut the patches of a unit stand together, those of a smaller image in raster order
+            # after a cut the patches of a unit are contiguous, those of a smaller image in raster order
             index = index.scatter(1, self.slots.flatten(1), index)
         length = self.cls + self.grid[0] * self.grid[1]
         return stream.open_holes(hidden, self._behind_cls(index), length, self.valid_tokens())
 
     def carried(self, units: int, extra: int) -> dict[str, torch.Tensor]:
-        """What policies left per unit, laid out as the rows that the language model gets: ``(rows of all tiles,)``.
+        """What policies left per unit, laid out as the language model's rows: ``(rows of all tiles,)``.
 
-        A tile has ``units`` of them, and ``extra`` rows in front.
+        A tile has ``units`` of them, after ``extra`` rows.
         """
         carried = {}
         for name, x in self.carry.items():
@@ -113,5 +113,5 @@ class TowerState:
         return carried
 
     def _behind_cls(self, index: torch.Tensor) -> torch.Tensor:
-        """Numbers of tokens from those of patches, CLS put in front."""
+        """Token indices from patch indices, with CLS first."""
         return pad(index + 1, (1, 0), value=0) if self.cls else index

@@ -17,17 +17,17 @@ from .stage import EncodeStage, content_key
 
 
 class Merger:
-    """Asks the policies of ``stage`` in front of the merger and after it. It makes a unit of ``group`` patches."""
+    """Asks the policies of ``stage`` before and after the merger, which makes a unit of ``group`` patches."""
 
     def __init__(self, stage: EncodeStage, group: int):
         self.stage, self.group = stage, group
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Ask the policies that choose after the tower; hand the merger the live units only."""
+        """Ask the policies that choose after the tower; pass the merger the live units only."""
         call = self.stage.under_way()
         if call is None:
             return None
-        # some towers (GLM) have made units of their patches by now
+        # some towers (GLM) have merged their patches into units by now
         group = len(args[0]) * self.group // sum(tile.count for tile in call.state.tiles)
         live = self._choose(call, args[0], group, after_projector=False)
         return None if live is None else (live, *args[1:])
@@ -44,7 +44,7 @@ class Merger:
         return call.state.reopen(output if live is None else live)
 
     def _offer(self, call: EncodeCall, output: torch.Tensor, tower: torch.Tensor | None) -> None:
-        """Let the decoder's entry choose among the merged features of each image; ``tower`` is of what went in."""
+        """Offer the merged features of each image to the decoder's entry; ``tower`` is the merger's input."""
         begin = 0
         for i, (tile, units, target) in enumerate(
             zip(call.state.tiles, call.units, call.targets, strict=True)
@@ -67,14 +67,14 @@ class Merger:
                 )
 
     def _raster(self, tile: Tile) -> torch.Tensor | None:
-        """The tile's units in raster order; ``None`` if they stand so."""
+        """Indices that sort the tile's units in raster order; ``None`` if they are sorted."""
         rows = tile.raster_rows
         return None if rows is None else rows[:: self.group] // self.group
 
     def leave_deepstack(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Re-open the holes in what goes to the decoder's first layers."""
+        """Re-open the holes in the features for the decoder's first layers."""
         call = self.stage.under_way()
         return None if call is None else call.state.reopen(output)
 
@@ -121,6 +121,7 @@ class Merger:
         else:
             place, by_place = place.sort()
             left = merged[0][by_place]
+        left = left + stream.overflow(features[None])[0]
         tile.carry = {name: x.gather(1, keep.index) for name, x in tile.carry.items()}
         tile.alive = tile.alive[stream.grouped(place, self.group)]
         return left

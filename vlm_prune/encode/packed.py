@@ -1,8 +1,8 @@
-"""The encode stage of towers that take images of any size, all their patches in one sequence.
+"""The encode stage of towers that take images of any size, with all patches in one sequence.
 
-Such a tower finds out by ``cu_seqlens`` where an image (a frame, a window) ends, and by rotary tables where in it a
-patch stands. Before each block the hooks here hand it both for the patches that are left; after it they ask the
-policies, one tile after the other, each by itself. What happens around the merger is in ``merger.py``.
+``cu_seqlens`` tells such a tower where an image (a frame, a window) ends, and rotary tables tell it where in the image
+a patch is. Before each block the hooks here supply both for the remaining patches; after it they ask the policies, one
+tile at a time. What happens around the merger is in ``merger.py``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PackedEncoder(EncodeStage):
         if self.single_patches and not tower.single_patches:
             raise ValueError(
                 "the released code cuts single patches before they are merged, and there is none for this family's "
-                'tower. Leave compat at its default, which drops whole units, or take "qwen2_vl".'
+                'tower. Leave compat at its default, which drops whole units, or use "qwen2_vl".'
             )
 
     @property
@@ -53,13 +53,13 @@ class PackedEncoder(EncodeStage):
         return 1 if self.single_patches else self.tower.merge**2
 
     def install(self, handles: list[Any]) -> None:
-        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        """Register hooks and attention sites; what must be undone goes to ``handles`` and `sites` at once."""
         module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
         for number, block in enumerate(self.tower.layers):
             handles.append(block.register_forward_pre_hook(self.enter_layer, with_kwargs=True))
-            # in front of the hooks by which transformers collects hidden states: they must see the cut ones
+            # before transformers' own hooks that collect hidden states: they must see the cut ones
             handles.append(block.register_forward_hook(partial(self.leave_layer, number), prepend=True))
         for number in self.asked:
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention, packed=True))
@@ -95,7 +95,9 @@ class PackedEncoder(EncodeStage):
         call.state = self._begin(call, shown)
         if shown == grids:
             return None
-        firsts = [0, *accumulate(frames for frames, _, _ in sizes)][:-1]  # frames of a video are shown alike
+        firsts = [0, *accumulate(frames for frames, _, _ in sizes)][
+            :-1
+        ]  # all frames of a video are resized alike
         patches = [[self.tower.merge * side for side in shown[first]] for first in firsts]
         shrunk = given["grid_thw"].clone()
         shrunk[:, 1:] = torch.tensor(patches)
@@ -140,7 +142,7 @@ class PackedEncoder(EncodeStage):
         ends: torch.Tensor = kwargs["cu_seqlens"]
         state.segments_dense.append(ends)
         if state.shortened:
-            key = id(ends)  # windows and whole images take turns; stock code hands on the same two tensors
+            key = id(ends)  # windows and whole images alternate; stock code passes the same two tensors
             if key not in state.fitted:
                 state.fitted[key] = fit(state.alive, kwargs)
             kwargs = {**kwargs, **state.fitted[key]}
@@ -150,10 +152,10 @@ class PackedEncoder(EncodeStage):
     def see_attention(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> None:
-        """Keep what a block's attention computed with; stock code calls it once per image or window."""
+        """Record the inputs of a block's attention; stock code calls it once per image or window."""
         call = self.under_way()
         if call is not None and (self.observes or not call.whole):
-            groups = query.shape[1] // key.shape[1]  # heads that share keys, in EXAONE's tower
+            groups = query.shape[1] // key.shape[1]  # grouped-query attention, in EXAONE's tower
             if groups > 1:
                 key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
             call.state.seen.append((query, key, value, scaling))
@@ -179,15 +181,15 @@ class PackedEncoder(EncodeStage):
             q, k, v = (pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
             seen = AttentionView(q, k, v, scaling, has_cls=False)
             view = self._view(number, call, i, output[None, begin:end], rows, seen)
-            mine = torch.arange(begin, end, device=output.device)
+            mine = output[begin:end]
             for keep in self.ask_layer(number, view, call.targets[i] == call.units[i]):
-                mine = mine[self._cut(tile, keep, rows)]
+                mine = mine[self._cut(tile, keep, rows)] + stream.overflow(view.hidden)[0]
             kept.append(mine)
             begin = end
         if sum(map(len, kept)) == len(output):
             return None
         state.fitted = {}
-        return output[torch.cat(kept)]
+        return torch.cat(kept)
 
     def _view(
         self,
@@ -229,12 +231,12 @@ class PackedEncoder(EncodeStage):
         return index
 
     def leave_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The encode call ends here; it rides on the output object."""
+        """The encode call ends here, attached to the output object."""
         call = self.leaves()
         if call is None:
             return
         self.forget()
-        if output is None:  # an exception is on its way
+        if output is None:  # an exception is propagating
             return
         state: PackedState = call.state
         if state.shortened:
@@ -244,7 +246,7 @@ class PackedEncoder(EncodeStage):
                 output.last_hidden_state = opened[0]
         if sum(tile.count for tile in state.tiles) < sum(call.units) * self.tower.merge**2:
             call.keeps = [Keep(tile.units[None]) for tile in state.tiles]
-            if not state.shortened:  # smaller images were shown, and stock code made all their tokens
+            if not state.shortened:  # the tower saw smaller images, and stock code made all their tokens
                 self._enlarge(call, output)
         call.carry, call.state = self._carried(call), None
         call.record_tower(partial(lengths, state.segments), partial(lengths, state.segments_dense))
@@ -252,7 +254,7 @@ class PackedEncoder(EncodeStage):
         self.end(call)
 
     def _enlarge(self, call: EncodeCall, output: Any) -> None:
-        """Spread the tokens of smaller images over the places that the prompt has for them."""
+        """Spread the tokens of smaller images over their placeholders in the prompt."""
         ends = [0, *accumulate(call.units)]
         places = torch.cat([n + tile.units for n, tile in zip(ends, call.state.tiles, strict=False)])
 
@@ -264,7 +266,7 @@ class PackedEncoder(EncodeStage):
             output.deepstack_features = [spread(rows) for rows in output.deepstack_features]
 
     def _carried(self, call: EncodeCall) -> dict[str, torch.Tensor]:
-        """What policies left per unit, as the rows that the language model gets: ``(rows of all tiles,)``."""
+        """What policies left per unit, laid out as the language model's rows: ``(rows of all tiles,)``."""
         carried: dict[str, torch.Tensor] = {}
         if self.single_patches:
             return carried

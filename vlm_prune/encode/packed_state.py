@@ -1,4 +1,4 @@
-"""Patches of several images in one sequence: where each image's are, what is left of them, and pictures of them."""
+"""Patches of several images in one sequence: where each image is, what is left of it, and its pixels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Tile:
     Attributes:
         begin: number of its first patch in the whole sequence.
         alive: its patches that are left, numbered in the whole sequence, ascending.
-        raster: raster number of each of its units in the order in which they stand there; ``None`` if it is the same.
-        group: patches of a unit, which stand together.
-        single: whether single patches are cut, so that the merger's groups are not units any more.
-        carry: what policies left per living unit, in raster order.
+        raster: raster number of each of its units, in sequence order; ``None`` if they are in raster order.
+        group: patches of a unit, which are contiguous.
+        single: whether single patches are cut, so that the merger's groups are no longer units.
+        carry: what policies left per live unit, in raster order.
     """
 
     begin: int
@@ -40,7 +40,7 @@ class Tile:
 
     @property
     def units(self) -> torch.Tensor:
-        """Raster numbers of its living units, ascending. Single patches are counted by the merger's groups."""
+        """Raster numbers of its live units, ascending. Single patches are counted by the merger's groups."""
         if self.single:
             return torch.arange(-(-self.count // self.group), device=self.alive.device)
         place = (self.alive[:: self.group] - self.begin) // self.group
@@ -48,14 +48,14 @@ class Tile:
 
     @property
     def places(self) -> torch.Tensor:
-        """Where its living units stand among those of the whole sequence."""
+        """Indices of its live units among those of the whole sequence."""
         return (
             self.begin // self.group + self.units if self.single else self.alive[:: self.group] // self.group
         )
 
     @property
     def raster_rows(self) -> torch.Tensor | None:
-        """Rows of its living patches in raster order of their units; ``None`` if they stand so."""
+        """Indices of its live patches in raster order of their units; ``None`` if they are in that order."""
         if self.raster is None:
             return None
         order = self.raster[(self.alive[:: self.group] - self.begin) // self.group].argsort()
@@ -64,7 +64,7 @@ class Tile:
 
 @dataclass
 class PackedState:
-    """Where the tiles of a call stand inside the tower.
+    """The state of the tiles of a call inside the tower.
 
     Attributes:
         tiles: what is left of each.
@@ -116,7 +116,7 @@ class PackedState:
         return self.pictures[i]
 
     def reopen(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """``rows`` ``(living units, channels)`` among all units; ``None`` if all live."""
+        """``rows`` ``(live units, channels)`` among all units; ``None`` if all are live."""
         if not self.shortened:
             return None
         if "places" not in self.fitted:
@@ -130,7 +130,7 @@ def patches_to_frames(
 ) -> torch.Tensor:
     """Patches ``(patches, channels * frames * side**2)`` as pictures ``(frames, channels, height, width)``.
 
-    ``grid`` counts units; the ``merge`` x ``merge`` patches of a unit stand together.
+    ``grid`` counts units; the ``merge`` x ``merge`` patches of a unit are contiguous.
     """
     rows, columns = grid
     x = patches.view(rows, columns, merge, merge, -1, frames, side, side).permute(5, 4, 0, 2, 6, 1, 3, 7)
@@ -155,7 +155,7 @@ def window_order(grid: tuple[int, int], window: int, device: torch.device) -> to
 
 
 def fit(alive: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's arguments for the patches that are left. A window of which nothing is left disappears."""
+    """A block's arguments for the remaining patches. A window without any disappears."""
     ends = kwargs["cu_seqlens"]
     left = torch.searchsorted(alive, ends.to(alive.dtype)).unique_consecutive().to(ends.dtype)
     fitted = {
@@ -168,11 +168,11 @@ def fit(alive: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def lengths(segments: list[torch.Tensor]) -> list[list[int]]:
-    """How long the sequences are that end at each of these ``cu_seqlens``."""
+    """The lengths of the sequences that these ``cu_seqlens`` delimit."""
     known = {id(ends): ends.diff().tolist() for ends in segments}
     return [known[id(ends)] for ends in segments]
 
 
 def pick(x: torch.Tensor, rows: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """Some ``rows`` of ``x``, all of them as they are for ``None``."""
+    """Some ``rows`` of ``x``; ``x`` itself for ``None``."""
     return x if rows is None else x.index_select(dim, rows)

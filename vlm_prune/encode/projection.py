@@ -1,4 +1,4 @@
-"""The projector as a plain function, for policies that ask what it would make of other features."""
+"""The projector as a plain function, for policies that apply it to other features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Projection:
-    """Calls a projector past its hooks, so that nothing is pruned or noted on the way.
+    """Calls a projector without its hooks, so that nothing is pruned or recorded.
 
     ``pieces`` is how many rows of the projector's input make one token of the language model, where it merges patches.
     """
@@ -29,7 +29,7 @@ class Projection:
         return projected.reshape(*features.shape[:2], -1).to(features.dtype)
 
     def _in(self, dtype: torch.dtype) -> nn.Module:
-        """The projector with weights of ``dtype``, where they can be had: not if they are quantised or offloaded."""
+        """The projector with weights of ``dtype``, where possible: not if they are quantised or offloaded."""
         weights = list(self.module.parameters())
         plain = all(p.is_floating_point() and not p.is_meta for p in weights)
         wrapped = any("forward" in vars(module) for module in self.module.modules())

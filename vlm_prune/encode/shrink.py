@@ -1,4 +1,4 @@
-"""A smaller image for the tower: its pixels, and the places in the full grid that its units stand for."""
+"""A smaller image for the tower: its pixels, and the cells of the full grid that its units represent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..contract.grids import middle_of, part
 
 
 def grid_places(grid: tuple[int, int], small: tuple[int, int]) -> list[int]:
-    """Where the cells of a ``small`` grid stand in a larger one: raster numbers of the units in their middle."""
+    """The position of the cells of a ``small`` grid in a larger one: raster numbers of the units at their centre."""
     height, width = grid
     rows = [middle_of(part(r, small[0], height)) for r in range(small[0])]
     return [row * width + middle_of(part(c, small[1], width)) for row in rows for c in range(small[1])]

@@ -1,4 +1,4 @@
-"""What the encode stage has in common for all towers: which policies want to be asked where, and asking them."""
+"""What the encode stage shares across towers: which policies are asked where, and asking them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EncodeStage:
 
     Attributes:
         asked: the policies to ask after each tower layer.
-        observes: whether policies of later stages watch the tower without dropping anything in it.
+        observes: whether policies of later stages observe the tower without dropping anything in it.
         sites: attention sites to close when the model is unpruned.
     """
 
@@ -47,16 +47,16 @@ class EncodeStage:
         self.sites: list[Site] = []
 
     def under_way(self) -> EncodeCall | None:
-        """The tiles that are being encoded for this model now, if any."""
+        """The tiles being encoded for this model now, if any."""
         return current_encode(self.session)
 
     def begin(self, call: EncodeCall) -> None:
-        """Tiles are on their way; only called where `enters`."""
+        """Encoding of tiles begins; only called where `enters`."""
         if (under_way := current_encoding(self.session)) is not None:
             under_way.call = call
 
     def enters(self) -> bool:
-        """Whether the tower, which is being called, is to prune: not if it is called by itself, or by somebody else."""
+        """Whether the tower, now being called, should prune: not if it is called directly, or by another model."""
         under_way = current_encoding(self.session)
         if under_way is None:
             return False
@@ -66,7 +66,7 @@ class EncodeStage:
         return True
 
     def leaves(self) -> EncodeCall | None:
-        """The tiles that leave the tower; ``None`` if it worked for somebody else."""
+        """The tiles that leave the tower; ``None`` if it ran for another caller."""
         under_way = current_encoding(self.session)
         if under_way is not None and under_way.nested:
             under_way.nested -= 1
@@ -74,7 +74,7 @@ class EncodeStage:
         return self.under_way()
 
     def forget(self) -> None:
-        """The tiles under way have arrived, or will not."""
+        """Encoding of the current tiles has ended, or failed."""
         if (under_way := current_encoding(self.session)) is not None:
             under_way.call, under_way.done = None, under_way.once
 
@@ -84,8 +84,8 @@ class EncodeStage:
         return self.budget.joint and not any(policy.per_image for policy in self.policies)
 
     def check_shared(self) -> None:
-        """Raise if tokens have to be chosen among all tiles of an image by a policy that cannot."""
-        unable = [policy.name for policy in self.policies if "encode" in policy.stages and not policy.late]
+        """Raise if tokens must be chosen among all tiles of an image and a policy cannot do that."""
+        unable = [p.name for p in self.policies if p.encodes and not (p.enters or p.late)]
         if self.shares_late and self.budget.ratio != 1 and unable:
             able = ", ".join(self.session.names_late())
             raise BudgetError(
@@ -97,7 +97,7 @@ class EncodeStage:
     def tile_targets(self, available: int, images: list[int]) -> list[int]:
         """Units to keep of each tile, of ``available`` each; ``images`` are the tiles of each image.
 
-        Tiles that compete for a budget have an even share of it each.
+        Tiles that compete for a budget get equal shares of it.
         """
         if not self.budget.joint:
             return [self.budget.units(available)] * sum(images)
@@ -110,7 +110,7 @@ class EncodeStage:
         return [min(available, max(1, of_tile(tiles))) for tiles in images for _ in range(tiles)]
 
     def check_recompute(self) -> None:
-        """Refuse to train a tower in which tokens are cut and whose layers run again in the backward pass."""
+        """Refuse to train a tower with cuts inside it whose layers run again in the backward pass."""
         cut = [self.layers[number] for number in self.asked]
         again = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in cut)
         if again and torch.is_grad_enabled():
@@ -123,8 +123,8 @@ class EncodeStage:
     def ask_layer(self, number: int, view: TowerView, whole: bool) -> list[Keep]:
         """What the policies answer after layer ``number``. All see the layer as it was.
 
-        Of a composition, one policy at most drops units here. Of a ``whole`` tile nothing is to be dropped: only those
-        that watch are asked.
+        In a composition, at most one policy drops units here. From a ``whole`` tile nothing is dropped: only observing
+        policies are asked.
         """
         asked = [policy for policy in self.asked[number] if not (whole and policy.encodes)]
         with _exact(view.hidden):
@@ -133,14 +133,14 @@ class EncodeStage:
         return [_answer(policy, keep, tiles, units) for policy, keep in answers if keep is not None]
 
     def end(self, call: EncodeCall) -> None:
-        """The features of a call are complete: publish its receipt, and let the forward that it is part of know."""
+        """The features of a call are complete: publish its receipt, and register it with its forward, if any."""
         self.session.publish(call.receipt)
         under_way = current_encoding(self.session)
         if under_way is not None and under_way.forward is not None:
             under_way.forward.add_encoded(call)
 
     def ask_final(self, view: FeaturesView, after_projector: bool | None = None) -> Keep | None:
-        """What the first policy answers that chooses at this side of the projector, or at any."""
+        """The answer of the first policy that chooses at this side of the projector, or at either."""
         for policy in self.policies:
             if after_projector not in (None, policy.after_projector):
                 continue
@@ -162,7 +162,7 @@ def _answer(policy: Policy, keep: Any, tiles: int, units: int, most: int | None 
 
 
 def _exact(x: torch.Tensor) -> torch.autocast:
-    """Autocast would take the fp32 out of a policy's scores."""
+    """Autocast would lower the precision of a policy's scores."""
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -2,8 +2,8 @@
 
 Each op is written twice: in plain torch (`reference`), which is what runs on a CPU, and as a Triton kernel, which is
 what runs on a GPU. On a GPU it is a registered op, ``torch.ops.vlm_prune.<name>``, with a fake implementation, so that
-torch.compile and FakeTensorMode see through it. Importing this package imports neither Triton nor the op library:
-both come with the first tensor on a GPU.
+torch.compile and FakeTensorMode can trace it. Importing this package imports neither Triton nor the op library:
+both are loaded with the first tensor on a GPU.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 DEVICES = {"cuda"}
-"""Device types whose tensors go to the kernels."""
+"""Device types whose tensors use the kernels."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels compute in; other dtypes take the reference on every device."""
+"""Dtypes of the kernels; others use the reference on every device."""
 
 
 @cache
@@ -52,7 +52,7 @@ def _kernels(x: torch.Tensor) -> Any:
 
 
 def to_device(numbers: list[int] | list[float], device: torch.device | str) -> torch.Tensor:
-    """Numbers that the host knows, on a device, without waiting for it: CUDA copies them aside before it returns."""
+    """Copy numbers that the host knows to a device, without waiting for it: CUDA stages them before it returns."""
     return torch.tensor(numbers).to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -75,14 +75,14 @@ def gather_rows(
 def place_rows(
     rows: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, length: int, fill: float
 ) -> torch.Tensor:
-    """Put rows back where they came from, ``fill`` elsewhere: ``(batch, length, channels)``, differentiable.
+    """Put rows back where they came from, with ``fill`` elsewhere: ``(batch, length, channels)``, differentiable.
 
     Args:
         rows: ``(batch, some, channels)``, any strides.
         index: int64 ``(batch, some)``, their places, all different within a sequence.
-        valid: bool ``(batch, some)``; a row where it is False is not put anywhere.
+        valid: bool ``(batch, some)``; rows where it is False are skipped.
         length: rows of the result.
-        fill: what stands in all other rows; NaN makes them `hole` s.
+        fill: the value of all other rows; NaN makes them `hole` s.
     """
     if (ops := _kernels(rows)) is None:
         return reference.place_rows(rows, index, valid, length, fill)
@@ -98,7 +98,7 @@ def close_holes(
     length: int,
     ragged: bool = True,
 ) -> reference.Closed:
-    """Shorten sequences to their live rows, standing at the right, in one pass; differentiable in ``x``.
+    """Shorten sequences to their live rows, right-aligned, in one pass; differentiable in ``x``.
 
     Args:
         x: ``(batch, full, channels)``, any strides.
@@ -110,9 +110,9 @@ def close_holes(
         ragged: False promises that every sequence has exactly ``length`` live rows.
 
     Returns:
-        - ``x`` shortened, ``(batch, length, channels)``. Sequences with fewer live rows are filled up on the left, by
+        - ``x`` shortened, ``(batch, length, channels)``. Sequences with fewer live rows are padded on the left with
           zeros.
-        - int64 ``(batch, length)``, where each row comes from; fill names dead rows, each once.
+        - int64 ``(batch, length)``, where each row comes from; fill refers to dead rows, each once.
         - bool ``(batch, length)``, ``mask`` of the rows, False in fill.
         - int64 ``(..., batch, length)``, positions of the rows.
         - int64 ``(batch,)``, by how much the last position moved down.
@@ -169,8 +169,8 @@ def attention_mass(
         query: ``(batch, heads, rows, head_dim)``, any strides.
         key: ``(batch, key heads, keys, head_dim)``. The last ``rows`` keys belong to the query rows, and the result is
             about these; earlier ones take part in the softmax.
-        index: int64 ``(batch, some)``, the query rows asked.
-        votes: bool ``(batch, some)``, False for entries of ``index`` that only fill up.
+        index: int64 ``(batch, some)``, the query rows to use.
+        votes: bool ``(batch, some)``, False for entries of ``index`` that are only fill.
         valid: bool ``(batch, keys)``, keys that may be attended; ``None`` if all may.
         scaling: factor on the dot products.
     """
@@ -182,7 +182,7 @@ def attention_mass(
 def overwrite_rows(
     output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor
 ) -> torch.Tensor:
-    """``output`` with ``new`` in place of its ``rows`` where ``changed``; the rest stays bit by bit. Differentiable.
+    """``output`` with ``new`` in place of its ``rows`` where ``changed``; the rest stays bit-identical. Differentiable.
 
     Args:
         output: ``(batch, queries, heads, head_dim)``, any strides.

@@ -1,4 +1,4 @@
-"""Each op at the layer shapes of a real model: what is compiled ahead of time, and what the roofline is drawn for."""
+"""Each op at the layer shapes of a real model, for ahead-of-time compilation and for the roofline."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One call: ``op`` with ``args``, the bytes that any implementation has to move, and the FLOPs it has to do."""
+    """One call: ``op`` with ``args``, the bytes that any implementation must move, and the FLOPs it must do."""
 
     op: str
     args: tuple[Any, ...]

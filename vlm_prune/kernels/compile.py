@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that need not be here, and say what each takes.
+"""Compile every kernel for GPUs that need not be present, and report the resources of each.
 
 ``python -m vlm_prune.kernels.compile`` prints for each kernel, dtype and architecture (sm_80, sm_90, sm_100) the
 registers of a thread, the shared memory and the bytes spilled. A spill, or a failure to compile, is an error.
@@ -75,7 +75,7 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], architecture: int) ->
             continue
         tensor = isinstance(value, torch.Tensor)
         signature[name] = POINTERS[value.dtype] if tensor else {int: "i32", float: "fp32"}[type(value)]
-        if tensor or (type(value) is int and value % 16 == 0):  # as the launcher finds out about each call
+        if tensor or (type(value) is int and value % 16 == 0):  # as the launcher does for each call
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32))

@@ -16,7 +16,7 @@ import triton.language as tl
 from .reference import Closed
 
 ROWS, COLS, SCAN = 8, 512, 1024
-"""Rows and channels that a program copies; flags that it adds up at a time."""
+"""Rows and channels that a program copies; flags that it sums at a time."""
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def place_kernel(
     rows, index, valid, out, fill, some, length, channels, r_batch, r_row, r_channel,
     HAS_VALID: tl.constexpr, HOLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of result rows of one sequence, block of channels): looks up who goes there, or writes fill."""
+    """Program (block of result rows of one sequence, block of channels): looks up the row, or writes fill."""
     blocks = tl.cdiv(length, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     spot = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
@@ -112,8 +112,8 @@ def close_kernel(
 ):  # fmt: skip
     """Program (block of source rows of one sequence, block of channels).
 
-    A row's place follows from how many live rows stand before it and how many there are. Each program adds these up
-    itself: a byte a row, out of the L2 cache, is less than a second launch or a wait for the program before.
+    A row's place follows from the number of live rows before it and in total. Each program sums these itself: one byte
+    per row, from the L2 cache, costs less than a second launch or a wait for the previous program.
     """
     blocks = tl.cdiv(full, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -132,7 +132,7 @@ def close_kernel(
             closed += tl.sum(tl.where(i < start, flag, 0))
     flag = tl.load(live + b * full + s, mask=s < full, other=0).to(tl.int32)
     rank = before + tl.cumsum(flag, 0) - flag
-    # as if sorted: the dead rows in front, the live ones behind, the last `length` of them stay
+    # as if sorted: the dead rows first, then the live ones; the last `length` stay
     spot = tl.where(flag != 0, full - alive + rank, s - rank) - (full - length)
     stays = (s < full) & (spot >= 0)
     where = x + b * x_batch + s[:, None].to(tl.int64) * x_row + c[None, :].to(tl.int64) * x_channel
@@ -241,7 +241,7 @@ def overwrite_kernel(
     o_batch, o_row, o_head, o_dim, n_batch, n_row, n_head, n_dim, c_batch, c_head, c_row,
     HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Program (one row of one sequence, block of heads): touches changed heads only."""
+    """Program (one row of one sequence, block of heads): writes changed heads only."""
     b = (tl.program_id(0) // some).to(tl.int64)
     j = (tl.program_id(0) % some).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

@@ -28,7 +28,7 @@ _library.define("overwrite_rows(Tensor output, Tensor rows, Tensor new, Tensor c
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """A launcher whose kernel runs where its first argument is: Triton launches on the current device by itself."""
+    """A launcher whose kernel runs on its first argument's device: by itself, Triton uses the current device."""
 
     @wraps(launch)
     def guarded(x: torch.Tensor, *args: Any) -> Any:
@@ -53,7 +53,7 @@ for _name, _kernels in (
 _ops = torch.ops.vlm_prune
 
 
-# --- what a result looks like ---
+# --- fake results ---
 
 
 @torch.library.register_fake("vlm_prune::gather_rows")
@@ -212,5 +212,5 @@ overwrite_rows = _ops.overwrite_rows.default
 
 
 def attention_mass(query: torch.Tensor, key: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op, on what needs no gradient: only choices are made of its result."""
+    """The op without gradients: its result is only used for choices."""
     return _ops.attention_mass(query.detach(), key.detach(), *args)

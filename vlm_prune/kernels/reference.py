@@ -1,4 +1,4 @@
-"""Every op of this package in plain torch: the ground truth of the kernels, and what runs where there is no GPU."""
+"""Every op of this package in plain torch: the ground truth for the kernels, and what runs without a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 CHUNK = 128
-"""Rows of the attention map that exist at a time."""
+"""Rows of the attention map computed at a time."""
 
 Closed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -15,8 +15,8 @@ Closed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 def live_order(live: torch.Tensor, length: int) -> torch.Tensor:
     """Where the rows of the shortened sequence come from: int64 ``(batch, length)``.
 
-    ``live`` is bool ``(batch, full length)``. Live rows keep their order and stand at the right; rows with fewer than
-    ``length`` of them are filled up on the left with dead rows, each named once.
+    ``live`` is bool ``(batch, full length)``. Live rows keep their order, right-aligned; sequences with fewer than
+    ``length`` of them are padded on the left with dead rows, each used once.
     """
     return live.to(torch.int8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
 
@@ -30,9 +30,9 @@ def gather_rows(
 
 
 def hole(like: torch.Tensor) -> torch.Tensor:
-    """The row that marks a hole, ``(channels,)``, for rows ``(..., channels)``: NaN, and then inf and -inf in turns.
+    """The row that marks a hole, ``(channels,)``, for rows ``(..., channels)``: NaN, then inf and -inf alternating.
 
-    All of it is lost on no way that rows go (casts, copies, other devices, scaling), and no overflow looks like it.
+    The pattern survives casts, copies, other devices and scaling, and no overflow looks like it.
     """
     row = like.new_full(like.shape[-1:], torch.inf)
     row[2::2] = -torch.inf

@@ -1,7 +1,7 @@
-"""What each kernel moves and computes, and how long that takes at best: ``python -m vlm_prune.kernels.roofline``.
+"""What each kernel moves and computes, and the least time that takes: ``python -m vlm_prune.kernels.roofline``.
 
 Bytes are counted, not estimated: the kernels run in Triton's interpreter, and every element that a load or store
-touches is added up. *Unique* bytes, each address once, have to come from memory; repeated ones come out of the L2
+touches is counted. *Unique* bytes, each address once, must come from memory; repeated ones come from the L2
 cache. The times are computed from the data sheet of an H100 (SXM), not measured.
 """
 
@@ -51,7 +51,7 @@ class Traffic:
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count what the kernels inside load and store."""
+    """Count what the kernels in the block load and store."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     traffic = Traffic()
@@ -86,7 +86,7 @@ def main() -> int:
         launches = 3 if case.op == "attention_mass" else 1
         seconds = max(traffic.unique / MEMORY, traffic.total / CACHE, case.flops / FLOPS) + launches * LAUNCH
         name = case.op + (f" ({case.args[2].shape[1]} rows)" if case.op == "attention_mass" else "")
-        if case.op == "overwrite_rows":  # the copy that it writes into, by torch
+        if case.op == "overwrite_rows":  # the copy that it writes into, made by torch
             seconds += 2 * case.args[0].nbytes / MEMORY + LAUNCH
         print(
             f"| {name} | {case.least / 1e6:.2f} | {traffic.unique / 1e6:.2f} | {traffic.total / 1e6:.2f} "

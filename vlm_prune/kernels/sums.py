@@ -1,4 +1,4 @@
-"""Triton kernels that add up: weighted segment sums, and the attention that keys draw from some query rows."""
+"""Triton kernels that sum: weighted segment sums, and the attention that keys receive from some query rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def merge_kernel(
 ):  # fmt: skip
     """Program (one row of one sequence's result, block of channels).
 
-    It looks through the destinations and reads those rows of ``x`` that go into its own, so that each row is read
-    once in all, without atomics and in a fixed order.
+    It scans the destinations and reads those rows of ``x`` that belong to its result row, so that each row is read once
+    in total, without atomics and in a fixed order.
     """
     b = (tl.program_id(0) // count).to(tl.int64)
     j = tl.program_id(0) % count
@@ -56,7 +56,7 @@ def merge_rows(x: torch.Tensor, into: torch.Tensor, weight: torch.Tensor, count:
 
 @triton.jit
 def _scores(asked, keys, scaling, number, valid, n, past, keys_end, HAS_VALID: tl.constexpr):
-    """Scaled logits of a block of rows with a block of keys ``n``, -inf where a row may not look."""
+    """Scaled logits of a block of rows with a block of keys ``n``, -inf where a row may not attend."""
     logits = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scaling
     seen = (n[None, :] <= (number + past)[:, None]) & (n < keys_end)[None, :]
     if HAS_VALID:
@@ -70,9 +70,9 @@ def softmax_kernel(
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim,
     GROUP: tl.constexpr, HAS_VALID: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Logarithm of the sum of exponentials of each asked row, over a part of the keys.
+    """Logarithm of the sum of exponentials of each query row, over a part of the keys.
 
-    Program (key head of one sequence, block of rows, part of the keys). A row here is an asked query row of one of the
+    Program (key head of one sequence, block of rows, part of the keys). A row here is a query row of one of the
     ``GROUP`` query heads that share the key head, so that the key head is read once for all of them.
     """
     shared = heads // GROUP
@@ -102,7 +102,7 @@ def softmax_kernel(
 
 @triton.jit
 def join_kernel(logs, joined, rows, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """The same over all keys, from its parts ``(rows, parts)``. 0 for a row that sees no key: it pays nothing then."""
+    """The same over all keys, from its parts ``(rows, parts)``. 0 for a row that sees no key: it adds nothing."""
     row, part = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PARTS)
     there = (row < rows)[:, None] & (part < parts)[None, :]
     known = tl.load(logs + row[:, None] * parts + part[None, :], mask=there, other=float("-inf"))
@@ -118,9 +118,9 @@ def mass_kernel(
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim,
     GROUP: tl.constexpr, HAS_VALID: tl.constexpr, W: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Sum and maximum over a block of asked rows of the attention to a block of keys, averaged over heads.
+    """Sum and maximum over a block of query rows of the attention to a block of keys, averaged over heads.
 
-    Program (sequence, block of keys, block of rows). Logits are computed once more, with the softmax known.
+    Program (sequence, block of keys, block of rows). Logits are recomputed, with the softmax normaliser known.
     """
     b = tl.program_id(0).to(tl.int64)
     past = keys - rows
@@ -173,7 +173,7 @@ def attention_mass(
         )
     group = heads // shared
     m, n, w, n_mass = blocks(query.dtype, some, group)
-    # long keys are cut into parts, so that one sequence with few rows fills the device too
+    # long key sequences are split, so that one sequence with few rows fills the device too
     splits = min(16, triton.cdiv(keys, 256))
     split_keys = triton.cdiv(triton.cdiv(keys, splits), n) * n
     splits = triton.cdiv(keys, split_keys)

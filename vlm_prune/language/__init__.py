@@ -1,1 +1,1 @@
-"""The language model: its entry and exit, cuts between layers, attention that is read or edited."""
+"""The language model: its entry and exit, cuts between layers, attention that policies read or edit."""

@@ -19,8 +19,8 @@ from .look_ahead import SeenError
 class DecoderAttention:
     """Shows the attention of layers ``pruned`` to their policies, and lets those of layers ``modulated`` edit it.
 
-    ``depth`` is the number of decoder layers, ``session`` what the calls of their model belong to. What decoding steps
-    compute with is shown to ``eviction``.
+    ``depth`` is the number of decoder layers, ``session`` what the calls of their model belong to. The attention inputs
+    of decoding steps go to ``eviction``.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class DecoderAttention:
     def see(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> None:
-        """Keep what a layer's attention computes with until its policies are asked.
+        """Record the inputs of a layer's attention until its policies are asked.
 
         Raises:
-            SeenError: nothing else was wanted of the call.
+            SeenError: the call was made only to observe its inputs.
         """
         call = current_forward(self.session)
         if call is None or call.probing:
@@ -57,7 +57,7 @@ class DecoderAttention:
         if call.looking:
             raise SeenError
 
-    # what policies do depends on values, and its state changes with every token
+    # what policies do depends on values, and their state changes with every token
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def edit(
         self,
@@ -114,7 +114,7 @@ class DecoderAttention:
     def _marks(
         self, call: ForwardCall, stored: PrunedLayer | None, query: torch.Tensor, key: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """What is known of each key ``(batch, keys)``: whether it is a visual token, and what the encode stage left."""
+        """Facts about each key ``(batch, keys)``: whether it is a visual token, and what the encode stage left."""
         queries, keys = query.shape[2], key.shape[2]
         known = stored.marks if stored is not None else {}
         if call.rows is None:

@@ -1,4 +1,4 @@
-"""What a pruned model refuses to be called with. Asked before tower and decoder compute anything."""
+"""Calls that a pruned model refuses. Checked before tower and decoder compute anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import UnsupportedCallError
 from ..versions import cache_of, takes_encoded
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-"""Arguments by which models are told what kind of token each one is."""
+"""Arguments that give a model the type of each token."""
 
 READ_AT_PRUNE = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")
 
@@ -40,7 +40,7 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
     given = kwargs.get("mm_encoder_outputs") or {}
     if given and not takes_encoded(anatomy.base):
         raise UnsupportedCallError(
-            "mm_encoder_outputs: in this version of transformers the model takes no images encoded beforehand and "
+            "mm_encoder_outputs: in this version of transformers the model accepts no images encoded beforehand and "
             "would not see them. Pass pixel_values, or inputs_embeds with the features in them, or upgrade it."
         )
     if brings_features({**kwargs, "inputs_embeds": None}):
@@ -51,7 +51,7 @@ def check_forward(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
 
 
 def brings_features(kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments of a forward may bring features of images along, encoded or not."""
+    """Whether the arguments of a forward may contain images, encoded or not."""
     given = kwargs.get("mm_encoder_outputs") or {}
     names = ("pixel_values", "pixel_values_videos", "inputs_embeds")
     return any(kwargs.get(name) is not None for name in names) or any(x is not None for x in given.values())
@@ -60,7 +60,7 @@ def brings_features(kwargs: dict[str, Any]) -> bool:
 def check_chunk(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
     """Raise if a chunk of a prompt has lost its images, see `versions.CHUNKS_BRING_IMAGES`. Waits for the device.
 
-    Placeholders without images are no mistake in two other calls: an assistant's first one, which has an empty cache,
+    Placeholders without images are legitimate in two other calls: an assistant's first one, which has an empty cache,
     and that of its drafts, which asks for more logits than the last.
     """
     ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
@@ -76,23 +76,23 @@ def check_chunk(anatomy: Anatomy, kwargs: dict[str, Any]) -> None:
 
 
 def runs_again(layer: nn.Module) -> bool:
-    """Whether a layer that is called now will be called once more in the backward pass, by gradient checkpointing."""
+    """Whether gradient checkpointing will call a layer again in the backward pass."""
     on = getattr(layer, "gradient_checkpointing", False) and layer.training
     return bool(on) and torch.is_grad_enabled()
 
 
 def count_placeholders(anatomy: Anatomy, kwargs: dict[str, Any]) -> list[int]:
-    """How many placeholders of each kind the prompts hold; empty where stock code's own check does without counting."""
+    """How many placeholders of each kind the prompts hold; empty where stock code checks them itself."""
     ids = kwargs.get("input_ids")
     if ids is None or ids.device.type != "cpu":  # else counting would wait for the device
         return []
-    if os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK") == "1":  # switches stock code's own check off, too
+    if os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK") == "1":  # switches off stock code's own check, too
         return []
     return [int((ids == token).sum()) for token in anatomy.image_tokens]
 
 
 def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise if the prompt has no place for each visual token; on a GPU, stock code's own check does, a little later."""
+    """Raise if placeholders and visual tokens differ in number; on a GPU, stock code checks that a little later."""
     counts = count_placeholders(anatomy, kwargs)
     if not counts:
         return
@@ -100,7 +100,9 @@ def _check_placeholders(anatomy: Anatomy, kwargs: dict[str, Any], given: dict[st
     rides = [ride for ride in outputs if ride is not None]
     # where tiles are assembled into images, stock code counts their rows as soon as it has them
     need = fresh = None if anatomy.features else anatomy.tower.placeholders(kwargs)
-    if need is None and rides and len(rides) == len(outputs):  # of features from elsewhere nothing is known
+    if (
+        need is None and rides and len(rides) == len(outputs)
+    ):  # nothing is known about features from elsewhere
         need = [span.rows for ride in rides for span in ride.spans]
     if need is None:
         return

@@ -1,7 +1,7 @@
-"""Entry and exit of the language model: stock layers run on the live rows only, callers see the full length.
+"""Entry and exit of the language model: its layers run on the live rows only, callers see the full length.
 
-The pre-hook of the decoder closes the holes in ``inputs_embeds`` and lets ``attention_mask`` and ``position_ids``
-follow; the hook after it restores the full length and tells the cache. What happens between, at single layers, is in
+The pre-hook of the decoder closes the holes in ``inputs_embeds`` and adapts ``attention_mask`` and ``position_ids``;
+the hook after it restores the full length and records it in the cache. What happens at single layers in between is in
 ``layers.py``.
 """
 
@@ -38,7 +38,7 @@ OF_THEIR_OWN = (
     "visual_pos_masks",
     "deepstack_visual_embeds",
 )
-"""Arguments of a decoder that follow its rows in a way of their own."""
+"""Arguments of a decoder that are adapted to its rows separately."""
 
 
 class Decoder:
@@ -46,7 +46,7 @@ class Decoder:
 
     ``positions`` is the rule for the RoPE positions of tokens kept by the encode stage ("original" or "compact").
     ``layers`` are the hooks of the policies that act inside the decoder, ``entry`` asks the one that chooses at its
-    entry; ``None`` if none does. ``masks`` makes the masks of a model whose image tokens look at each other, ``None``
+    entry; ``None`` if none does. ``masks`` makes the masks of a model whose image tokens attend to each other, ``None``
     if the decoder makes its own. ``session`` is what the calls of its model belong to.
     """
 
@@ -65,7 +65,7 @@ class Decoder:
         kinds = layer_kinds(module.config)
         self.chunked, self.indexed = "chunked_attention" in kinds, "indexed_attention" in kinds
         self.rotary = [child for name, child in module.named_children() if name.startswith("rotary_emb")]
-        # Mistral's newest scale queries by their position as well
+        # the newest Mistral models also scale queries by position
         rope = getattr(module.config, "rope_parameters", None) or {}
         scaling = any(hasattr(child, "softmax_scaling") for child in module.modules())
         self.scales = scaling or "llama_4_scaling_beta" in rope
@@ -83,10 +83,10 @@ class Decoder:
     def place(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Let the rotary embeddings be those of the rows that are left.
+        """Make the rotary embeddings those of the remaining rows.
 
-        They are the only ones who are told. To the rest of stock code positions with gaps would look like several
-        sequences in a row: flash attention, and masks made without a cache, would then keep these apart.
+        Nothing else sees these positions. To the rest of stock code, positions with gaps would look like several packed
+        sequences: flash attention, and masks made without a cache, would then separate them.
         """
         call = current_forward(self.session)
         if call is None or call.probing or call.positions is None:
@@ -96,15 +96,15 @@ class Decoder:
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Close the holes of a prefill; let a later call fit a cache that a pruned prompt went through."""
+        """Close the holes of a prefill; fit a later call to a cache that holds a pruned prompt."""
         under_way = current_forward(self.session)
         call = (
             under_way or ForwardCall()
-        )  # a decoder called on its own, or a compiled step, brings no visual tokens
+        )  # a decoder called directly, or a compiled step, has no visual tokens
         embeds, past = kwargs.get("inputs_embeds"), cache_of(kwargs)
         if embeds is None or call.probing:
             return None
-        # where a model is spread over devices, what describes the rows is where the decoder's input is
+        # where a model is spread over devices, what describes the rows is on the device of the decoder's input
         given = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
         moved: dict[str, Any] = {
             name: x.to(embeds.device) for name, x in given.items() if isinstance(x, torch.Tensor)
@@ -117,14 +117,14 @@ class Decoder:
         if call.kinds and not call.encoded:
             raise UnsupportedCallError(
                 "This call brings images that the model does not encode by its feature method, so none of their tokens "
-                "can be dropped. unprune(model) to go on with the stock model, and please report it."
+                "can be dropped. unprune(model) to continue with the stock model, and please report it."
             )
         continued = pruned_layers(past)
         if self.layers is None and len({layer.like for layer in continued}) > 1:
             raise UnsupportedCallError(
-                "This cache holds a prompt of which each decoder layer holds other tokens, because a policy dropped "
-                "some inside the decoder. This model is pruned by a policy of the encode stage alone, which cannot go "
-                "on with it: prune it by the policy that made the cache, or start with a new one."
+                "This cache holds a prompt of which each decoder layer has different tokens, because a policy dropped "
+                "some inside the decoder. This model is pruned by a policy of the encode stage alone, which cannot "
+                "continue it: prune it by the policy that made the cache, or start with a new one."
             )
         admit(continued)
         if call.encoded:
@@ -147,7 +147,7 @@ class Decoder:
         kwargs["attention_mask"] = call.mask = mask = self._padding(call, kwargs, past)
         rows = self._rows(call, kwargs, holes, choosing, inside)
         call.rows = call.entered = rows
-        for layer in range(self.depth):  # further down, a layer may find that it needs fewer still
+        for layer in range(self.depth):  # a later layer may turn out to need fewer still
             spare_slots(past, layer, rows)
         self._fit(call, kwargs, rows, first_layer(past), mask)
         if blocks is not None and self.masks is not None:
@@ -168,7 +168,7 @@ class Decoder:
         return call.types[:, -embeds.shape[1] :].to(embeds.device)
 
     def _padding(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> torch.Tensor | None:
-        """The padding mask of a call; some models make other masks of it in front of their decoder."""
+        """The padding mask of a call; some models turn it into other masks before their decoder."""
         mask = kwargs.get("attention_mask")
         if is_prepared(mask) and call.owner is not None and not is_prepared(call.given):
             mask = call.given
@@ -183,7 +183,7 @@ class Decoder:
     def _compute_prompt(
         self, call: ForwardCall, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], ForwardCall]:
-        """Compute the prompt in front of drafts by itself; returns what is left to compute, and its call."""
+        """Compute the prompt before the drafts separately; returns what is left to compute, and its call."""
         prompt, drafts = split(kwargs, call.drafts)
         call.image_masks = [mask[:, : -call.drafts] for mask in call.image_masks]
         call.drafts = 0
@@ -192,7 +192,7 @@ class Decoder:
         return drafts, step
 
     def _continue(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache) -> None:
-        """Make a call without new visual tokens fit what earlier, pruned ones left in the cache."""
+        """Fit a call without new visual tokens to what earlier, pruned ones left in the cache."""
         embeds, layer, mask = kwargs["inputs_embeds"], first_layer(past), kwargs.get("attention_mask")
         slots, length = slot_mask(mask, past), embeds.shape[1]
         if self.counts and layer is not None and kwargs.get("position_ids") is None:
@@ -224,7 +224,7 @@ class Decoder:
         return torch.arange(logical, logical + length, device=embeds.device)[None]
 
     def _unwrap(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> None:
-        """Show stock cache layers to a decoder whose indexers ask them how many rows they hold.
+        """Show stock cache layers to a decoder whose indexers query their length.
 
         All of its layers hold the same rows, since none may be dropped between them.
         """
@@ -274,7 +274,7 @@ class Decoder:
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
         alive = ~call.holes(embeds) if holes else None
         if choosing and self.entry is not None:
-            chosen = self.entry.choose(call, embeds, now)
+            chosen, embeds = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if alive is not None:
@@ -299,7 +299,7 @@ class Decoder:
         if logical and not census.even and forgets(self.module.config):
             raise UnsupportedCallError(
                 f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "
-                f"{max(census.live)}) after what their cache holds. They would be filled up in the middle, where "
+                f"{max(census.live)}) after what their cache holds. They would be padded in the middle, where "
                 "windows and linear-attention states of this decoder count what is not there. Call it with one "
                 "sequence at a time, with images of the same number and budget for each, or without the cache."
             )
@@ -317,10 +317,9 @@ class Decoder:
         call.deepstack = Deepstack(visual, features)
 
     def _end(self, last: torch.Tensor, rows: Rows, cache: Cache | None) -> torch.Tensor:
-        """What the next token of each sequence follows from: ``last`` ``(batch, channels)`` of this turn.
+        """The hidden state that predicts each sequence's next token: ``last`` ``(batch, channels)`` of this turn.
 
-        Of a prompt that comes in chunks, nothing may be left of the last one: then it is what the chunk before ended
-        with.
+        If nothing is left of the last chunk of a chunked prompt, it is the last state of the chunk before.
         """
         before = self.ends.get(cache) if cache is not None else None
         if rows.valid is None or before is None or before.shape != last.shape:
@@ -344,7 +343,7 @@ class Decoder:
                 live = output.last_hidden_state
                 if live.shape[1] == rows.count:  # some decoders compute the last rows only
                     output.last_hidden_state = rows.restore(live)
-                    # the next token follows from the last row that is left, even if the prompt ends with a dropped one
+                    # the last remaining row predicts the next token, even if the prompt ends with a dropped one
                     output.last_hidden_state[:, -1] = self._end(live[:, -1], rows, cache)
                 self.session.leave_live_rows(rows)
                 if output.hidden_states is not None:
@@ -370,7 +369,7 @@ class Decoder:
 
 
 def _cut_along(kwargs: dict[str, Any], embeds: torch.Tensor, order: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The other arguments with something for each row ``(batch, length, ...)``, such as inputs of single layers."""
+    """The other per-row arguments ``(batch, length, ...)``, such as inputs of single layers."""
     return {
         name: stream.compact(x, order.to(x.device))
         for name, x in kwargs.items()
@@ -379,7 +378,7 @@ def _cut_along(kwargs: dict[str, Any], embeds: torch.Tensor, order: torch.Tensor
 
 
 def _types(rows: Rows, types: torch.Tensor, past: Cache | None) -> torch.Tensor:
-    """Types of all rows that masks are made of: no token of this turn is of one block with what the cache holds."""
+    """Types of all rows that masks are made from: no token of this turn shares a block with cached ones."""
     logical = int(past.get_seq_length()) if past is not None else 0
     left = types.expand(len(rows.order), -1).gather(1, rows.order)
     return torch.nn.functional.pad(

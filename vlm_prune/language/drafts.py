@@ -1,7 +1,7 @@
 """The first call of assisted decoding: a prompt with drafts of its answer after it.
 
-A policy that acts in the decoder asks what the prompt's end looks at, and drafts are not the prompt. So such a call is
-computed in two steps, as the same tokens would be without an assistant: the prompt, and then the drafts after it.
+A policy that acts in the decoder looks at the end of the prompt, and drafts are not part of the prompt. So such a call
+is computed in two steps, as without an assistant: the prompt, and then the drafts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _expected: ContextVar[tuple[Any, int] | None] = ContextVar("vlm_prune_drafts", d
 
 
 def expect_drafts(count: int, owner: Any) -> None:
-    """The forward of ``owner`` that begins now brings ``count`` drafts after its prompt."""
+    """The forward of ``owner`` that begins now has ``count`` drafts after its prompt."""
     if count or _expected.get() is not None:
         _expected.set((owner, count) if count else None)
 
 
 def take_drafts(owner: Any) -> int:
-    """How many drafts the forward of ``owner`` brings that has just begun."""
+    """How many drafts the forward of ``owner`` that has just begun contains."""
     found = _expected.get()
     if found is None or found[0] is not owner:
         return 0

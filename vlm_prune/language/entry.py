@@ -1,7 +1,7 @@
 """The decoder's entry: visual tokens are chosen here before the first layer, with the text known.
 
-The encode stage leaves what there is to choose among as `Offer`s. What a policy drops of them becomes holes like any
-others: positions, masks, caches and the receipt follow from there.
+The encode stage leaves the candidates as `Offer`s. What a policy drops of them becomes holes like any others, so
+positions, masks, caches and the receipt need no further code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Entry:
         self.policy = policy
 
     def offered(self, call: ForwardCall) -> bool:
-        """Whether this call brings tokens to choose among. Raises if it brings features that nothing is known of."""
+        """Whether this call has tokens to choose among. Raises if it has features of unknown origin."""
         if call.unknown_features and call.image_masks and not call.encoded:
             raise UnsupportedCallError(
                 f"{self.policy.name} chooses visual tokens at the decoder's entry, and this call's features do not "
@@ -33,11 +33,13 @@ class Entry:
             )
         return any(encoded.offers for encoded in call.encoded)
 
-    def choose(self, call: ForwardCall, embeds: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        """Which rows of ``embeds`` ``(batch, length, channels)`` go on: bool ``(batch, length)``.
+    def choose(
+        self, call: ForwardCall, embeds: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows of ``embeds`` ``(batch, length, channels)`` go on: bool ``(batch, length)``; and the rows.
 
         ``real`` is False at padding, ``None`` if there is none. One sequence, and batches of a fixed budget whose rows
-        are known on the host, wait no longer than any other batch does.
+        are known on the host, add no wait for the device.
         """
         visual = call.image_mask
         if visual is None:
@@ -47,7 +49,7 @@ class Entry:
         census = call.count()
         if not call.accounted:
             raise UnsupportedCallError(
-                "input_ids hold another number of image placeholders than these images need, or some are masked out. "
+                "the number of image placeholders in input_ids is not what these images need, or some are masked out. "
                 "Let the processor write the prompt, with one <image> for every image."
             )
         text = ~visual if real is None else ~visual & real
@@ -58,23 +60,29 @@ class Entry:
         shown = (stream.compact(embeds, order), text.gather(1, order), asked.gather(1, order))
 
         flags: list[torch.Tensor] = []
+        overflows: list[torch.Tensor] = []
         lost: list[int] | None = [0] * len(embeds)
         for encoded, owners in zip(call.encoded, call.owners(), strict=True):
             total = sum(span.rows for span in encoded.spans)
-            # one more than there are, for tokens that became no row
+            # one extra, for tokens that became no row
             alive = torch.ones(total + 1, dtype=torch.bool, device=embeds.device)
+            overflow = embeds.new_zeros(total + 1)
             for offer in encoded.offers:
                 keep = self._ask(offer, [owners[span] for span in offer.spans], shown)
                 rows = offer.rows.to(embeds.device)
                 places = torch.where(rows < 0, total, rows).flatten()
                 alive = alive.index_copy(0, places, keep.mask(rows.shape[1]).flatten())
+                taint = stream.overflow(offer.features).to(embeds.device, embeds.dtype)
+                overflow = overflow.index_copy(0, places, taint[:, 0].expand(rows.shape).flatten())
                 lost = _lost(lost, call, encoded.kind, offer, owners, keep)
             flags.append(encoded.settle(alive[:total]))
+            overflows.append(overflow[:total])
             lost = lost if encoded.arrangement is None else None
         kinds = [encoded.kind for encoded in call.encoded]
         chosen = ~visual | stream.lay_out(flags, kinds, call.image_masks, call.copies)
+        embeds = embeds + stream.lay_out(overflows, kinds, call.image_masks, call.copies)[..., None]
         call.recount(lost)
-        return chosen
+        return chosen, embeds
 
     def _ask(
         self, offer: Offer, sequences: list[int], shown: tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -1,4 +1,4 @@
-"""The decode stage: rows of visual tokens leave the KV cache after a prefill, and at chosen decoding steps."""
+"""The decode stage: visual rows are evicted from the KV cache after a prefill and at chosen decoding steps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ VISUAL = "visual"
 class Eviction:
     """The policies of a composition that drop rows of the KV cache.
 
-    ``keyed`` says of each decoder layer whether its cache holds rows at all, and not a state.
+    ``keyed`` says for each decoder layer whether its cache holds rows, not a state.
 
     Attributes:
-        layers: decoder layer -> those that evict from its cache, with their budgets.
-        steps: whether any of them does so while decoding, too.
-        attention: what the layers' attention computes with in the decoding step under way.
+        layers: decoder layer -> the policies that evict from its cache, with their budgets.
+        steps: whether any of them also does so while decoding.
+        attention: the inputs of the layers' attention in the current decoding step.
     """
 
     def __init__(self, keyed: Sequence[bool], policies: Sequence[tuple[Policy, Budget]]):
@@ -45,7 +45,7 @@ class Eviction:
         return bool(self.layers)
 
     def check_cache(self, cache: Cache | None) -> None:
-        """Raise if rows could not leave this cache while decoding."""
+        """Raise if rows cannot be evicted from this cache while decoding."""
         if self.steps and cache is not None and any(is_static(layer) for layer in cache.layers):
             raise UnsupportedCallError(
                 "This policy drops rows of the KV cache while decoding, and a static cache cannot become shorter. Use "
@@ -55,7 +55,7 @@ class Eviction:
     def after_prefill(
         self, call: ForwardCall, cache: Cache, held: list[Rows], final: Rows, targets: dict[int, torch.Tensor]
     ) -> list[Rows]:
-        """Ask about what each layer ``held`` of this turn; returns what each of them holds now.
+        """Ask about the rows of this turn that each layer ``held``; returns the rows that it holds now.
 
         ``final`` are the rows that reached the last layer, ``targets`` the budget of each policy by its ``id``. Waits
         for the device once, unless all that stay are those that reached the last layer.
@@ -86,7 +86,7 @@ class Eviction:
                 keep = _both(keep, _checked(policy, view, policy.evict(view)))
             if keep is remaining:
                 left[number] = final
-                if rows is not final:  # even of as many rows, where another sequence is the longest
+                if rows is not final:  # even if the longest sequence loses none
                     trim(stored, rows, final)
             elif keep is not None:
                 lives[number] = _live(keep, rows.visual, rows.mask)
@@ -101,7 +101,7 @@ class Eviction:
         return left
 
     def _remember(self, cache: Cache, held: Sequence[Rows]) -> None:
-        """Mark the visual rows of each layer, for the decoding steps that ask about them."""
+        """Mark the visual rows of each layer, for later decoding steps."""
         for number in self.layers if self.steps else ():
             rows, stored = held[number], wrap(cache, number)
             if rows.visual is not None:
@@ -110,7 +110,7 @@ class Eviction:
                 stored.marks[VISUAL] = torch.cat([past, rows.visual], 1)
 
     def after_step(self, call: ForwardCall, cache: Cache) -> None:
-        """Ask the policies that want to be asked after this decoding step. Waits for the device once, if any does."""
+        """Ask the policies that evict after this decoding step. Waits for the device once, if there are any."""
         lives: dict[int, torch.Tensor] = {}
         for number, entries in self.layers.items():
             stored = cache.layers[number] if number < len(cache.layers) else None
@@ -150,7 +150,7 @@ class Eviction:
                 cache.layers[number].like = number
 
     def see(self, call: ForwardCall, number: int, attention: AttentionView) -> None:
-        """Keep what a layer's attention computes with in a decoding step, if its policies may be asked after it."""
+        """Record the inputs of a layer's attention in a decoding step, if its policies may be asked after it."""
         if self.steps and number in self.layers:
             call.step_attention[number] = attention
 
@@ -188,7 +188,7 @@ def _checked(policy: Policy, view: CacheView, keep: Any) -> torch.Tensor | None:
 
 
 def _live(keep: torch.Tensor, visual: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Rows that stay: text always does; padding goes where sequences may differ anyway."""
+    """Rows that stay: text always does; padding is dropped where sequences may differ anyway."""
     by_head = keep.dim() == 3
     live = keep | (~visual[:, None] if by_head else ~visual)
     if mask is None or len(mask) == 1:

@@ -1,8 +1,8 @@
-"""What kinds of layers a decoder has, and the mask that stock code makes for each.
+"""The kinds of layers that a decoder has, and the mask that stock code makes for each.
 
 Windows, sliding and chunked ones, count rows: stock masks compare the numbers of rows, never positions. On a shortened
-prompt a window so reaches further into the image than on the whole one, exactly as in the stock model given what is
-left. Layers with a state are given the padding mask alone, which keeps filled-up rows out of it.
+prompt a window thus reaches further into the image than on the full one, exactly as in the stock model given what is
+left. Layers with a state get the padding mask alone, which keeps fill rows out of the state.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .checks import TOKEN_TYPES
 FULL = "full_attention"
 STATES = ("linear_attention", "conv")
 BY_POSITION = "minimax_m3_sparse"
-"""Layers that take a key's position for its number."""
+"""Layers that use a key's position as its index."""
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """The kind of each decoder layer, in the words of ``config.layer_types``."""
+    """The kind of each decoder layer, as ``config.layer_types`` names it."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return list(kinds)
@@ -40,9 +40,9 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def forgets(config: Any) -> bool:
-    """Whether rows that only fill up a batch would do harm in the middle of a sequence.
+    """Whether fill rows would do harm in the middle of a sequence.
 
-    Attention does not look at them, but they move a state on, and take places of a window.
+    Attention masks them, but they advance a state, and take slots of a window.
     """
     return any(kind != FULL and kind != "indexed_attention" for kind in layer_kinds(config))
 
@@ -57,7 +57,7 @@ def layer_mask(
 ) -> torch.Tensor | None:
     """The mask that stock code makes for a layer of this kind, from a padding mask ``(batch, tokens)``.
 
-    ``hidden`` ``(batch, rows, channels)`` are what it is called with, ``cache`` holds that layer alone.
+    ``hidden`` ``(batch, rows, channels)`` is the layer's input, ``cache`` holds that layer alone.
     """
     make = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
     made: torch.Tensor | None = make(
@@ -67,7 +67,7 @@ def layer_mask(
 
 
 def shared_between_layers(decoder: Any, layers: list[Any]) -> str | None:
-    """Why no token may be dropped between the layers of a decoder, as half a sentence; ``None`` if any may."""
+    """Why no token may be dropped between the layers of a decoder, as a clause; ``None`` if tokens may be."""
     config = decoder.config
     if getattr(config, "hidden_size_per_layer_input", 0):
         return "each has inputs of its own for every token of the prompt"
@@ -88,7 +88,7 @@ MaskMaker = Callable[..., Any]
 
 
 def mask_maker(model: Any) -> MaskMaker | None:
-    """How a model makes the masks of its decoder by token types; ``None`` if these do not matter."""
+    """How a model makes its decoder's masks from token types; ``None`` if these do not matter."""
     made = getattr(type(model), "create_masks_for_generate", None)
     if made is None or not set(TOKEN_TYPES) & set(inspect.signature(made).parameters):
         return None
@@ -111,7 +111,7 @@ def mask_maker(model: Any) -> MaskMaker | None:
 
 
 def check_decoder(decoder: Any, positions: str) -> None:
-    """Raise if a layer of the decoder remembers tokens in a way that is not known here, or not with these positions."""
+    """Raise if a decoder layer stores tokens in an unknown way, or in one that does not work with these positions."""
     if BY_POSITION in layer_kinds(decoder.config) and positions == "original":
         raise PolicyError(
             f'positions="original": {type(decoder).__name__} finds blocks of keys by their position, so that what is '

@@ -1,8 +1,8 @@
 """Inside the decoder: dropping tokens between layers, and editing what attention returns.
 
 Stock code makes one mask and one set of rotary embeddings for all layers. Where a layer's rows or its cache differ
-from the first layer's, the pre-hook here hands it its own, made by the same stock functions and shared by all layers
-that agree.
+from the first layer's, the pre-hook here gives it separate ones, made by the same stock functions and shared by all
+layers that agree.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from ..call.rows import Rows
 from ..composition import Composition
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, PrefillView
-from ..errors import PolicyError, UnsupportedCallError
+from ..errors import UnsupportedCallError
 from ..sites import Site
 from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
 from .eviction import Eviction
-from .kinds import FULL, STATES, layer_kinds, layer_mask, shared_between_layers
+from .kinds import STATES, layer_kinds, layer_mask
 from .look_ahead import look_ahead
-from .standard import check_attention, check_cuts
+from .standard import check_layers
 
 
 class DecoderLayers:
     """The hooks on single decoder layers for policies that act in prefill, on the cache, or on attention.
 
-    After the first ``deepstack`` layers stock code adds features to visual rows. ``session`` is what the calls of their
-    model belong to. ``blocks`` says that tokens of an image may look at each other.
+    After the first ``deepstack`` layers stock code adds features to visual rows. ``session`` is the pruning that calls
+    of their model belong to. ``blocks`` says that tokens of an image may attend to each other.
     """
 
     def __init__(
@@ -77,15 +77,11 @@ class DecoderLayers:
         }
         self.eviction = Eviction([kind not in STATES for kind in self.kinds], policies)
         self.needs_text_only = any(policy.needs_text_only for policy, _ in policies)
-        self._check(blocks)
+        watched_by = {number: names for number in range(self.depth) if (names := self._watching(number))}
+        check_layers(decoder, layers, composition.policies, watched_by, blocks)
         watched = {*self.pruned, *self.observed}
         self.attention = DecoderAttention(self.depth, watched, self.modulated, self.eviction, session)
         self.sites: list[Site] = []
-        if cutting := [policy.name for asked in self.pruned.values() for policy, _ in asked]:
-            check_cuts(decoder, layers, cutting[0])
-        for number in range(self.depth):
-            if watching := self._watching(number):
-                check_attention(decoder, layers, number, watching[0])
 
     def _watching(self, number: int) -> list[str]:
         """Names of the policies that look at the attention of layer ``number``, or edit it."""
@@ -97,42 +93,11 @@ class DecoderLayers:
             names += [policy.name for policy, _ in self.eviction.layers.get(number, [])]
         return names
 
-    def _check(self, blocks: bool) -> None:
-        """Raise if a policy wants of a layer what layers of its kind, or those after it, do not allow."""
-        whole = shared_between_layers(self.decoder, self.layers)
-        full = [
-            n for n, kind in enumerate(self.kinds) if kind == FULL and hasattr(self.layers[n], "self_attn")
-        ]
-        for policy, _ in self.policies:
-            cut, edited = policy.prefill_layers(self.depth), policy.modulate_layers(self.depth)
-            if (cut or edited) and whole is not None:
-                raise PolicyError(
-                    f"{policy.name} acts between the layers of {type(self.decoder).__name__}, which need all tokens: "
-                    f"{whole}. Choose a policy of the encode stage, which shortens the prompt before the first layer."
-                )
-            if cut and blocks:
-                raise PolicyError(
-                    f"{policy.name} drops tokens between the layers of {type(self.decoder).__name__}, where those of "
-                    "an image look at each other by a mask that the model makes for all layers at once. Choose a "
-                    "policy of the encode stage, which shortens the prompt before that."
-                )
-            looked_at = {
-                *edited,
-                *policy.observed_layers(self.depth),
-                *(cut if policy.reads_attention else ()),
-            }
-            if other := sorted(looked_at - set(full)):
-                kinds = sorted({self.kinds[n].replace("_", " ") for n in other})
-                raise PolicyError(
-                    f"{policy.name} looks at attention in layers {other} of {type(self.decoder).__name__}, which are "
-                    f"of {' and '.join(kinds)}. It can in layers of full attention only, which are {full}."
-                )
-
     def __bool__(self) -> bool:
         return bool(self.pruned or self.modulated or self.eviction)
 
     def install(self, handles: list[Any]) -> None:
-        """Register hooks and attention sites; what has to be undone goes to ``handles`` and `sites` at once."""
+        """Register hooks and attention sites; what must be undone goes to ``handles`` and `sites` at once."""
         for number, layer in enumerate(self.layers):
             handles.append(
                 layer.register_forward_pre_hook(partial(self.enter_layer, number), with_kwargs=True)
@@ -143,7 +108,7 @@ class DecoderLayers:
             # after a cut, what stock code adds to the first layers' visual rows is added here
             cut = number in self.pruned or (self.pruned and number < self.deepstack)
             if cut or number in self.observed:
-                # in front of the hooks by which transformers collects hidden states
+                # before transformers' own hooks that collect hidden states
                 handles.append(
                     layer.register_forward_hook(
                         partial(self.leave_layer, number), prepend=True, with_kwargs=True
@@ -171,7 +136,7 @@ class DecoderLayers:
             call.probing = False
 
     def check_recompute(self) -> None:
-        """Refuse to train layers that would run again in the backward pass and ask the policies again there."""
+        """Refuse to train layers that would run again in the backward pass and ask the policies a second time."""
         if HOOKS_RUN_AGAIN and any(
             runs_again(self.layers[number]) for number in {*self.pruned, *self.modulated}
         ):
@@ -187,7 +152,7 @@ class DecoderLayers:
     def enter_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before layer ``number``: note its rows, give it the mask and positions it needs."""
+        """Before layer ``number``: record its rows, give it the mask and positions it needs."""
         under_way = current_forward(self.session)
         call = under_way or kwargs.get(RESUME)
         if call is None or call.probing:
@@ -243,7 +208,7 @@ class DecoderLayers:
     ) -> dict[str, Any]:
         """Attention mask, position ids and rotary embeddings for this call's rows after those of layer ``number``."""
         shifts = [x.shift for x in (first, layer) if x is not None and x.shift is not None]
-        # those of a step are what stock code made for layer 0, and good for all where no layer was renumbered
+        # those of a decoding step were made for layer 0, and fit all layers if none was renumbered
         moved = call.rows is not None or bool(shifts)
         positions = kwargs.get("position_ids") if call.rows is None else call.rows.positions
         if moved and positions is not None:
@@ -264,12 +229,12 @@ class DecoderLayers:
             return {"attention_mask": mask}
         return {
             "attention_mask": mask,
-            "position_ids": None,  # only the rotary embeddings are told, see `Decoder.place`
+            "position_ids": None,  # only the rotary embeddings use them, see `Decoder.place`
             "position_embeddings": self._rotary(number, hidden, places),
         }
 
     def _rotary(self, number: int, hidden: torch.Tensor, places: torch.Tensor | None) -> Any:
-        """Rotary embeddings of these positions; some decoders have other ones for each kind of layer."""
+        """Rotary embeddings of these positions; some decoders have different ones for each kind of layer."""
         rotary = self.decoder.rotary_emb
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             return rotary(hidden, places, self.kinds[number])
@@ -287,7 +252,7 @@ class DecoderLayers:
         if kind in STATES and call.rows is not None:
             return layer_mask(config, kind, hidden, call.rows.mask, None, None)
         count = hidden.shape[1]
-        # a stock layer too may hold tokens, those of earlier turns without an image
+        # a stock layer may hold tokens too, from earlier turns without an image
         stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
         logical = int(stored.get_seq_length())
         now = None if call.mask is None else call.mask[:, logical:].bool()
@@ -314,7 +279,7 @@ class DecoderLayers:
         gone = torch.zeros_like(visual)
         closed_up: torch.Tensor | None = None
         merged = hidden
-        for policy, budget in self.pruned.get(number, []):  # all see the layer as it was
+        for policy, budget in self.pruned.get(number, []):  # all see the layer before any cut
             view = self._view(call, rows, visual, policy, budget, number, hidden)
             if policy.reads_ahead:
                 view.next_attention = partial(self._next_attention, call, number, hidden, kwargs)
@@ -366,7 +331,7 @@ class DecoderLayers:
         )
 
     def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
-        """Turn keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
+        """Rotate keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
         if rows.padding is None:
             return key
         cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, rows.padding[:, None]))
@@ -377,14 +342,14 @@ class DecoderLayers:
     def _next_attention(
         self, call: ForwardCall, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> AttentionView:
-        """What layer ``number + 1`` would attend with if all rows ``hidden`` that leave layer ``number`` went on."""
+        """The attention inputs of layer ``number + 1`` if all rows ``hidden`` of layer ``number`` went on."""
         if call.rows is None:
             raise RuntimeError(f"layer {number} is not in a prefill, so nothing is cut after it")
         layer, cache, home = self.layers[number + 1], cache_of(kwargs), hidden.device
         if call.deepstack is not None:
             hidden = call.deepstack.foreseen(number, hidden)
         weights = next(layer.parameters()).device
-        there = home if weights.type == "meta" else weights  # accelerate fetches weights that are on disk
+        there = home if weights.type == "meta" else weights  # accelerate loads weights that are on disk
         held = next(iter(getattr(cache, "layers", ())[number + 1 : number + 2]), None)
         pruned, positions = _pruned_layer(cache, number + 1), call.rows.positions
         if pruned is not None and pruned.shift is not None:
@@ -405,12 +370,12 @@ class DecoderLayers:
     def _target(
         self, call: ForwardCall, policy: Policy, budget: Budget, visual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visual tokens that entered layer 0, and how many the budget wants in the end: two int64 ``(batch,)``."""
+        """Visual tokens that entered layer 0, and how many the budget keeps in the end: two int64 ``(batch,)``."""
         entered = call.entered.visual if call.entered is not None else None
         initial = visual.sum(-1) if entered is None else entered.sum(-1)
         mask = call.image_mask
         dense = initial if mask is None else mask.sum(-1)
-        # the share that a policy of several stages keeps is one of all tokens, not of what its own encode stage left
+        # a policy of several stages keeps a share of all tokens, not of what its own encode stage left
         return initial, budget.of_visual(dense if policy.encodes else initial, call)
 
     def _drop(
@@ -423,9 +388,9 @@ class DecoderLayers:
         gone: torch.Tensor,
         closed_up: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Take the rows ``gone`` out of ``hidden``, and padding with them where sequences differ anyway.
+        """Remove the rows ``gone`` from ``hidden``, and padding too where sequences differ anyway.
 
-        Positions move down over the places ``closed_up``, if any.
+        Positions close up over the rows ``closed_up``, if any.
         """
         live = ~gone
         if rows.mask is not None and len(hidden) > 1:
@@ -442,8 +407,8 @@ class DecoderLayers:
         if not min(counts):
             names = " and ".join(policy.name for policy, _ in self.pruned[number])
             raise UnsupportedCallError(
-                f"Of a prompt of this call nothing is left after decoder layer {number}: it holds images alone, and "
-                f"{names} drops all visual tokens there. Put text into the prompt, or choose a policy that keeps some."
+                f"Nothing is left of a prompt of this call after decoder layer {number}: it has images alone, and "
+                f"{names} drops all visual tokens there. Add text to the prompt, or choose a policy that keeps some."
             )
         call.observed.pop("attention", None)
         if call.deepstack is not None and call.deepstack.stock:

@@ -1,4 +1,4 @@
-"""What a decoder layer's attention would compute with, before the rows in front of that layer are cut."""
+"""The attention inputs that a decoder layer would have if no rows were cut before it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..versions import CACHE
 
 
 class SeenError(Exception):
-    """Ends an attention call that is made for its queries and keys alone, in front of its softmax."""
+    """Ends an attention call that is made for its queries and keys alone, before its softmax."""
 
 
 class EarlierTurns:
-    """Stands in for a cache: puts the rows that a ``layer`` of it stores in front of new ones, and stores nothing."""
+    """Replaces a cache: prepends the rows that one ``layer`` of it stores to new ones, and stores nothing."""
 
     def __init__(self, layer: Any):
         self.layer = layer
@@ -39,9 +39,9 @@ class EarlierTurns:
 def look_ahead(
     layer: Any, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...], stored: Any | None
 ) -> None:
-    """Let the attention of decoder ``layer`` begin with rows ``hidden`` ``(batch, rows, channels)``.
+    """Start the attention of decoder ``layer`` on rows ``hidden`` ``(batch, rows, channels)``.
 
-    The module's site must end the call with `SeenError`, once it has seen what it wants. Costs the projections to
+    The module's site must end the call with `SeenError` once it has recorded the inputs. Costs the projections to
     queries, keys and values.
 
     Args:
@@ -51,13 +51,13 @@ def look_ahead(
         stored: the layer's part of the cache, ``None`` if there is no cache.
 
     Raises:
-        UnsupportedModelError: the layer has no norm of the usual name in front of its attention.
+        UnsupportedModelError: the layer has no norm of the usual name before its attention.
     """
     norm = getattr(layer, "input_layernorm", None)
     if norm is None:
         raise UnsupportedModelError(
-            f"The decoder layers {type(layer).__name__} have no `input_layernorm`, so what their attention computes "
-            "with cannot be seen ahead: choose a policy that ranks by the layer before a cut, such as fastv."
+            f"The decoder layers {type(layer).__name__} have no `input_layernorm`, so the inputs of their attention "
+            "cannot be computed ahead: choose a policy that ranks by the layer before a cut, such as fastv."
         )
     earlier = {} if stored is None else {CACHE: EarlierTurns(stored)}
     with suppress(SeenError):

@@ -31,7 +31,7 @@ def image_embeds(model: Any, processor: Any, images: list[Any]) -> list[torch.Te
     if (pruning := getattr(model, "pruning", None)) is None:
         raise StateError(f"This {type(model).__name__} is not pruned: call prune(model, ...) first.")
     for policy in pruning.policies:
-        if policy.stages != ("encode",):
+        if policy.acts.inside:
             raise PolicyError(
                 f'policy="{policy.name}" acts in the {" and ".join(policy.stages)} stages, and an engine that is sent '
                 "embeddings runs nothing but the encode stage. Choose a policy of that stage alone."

@@ -189,17 +189,17 @@ FEATURE_LAYER = 22
 
 def check_served(policy: Policy) -> None:
     """Raise if vLLM has no place for a policy, and say which one it lacks."""
-    others = [stage for stage in policy.stages if stage != "encode"]
-    if others:
+    if inside := policy.acts.inside:
         reason = {
             "entry": "vLLM encodes an image once for all prompts that hold it, and knows no question by then",
             "prefill": "vLLM's layers share one block table and the positions that were fixed at scheduling, so no "
             "layer can hold fewer tokens than another",
             "decode": "vLLM's layers share one block table, so a layer cannot lose keys on its own",
+            "guide": "vLLM computes each prompt once, and has no second pass to compare with",
             "modulate": "vLLM's attention kernels show no head outputs or probabilities to edit",
-        }[others[0]]
+        }[inside[0]]
         raise PolicyError(
-            f'policy="{policy.name}" acts in the {others[0]} stage, inside the language model: {reason}. Choose a '
+            f'policy="{policy.name}" acts in the {inside[0]} stage, inside the language model: {reason}. Choose a '
             "policy that acts in the encode stage alone, such as flowcut, visionzip, agilepruner or divprune."
         )
     if any(layer > FEATURE_LAYER for layer in policy.tower_layers(FEATURE_LAYER)):
@@ -207,7 +207,7 @@ def check_served(policy: Policy) -> None:
             f'policy="{policy.name}" looks at the tower layer after the consumed one, which vLLM does not load. Choose '
             "a policy that looks at the consumed layers alone, such as flowcut, visionzip, agilepruner or divprune."
         )
-    if policy.keeps_all:
+    if not policy.prunes:
         raise PolicyError(
             f'policy="{policy.name}" drops no tokens: leave "{KEY}" out of hf_overrides for the stock model. A '
             'request may ask for all tokens of a pruned engine by {"ratio": 1.0}.'

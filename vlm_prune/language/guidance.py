@@ -1,0 +1,387 @@
+"""Guided decoding: what a policy makes of the logits of a model, and the second pass that it compares them with.
+
+A second pass is the same model, with all its policies, asked about the same text and another image, or none. It runs in
+front of each forward, and its cache is a `Twin` of the caller's, so it follows beams, crops and copies of that.
+Everything is at the model's forward, not at ``generate``: sampling, beams, drafts and loops of one's own all see guided
+logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..cache.layers import Twin, attach_twin, kv_bytes, twin_of
+from ..cache.masks import is_prepared, padding_mask
+from ..call import flops, stream
+from ..call.encode_call import ride_of
+from ..contract.anatomy import Anatomy
+from ..contract.policy import Policy
+from ..contract.views import GuideView
+from ..errors import PolicyError, UnsupportedCallError
+from ..versions import CACHE, cache_of
+from .checks import TOKEN_TYPES
+
+PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+"""Arguments that hold pixels, and where a packed one says how many patches each image has."""
+
+KEPT = ("use_cache", "logits_to_keep", "return_dict")
+"""Arguments of a forward that its second pass without images shares."""
+
+_under_way: ContextVar[tuple[Guided, ...]] = ContextVar("vlm_prune_guided", default=())
+
+
+@dataclass(eq=False)
+class Guided:
+    """One guided forward.
+
+    Attributes:
+        owner: whose forward it is.
+        after: bool ``(batch, tokens)``, the rows to guide among those of this call; ``None`` guides none.
+        second: logits of the second pass, whose last rows are those of this call's.
+        twin: what is remembered of these sequences, to be left with the caller's cache.
+        second_pass: True while that pass is under way.
+        shows_hidden: whether the caller asked for hidden states.
+    """
+
+    owner: Any
+    after: torch.Tensor | None = None
+    second: torch.Tensor | None = None
+    twin: Twin | None = None
+    second_pass: bool = False
+    shows_hidden: bool = False
+    cost: dict[str, int] = field(default_factory=dict)
+
+
+class Guidance:
+    """The hooks on a model for the policy that guides its decoding."""
+
+    def __init__(self, model: Any, anatomy: Anatomy, policy: Policy, session: Any):
+        self.model, self.anatomy, self.policy, self.session = model, anatomy, policy, session
+        self.early = tuple(sorted(policy.early_layers(len(anatomy.decoder_layers))))
+
+    def install(self, handles: list[Any]) -> None:
+        """Register the hooks; the first has to run before all others of the model."""
+        handles.append(self.model.register_forward_pre_hook(self.enter, with_kwargs=True))
+        handles.append(self.model.register_forward_hook(self.leave, with_kwargs=True, always_call=True))
+
+    # --- before the forward ---
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Run the second pass, and ask for what the policy reads of the first."""
+        if _inside(self):
+            return None
+        guided = Guided(self)
+        _under_way.set((*_under_way.get(), guided))
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        images, twin = self._images(given, rows), twin_of(cache_of(given))
+        if images is not None or twin is not None:
+            active = (
+                rows.new_zeros(len(rows), dtype=torch.bool) if twin is None else twin.active.to(rows.device)
+            )
+            active = active if images is None else active | images.any(-1)
+            guided.after = self._after(images, rows) & active[:, None]
+            guided.twin = Twin(active)
+            if self.policy.second_pass is not None:
+                self._second(guided, given, images, twin)
+        if not self.early or guided.after is None:
+            return None
+        guided.shows_hidden = bool(given.get("output_hidden_states"))
+        return args, {**kwargs, "output_hidden_states": True}
+
+    def _images(self, given: Mapping[str, Any], rows: torch.Tensor) -> torch.Tensor | None:
+        """Which rows of a call are to become visual tokens, bool ``(batch, length)``; ``None`` if it brings none."""
+        features = [x for x in (given.get("mm_encoder_outputs") or {}).values() if x is not None]
+        pixels = [name for name in PIXELS if given.get(name) is not None]
+        if not (features or pixels):
+            if rows.dim() == 3 and rows.shape[1] > 1:
+                raise UnsupportedCallError(
+                    f"inputs_embeds of {rows.shape[1]} tokens without pixel_values: {self.policy.name} guides what "
+                    "follows an image, and cannot tell which of these are visual tokens, or whether there are any. "
+                    "Pass input_ids and pixel_values instead."
+                )
+            return None
+        if rows.dim() == 3:
+            masks = self.session.placeholders(self.anatomy.base, rows)
+        else:
+            masks = [rows == token for token in self.anatomy.image_tokens]
+        return torch.stack(masks).any(0) if masks else None
+
+    def _after(self, images: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        """Rows with no visual token at their place or after it: bool ``(batch, length)``."""
+        if images is None:
+            return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        return images.flip(-1).cumsum(-1).flip(-1) == 0
+
+    # --- the second pass ---
+
+    def _second(
+        self, guided: Guided, given: dict[str, Any], images: torch.Tensor | None, twin: Twin | None
+    ) -> None:
+        """Ask the model a second time, and leave everything else as it is."""
+        guided.second_pass = True
+        receipt = self.session.receipt
+        try:
+            self._run_second(guided, given, images, twin)
+        finally:
+            guided.second_pass = False
+            if receipt is not None:
+                self.session.publish(receipt)
+
+    def _run_second(
+        self, guided: Guided, given: dict[str, Any], images: torch.Tensor | None, twin: Twin | None
+    ) -> None:
+        cache: Cache | None = cache_of(given)
+        if isinstance(given.get("logits_to_keep"), torch.Tensor):
+            raise UnsupportedCallError(
+                f"logits_to_keep is a tensor: {self.policy.name} compares the last rows of two passes. Give it as a "
+                "number, or leave it out."
+            )
+        use_cache = given.get("use_cache", getattr(self.anatomy.decoder.config, "use_cache", True))
+        held = None if twin is None else twin.cache
+        if held is None and (cache is not None or use_cache):
+            # what came before the first image is the same for both passes
+            before = cache is not None and int(cache.get_seq_length()) > 0
+            held = copy.deepcopy(cache) if before else DynamicCache(config=self.anatomy.decoder.config)
+        known = None if twin is None else twin.mask
+        ask = self._about_other if self.policy.second_pass == "image" else self._about_text
+        asked, real = ask(given, images, known, self._mask(given, known), held)
+        name = CACHE if CACHE in inspect.signature(self.model.forward).parameters else "past_key_values"
+        with torch.no_grad():
+            output = self.model(**asked, **{name: held})
+        guided.second = output.logits
+        if guided.twin is not None:
+            guided.twin.cache, guided.twin.mask = held, real
+        if images is not None:
+            guided.cost = self._cost(asked, output, held)
+
+    def _mask(self, given: dict[str, Any], known: torch.Tensor | None) -> torch.Tensor | None:
+        """The padding mask of a call; ``generate`` makes others of it for static caches."""
+        mask: torch.Tensor | None = given.get("attention_mask")
+        rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        if mask is None or not is_prepared(mask):
+            return mask
+        if rows.shape[1] == 1:  # a step: nothing but prompts is padded
+            return None if known is None else torch.nn.functional.pad(known.to(rows.device), (0, 1), value=1)
+        return padding_mask(mask, cache_of(given), blocks=False)
+
+    def _about_other(
+        self,
+        given: dict[str, Any],
+        images: torch.Tensor | None,
+        known: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        held: Cache | None,
+    ) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """The arguments of a pass that sees other images, and which of the tokens after it are real."""
+        left_out = ("labels", "output_hidden_states", "past_key_values", CACHE)
+        asked = {name: x for name, x in given.items() if name not in left_out}
+        for name, grid in PIXELS.items():
+            if asked.get(name) is not None:
+                asked[name] = self._distorted(asked[name], asked.get(grid))
+        if encoded := {k: x for k, x in (given.get("mm_encoder_outputs") or {}).items() if x is not None}:
+            asked["mm_encoder_outputs"] = self._encoded(given, encoded)
+        return {**asked, "attention_mask": mask}, mask
+
+    def _distorted(self, pixels: Any, grid: torch.Tensor | None) -> Any:
+        """Other pixels: of each image of a packed tensor ``(patches, values)``, of each tile of others."""
+        if isinstance(pixels, list | tuple):
+            return type(pixels)(self._distorted(x, None) for x in pixels)
+        if pixels.dim() == 2:
+            sizes = [len(pixels)] if grid is None else grid.prod(-1).tolist()
+            return torch.cat([self.policy.distort(x[None])[0] for x in pixels.split(sizes)])
+        tiles = pixels.flatten(0, -4) if pixels.dim() > 3 else pixels
+        return self.policy.distort(tiles).view_as(pixels)
+
+    def _encoded(self, given: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Any]:
+        """What the feature methods return for other images than those that ``encoded`` came from."""
+        found = {}
+        for kind, output in encoded.items():
+            ride = ride_of(output)
+            if ride is None or ride.asked is None:
+                raise UnsupportedCallError(
+                    "The image features of this call are not all that the tower of this pruned model returned: chunked "
+                    "prefill takes a part, or they come from elsewhere. The tower has to be asked again about another "
+                    f"image for {self.policy.name}. Leave prefill_chunk_size out, or encode the images with the pruned "
+                    "model."
+                )
+            method, arguments = ride.asked
+            other = {**arguments}
+            for name, grid in PIXELS.items():
+                if other.get(name) is not None:
+                    other[name] = self._distorted(other[name], other.get(grid))
+            again = getattr(self.anatomy.base, method)(**other)
+            copies = len(output.pooler_output) // len(again.pooler_output)
+            found[kind] = again if copies == 1 else self._repeated(given, kind, again, copies)
+        return found
+
+    def _repeated(self, given: dict[str, Any], kind: str, output: Any, copies: int) -> Any:
+        """Features of a batch as ``generate`` repeats them for beams or several samples."""
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        repeated = self.model._expand_multimodal_outputs(
+            None if ids is None else ids[::copies],
+            {kind: output},
+            expand_size=copies,
+            inputs_embeds=None if embeds is None else embeds[::copies],
+        )
+        return repeated[kind]
+
+    def _about_text(
+        self,
+        given: dict[str, Any],
+        images: torch.Tensor | None,
+        known: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        held: Cache | None,
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The arguments of a pass without images, and which of the tokens after it are real."""
+        asked = {name: given[name] for name in KEPT if given.get(name) is not None}
+        rows = {
+            name: given[name]
+            for name in ("input_ids", "inputs_embeds", *TOKEN_TYPES)
+            if given.get(name) is not None
+        }
+        some = next(iter(rows.values()))
+        batch, length = some.shape[:2]
+        now = (
+            some.new_ones(batch, length, dtype=torch.int64)
+            if mask is None
+            else mask[:, -length:].to(torch.int64)
+        )
+        if images is not None:  # what is left moves to the end, where the rows to compare are
+            left = ~images
+            order = left.to(torch.int8).argsort(dim=-1, stable=True)[:, -int(left.sum(-1).max()) :]
+            rows = {name: stream.compact(x, order) for name, x in rows.items()}
+            now = (now * left).gather(1, order)
+        if known is None and held is not None and (before := int(held.get_seq_length())):
+            known = now.new_ones(batch, before) if mask is None else mask[:, :before].to(torch.int64)
+        real = now if known is None else torch.cat([known.to(now.device), now], 1)
+        positions = (real.cumsum(-1) - 1).clamp(min=0)[:, -now.shape[1] :]
+        return {**asked, **rows, "attention_mask": real, "position_ids": positions}, real
+
+    def _cost(self, asked: dict[str, Any], output: Any, held: Cache | None) -> dict[str, int]:
+        """Operations and KV bytes of the second pass over a prompt."""
+        if self.policy.second_pass == "image" and (receipt := self.session.receipt) is not None:
+            operations = receipt.flops
+        else:
+            rows, depth = asked["position_ids"], len(self.anatomy.decoder_layers)
+            operations = len(rows) * flops.decoder_flops(self.anatomy.decoder.config, [rows.shape[1]] * depth)
+        return {"guide_flops": operations, "guide_kv_bytes": 0 if held is None else kv_bytes(held)[0]}
+
+    # --- after the forward ---
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Put guided logits in place of the stock ones; also called after an exception."""
+        if _inside(self):
+            return None
+        guided = _pop(self)
+        if guided is None or output is None:
+            return None
+        if isinstance(output, tuple):
+            raise UnsupportedCallError(
+                f"return_dict=False: {self.policy.name} needs the output by name. Leave it out."
+            )
+        cache: Cache | None = cache_of(output)
+        if guided.twin is not None and cache is not None:
+            attach_twin(cache, guided.twin)
+        if guided.cost and (receipt := self.session.receipt) is not None:
+            receipt.guide_flops, receipt.guide_kv_bytes = (
+                guided.cost["guide_flops"],
+                guided.cost["guide_kv_bytes"],
+            )
+        hidden = output.hidden_states if self.early else None
+        if self.early and not guided.shows_hidden:
+            output.hidden_states = None
+        if guided.after is None:
+            return output
+        logits, second = output.logits, guided.second
+        count = logits.shape[1] if second is None else min(logits.shape[1], second.shape[1])
+        after = guided.after.to(logits.device)
+        if self.early and count > 1:  # the head is costly: let it compute nothing that is not looked at
+            count = min(count, max(int(after.sum(-1).max()), 1))
+        old = logits[:, -count:]
+        early: Mapping[int, torch.Tensor] = {}
+        if hidden is not None:
+            early = _Lazy(self.early, lambda layer: self._read(hidden[layer][:, -count:]))
+        view = GuideView(
+            old.float(), None if second is None else second[:, -count:].to(old.device).float(), early
+        )
+        new = self.policy.guide(view).to(old.dtype)
+        new = torch.where(after[:, -count:, None], new, old)
+        output.logits = new if count == logits.shape[1] else torch.cat([logits[:, :-count], new], 1)
+        return output
+
+    def _read(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits that the head makes of ``hidden`` ``(batch, rows, channels)``, in fp32, scaled as stock code does."""
+        head, config = self.model.get_output_embeddings(), self.anatomy.decoder.config
+        logits: torch.Tensor = head(hidden.to(next(head.parameters()).device)).float()
+        logits = (
+            logits
+            * (getattr(config, "logit_scale", None) or 1)
+            / (getattr(config, "logits_scaling", None) or 1)
+        )
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+class _Lazy(Mapping[int, torch.Tensor]):
+    """A mapping whose values are computed when asked for, and not kept."""
+
+    def __init__(self, keys: tuple[int, ...], compute: Callable[[int], torch.Tensor]):
+        self._keys, self._compute = keys, compute
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._compute(key)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def guiding(policies: tuple[Policy, ...]) -> Policy | None:
+    """The one of ``policies`` that guides decoding, if any does. Raises if several do."""
+    found = [policy for policy in policies if policy.acts.guides]
+    if len(found) > 1:
+        raise PolicyError(
+            f"{' and '.join(policy.name for policy in found)} both guide decoding: keep one, beside policies of "
+            "other stages."
+        )
+    return found[0] if found else None
+
+
+def _inside(owner: Guidance) -> bool:
+    """Whether a second pass of ``owner`` is under way."""
+    return any(guided.owner is owner and guided.second_pass for guided in _under_way.get())
+
+
+def _pop(owner: Guidance) -> Guided | None:
+    """End the innermost guided forward of ``owner``."""
+    calls = _under_way.get()
+    for number in reversed(range(len(calls))):
+        if calls[number].owner is owner:
+            _under_way.set(calls[:number])
+            return calls[number]
+    return None
+
+
+def forget_guided(owner: Guidance) -> None:
+    """End everything of ``owner`` that an interrupt may have left under way in this thread."""
+    _under_way.set(tuple(guided for guided in _under_way.get() if guided.owner is not owner))
