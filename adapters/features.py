@@ -64,6 +64,11 @@ def anatomy(model: Any) -> Anatomy:
     decoder = find_decoder(model, base)
     kinds = [kind for kind, method in METHODS.items() if hasattr(base, method)]
     tokens = {kind: placeholder(model.config, kind) for kind in kinds}
+    if not any(calls_method(type(base), METHODS[kind]) for kind in kinds):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be pruned: nothing in {type(base).__name__} calls its "
+            f"{METHODS[kinds[0]]}, so images reach the decoder in a way that is not known."
+        )
     known = [kind for kind in kinds if tokens[kind] is not None]
     if known != kinds and "image" not in known:
         raise ValueError("its config names no placeholder for images, such as image_token_id.")
@@ -99,6 +104,21 @@ def find_base(model: Any) -> Any:
     raise ValueError(
         f"it has no {METHODS['image']}, by which images are encoded before they enter the decoder."
     )
+
+
+def calls_method(kind: type, method: str) -> bool:
+    """Whether a class, in a function other than the ``method`` itself, calls it by name.
+
+    Stands in for a trial call when pruning starts: what inputs an unknown model takes, only its processor knows.
+    Whether features arrive in the decoder as they left is counted at each call.
+    """
+    functions = (
+        inspect.unwrap(f)
+        for cls in kind.__mro__
+        for name, f in vars(cls).items()
+        if callable(f) and name != method
+    )
+    return any(method in f.__code__.co_names for f in functions if hasattr(f, "__code__"))
 
 
 def find_decoder(model: Any, base: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from vlm_prune import PruningError, prune, pruned, unprune
-from vlm_prune.adapters.features import tile_sizes
+from vlm_prune.adapters.features import anatomy, calls_method, tile_sizes
 from vlm_prune.encode.features import FeatureEncoder
 from vlm_prune.errors import UnsupportedCallError, UnsupportedModelError
 from vlm_prune.eval.census.prompts import KINDS, prompt
@@ -216,6 +216,23 @@ def test_a_model_that_encodes_by_another_method_is_found_out(monkeypatch):
     monkeypatch.setattr(model.model, "get_image_features", lambda *a, **k: stock(model.model, *a, **k))
     with pytest.raises(UnsupportedCallError, match="does not encode by its feature method"):
         model(**inputs)
+
+
+def test_a_class_that_never_calls_its_feature_method_is_refused():
+    class Silent(nn.Module):
+        config = model_of("mistral3").config
+        get_decoder = lambda self: model_of("mistral3").get_decoder()  # noqa: E731
+        base_model = property(lambda self: self)
+
+        def get_image_features(self, pixel_values):
+            return self.get_image_features(pixel_values)
+
+        def forward(self, input_ids):
+            return input_ids
+
+    with pytest.raises(UnsupportedModelError, match="nothing in Silent calls its get_image_features"):
+        anatomy(Silent())
+    assert calls_method(type(model_of("mistral3").model), "get_image_features")
 
 
 @pytest.mark.parametrize("family", ["mllama", "florence2", "git", "chameleon", "kosmos-2"])
