@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_prune import PruningError, prune, pruned, unprune
 from vlm_prune.adapters.features import anatomy, calls_method, tile_sizes
+from vlm_prune.contract.policy import Place, ScorerPolicy
+from vlm_prune.contract.views import TowerView
 from vlm_prune.encode.features import FeatureEncoder
 from vlm_prune.errors import UnsupportedCallError, UnsupportedModelError
 from vlm_prune.eval.census.prompts import KINDS, prompt
@@ -145,6 +148,61 @@ def test_a_tower_computes_less_after_a_cut(family):
     per_unit = patches // receipt.units
     assert receipt.tower_tokens[0] == patches
     assert receipt.tower_tokens[-1] == receipt.planned * per_unit
+
+
+@dataclass(frozen=True)
+class Loudest(ScorerPolicy):
+    """Keeps the units of largest norm after the tower's second layer."""
+
+    name: ClassVar[str] = "loudest"
+    place: ClassVar[Place] = "tower"
+
+    def layer(self, depth: int) -> int:
+        return 1
+
+    def score(self, view: TowerView) -> torch.Tensor:
+        return view.per_unit(view.hidden.norm(dim=-1))
+
+
+def _projected(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Units ``(1, units, patches * channels)`` as the stock projector's parts make tokens of them."""
+    base = model.model
+    if hasattr(base, "connector"):
+        return base.connector.modality_projection(rows)
+    if hasattr(base, "visual_embeddings_table"):
+        words = base.vision_tower.head_norm(base.vision_tower.head_linear(rows)).softmax(-1)
+        return words @ base.visual_embeddings_table.weight[: words.shape[-1]]
+    x, gate = base.multi_modal_projector.linear_1(rows).chunk(2, dim=-1)
+    return base.multi_modal_projector.linear_2(torch.nn.functional.silu(gate) * x)
+
+
+@pytest.mark.parametrize(("family", "merge"), [("idefics3", 2), ("cohere2_vision", 2), ("ovis2", 1)])
+def test_a_cut_tower_is_a_loop_over_its_layers(family, merge):
+    model, inputs, entered = model_of(family), prompt(model_of(family), 1), []
+    tower = getattr(model.model, "vision_tower", None) or model.model.vision_model
+    tower = getattr(tower, "transformer", tower)
+    layers, norm = tower.encoder.layers, getattr(tower, "post_layernorm", None) or tower.rms_norm
+    handle = layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    model.model.get_image_features(inputs["pixel_values"])
+    handle.remove()
+    side = SIDE // PATCH
+    number = torch.arange(side * side).view(side // merge, merge, side // merge, merge)
+    patches = number.transpose(1, 2).reshape(-1, merge * merge)
+    hidden = entered[0]
+    for layer in layers[:2]:
+        hidden = layer(hidden, None)
+    loud = hidden[0].norm(dim=-1)[patches].sum(-1)
+    units = loud.topk(round(RATIO * len(patches))).indices.sort().values
+    hidden = hidden[:, patches[units].flatten()]
+    for layer in layers[2:]:
+        hidden = layer(hidden, None)
+    expected = _projected(model, norm(hidden).view(1, len(units), -1))[0]
+    with pruned(model, Loudest(), ratio=RATIO):
+        features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+        assert model.pruning.receipt.kept == [units.tolist()]
+    torch.testing.assert_close(features[units], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("policy", ["flowcut", "visionzip"])
