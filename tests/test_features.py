@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
@@ -19,6 +20,7 @@ from vlm_prune.encode.features import FeatureEncoder
 from vlm_prune.errors import UnsupportedCallError, UnsupportedModelError
 from vlm_prune.eval.census.prompts import KINDS, prompt
 from vlm_prune.eval.census.shrink import IMAGE, PAD, PATCH, SIDE, tiny_model
+from vlm_prune.versions import CACHE, cache_of
 
 FAMILIES = ["mistral3", "hunyuan_vl", "got_ocr2", "blip-2", "idefics2"]
 """Pixtral's tower, newlines with M-RoPE, a tower like SAM's, learned positions after query tokens, filled-up tiles."""
@@ -348,3 +350,65 @@ def test_llava_with_a_pixtral_tower_prunes_images_of_two_sizes():
         assert [len(units) for units in model.pruning.receipt.kept] == [16, 8]
         assert set(model.pruning.receipt.decoder_tokens) == {5 + 24}
     assert torch.equal(model(input_ids=ids, **pixels).logits, stock)
+
+
+def every(*left_out: str) -> pytest.MarkDecorator:
+    """All families of this file, one of them in the quick suite."""
+    names = [name for name in (*TOWERS, *FAMILIES) if name not in left_out]
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "family", [pytest.param(x, marks=() if x == "idefics3" else slow) for x in names]
+    )
+
+
+@every()
+def test_a_static_cache_and_bf16_answer_as_they_do_unpruned(family):
+    """Greedy tokens of a pruned model are those of a dynamic cache; in bf16 the answer is finite and restored."""
+    model, inputs, greedy = (
+        tiny_model(family),
+        prompt(model_of(family), 2),
+        {"max_new_tokens": 4, "do_sample": False},
+    )
+    with pruned(model, "uniform", ratio=RATIO):
+        expected = model.generate(**inputs, **greedy)
+        assert torch.equal(model.generate(**inputs, **greedy, cache_implementation="static"), expected)
+    model = model.bfloat16()
+    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    stock = model(**half).logits
+    with pruned(model, "divprune", ratio=RATIO):
+        assert model(**half).logits.isfinite().all()
+    assert torch.equal(model(**half).logits, stock)
+
+
+# PaliGemma's whole prompt sees itself, so that a turn is something else there; BLIP-2 takes none without an image
+@every("paligemma", "blip-2")
+def test_a_later_turn_is_what_the_whole_conversation_gives(family):
+    model, inputs = model_of(family), prompt(model_of(family), 1)
+    more = torch.tensor([[7, 8, 9, 11]])
+    ids = torch.cat([inputs["input_ids"], more], 1)
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    whole |= {n: torch.nn.functional.pad(inputs[n], (0, 4)) for n in KINDS if n in inputs}
+    with pruned(model, "uniform", ratio=RATIO):
+        expected = model(**whole).logits[:, -4:]
+        first = model(**inputs, use_cache=True)
+        later = {n: whole[n][:, -4:] for n in KINDS if n in inputs}
+        answer = model(
+            input_ids=more, attention_mask=torch.ones_like(ids), **{CACHE: cache_of(first)}, **later
+        ).logits
+    torch.testing.assert_close(answer, expected, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks by that name
+@every()
+def test_lora_on_a_pruned_model(family):
+    model, inputs = tiny_model(family), prompt(model_of(family), 1)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    stock = adapted(**inputs).logits
+    prune(adapted, "uniform", ratio=RATIO)
+    with torch.enable_grad():
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+        adapted(**inputs, labels=labels).loss.backward()
+    grads = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name and p.grad is not None]
+    assert any(g.abs().sum() > 0 for g in grads)
+    unprune(adapted)
+    assert torch.equal(adapted(**inputs).logits, stock)

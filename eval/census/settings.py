@@ -42,10 +42,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "deepseek_ocr2": {
-        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 3},
+        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 3, "num_experts_per_tok": 2},
         "vision_config": {"sam_config": {"downsample_channels": [32, 32]}},
     },
     "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64, "patch_size": 4}},
+    "diffusion_gemma": {
+        "text_config": {
+            **LAST_SEES_ALL,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        }
+    },
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4, "layer_types": None, "mlp_layer_types": None},
         "vision_config": {
