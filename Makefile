@@ -87,7 +87,11 @@ $(VLLM_READY): pyproject.toml tests/serving/requirements.txt tests/serving/prepa
 
 .PHONY: test-vllm
 test-vllm: $(VLLM_READY) ## serving on vLLM against the Hugging Face path, on CPU, one test after the other
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving -m "not slow"
+
+.PHONY: soak
+soak: $(VLLM_READY) ## ten minutes of good and bad requests to a pruned vLLM server, whose engine is killed twice
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m vlm_prune soak-serving --minutes 10 --kill-every 4
 
 # The four folders at the top become one package only when installed, so the type checker reads the installed wheel.
 # It is installed into an environment of its own that borrows the dependencies of the first one.
@@ -147,6 +151,10 @@ gpu: ## test, compare and measure on this machine's GPU, under 7 minutes: docs/g
 	@$(GPU_PYTHON) -c 'import vlm_prune.eval' 2>/dev/null || \
 		for folder in adapters policies eval; do ln -sfn ../$$folder vlm_prune/$$folder; done
 	$(GPU_PYTHON) -m vlm_prune.eval.bench.gpu
+
+.PHONY: gpu-serving
+gpu-serving: ## a vLLM server, dense against pruned, on a GPU; wants vLLM and this package, by pip: runs/bench-serving/
+	$(GPU_PYTHON) -m vlm_prune bench-serving --wide 4096 --rate 4 --rate 16 --requests 128 --new-tokens 64
 
 results: $(READY) ## every policy on the shipped models (about half an hour): docs/results.md, docs/policies.md
 	$(VENV)/bin/vlm-prune run examples/results-tiny.yaml --page docs/results.md

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..contract.anatomy import Anatomy, Family, Tower, feature_layers, square
 
-FAMILIES = {"internvl": Family("InternVL")}
+FAMILIES = {"internvl": Family("InternVL", frames=True)}
 """Those that the matrix shows."""
 
 

@@ -27,8 +27,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from vlm_prune.eval.chair.singular import singular
+from vlm_prune.eval.chair.tokens import tokenise
 from vlm_prune.eval.pope_matching import Row
+from vlm_prune.eval.records import read_json
 
 Nouns = Callable[[str], Sequence[str]]
 """The nouns of a text, in their singular, with repeats."""
@@ -66,6 +70,78 @@ class Words:
     def known(self) -> set[str]:
         """All words that count as objects."""
         return {*self.relations, *(word for words in self.relations.values() for word in words)}
+
+
+def plain_nouns(text: str) -> list[str]:
+    """Every word of a text in its singular. AMBER looks at the ones it knows, whatever part of speech they are.
+
+    >>> plain_nouns("Two men feed the horses.")
+    ['two', 'man', 'feed', 'the', 'horse', '.']
+    """
+    return [singular(token) for token in tokenise(text.lower())]
+
+
+def nltk_nouns() -> Nouns:
+    """What the released script takes for nouns: tokens that NLTK tags NN.., in their lemma.
+
+    Raises:
+        ImportError: NLTK or its data are not installed.
+    """
+    try:
+        from nltk.stem import WordNetLemmatizer  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from nltk.tag import pos_tag  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        lemmatizer = WordNetLemmatizer()
+        pos_tag(["dog"])
+        lemmatizer.lemmatize("dogs")
+    except (ImportError, LookupError) as missing:
+        raise ImportError(
+            "AMBER's nouns need NLTK and two of its data packages: pip install nltk && python -m nltk.downloader "
+            "wordnet averaged_perceptron_tagger_eng. Or take nouns: plain"
+        ) from missing
+
+    def nouns(text: str) -> list[str]:
+        tagged = pos_tag(tokenise(text))
+        return [lemmatizer.lemmatize(token) for token, tag in tagged if tag.startswith("NN")]
+
+    return nouns
+
+
+def read_words(relations: Path, safe: Path | None = None, nouns: Nouns = plain_nouns) -> Words:
+    """AMBER's words from its files, ``relation.json`` and ``safe_words.txt``.
+
+    Raises:
+        ValueError: the relations are no mapping of lists.
+    """
+    found = read_json(relations)
+    if not isinstance(found, dict) or not all(isinstance(words, list) for words in found.values()):
+        raise ValueError(f"{relations}: a JSON object of lists is needed, AMBER's relation.json")
+    lines = [] if safe is None else safe.read_text(encoding="utf-8").split("\n")
+    return Words(found, nouns, [line.strip() for line in lines if line.strip()])
+
+
+def read_annotations(path: Path) -> dict[str, Row]:
+    """AMBER's ``annotations.json`` by id.
+
+    Raises:
+        ValueError: it is no list of annotations.
+    """
+    found = read_json(path)
+    if not isinstance(found, list) or not all(isinstance(row, dict) and "id" in row for row in found):
+        raise ValueError(f"{path}: a JSON list of objects with id is needed, AMBER's annotations.json")
+    return {str(row["id"]): row for row in found}
+
+
+def read_yes_no(answer: str, parser: str = "exact") -> str:
+    """ "Yes", "No", or the answer as it is: of ``parser`` "word", what the first word says in any case.
+
+    >>> read_yes_no("yes, it is", "word"), read_yes_no("No.", "word"), read_yes_no("No."), read_yes_no("None", "word")
+    ('Yes', 'No', 'No.', 'None')
+    """
+    if parser == "exact":
+        return answer
+    first = "".join(c if c.isalnum() else " " for c in answer).split()[:1]
+    return first[0].capitalize() if first and first[0].lower() in ("yes", "no") else answer
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     ),
     "video": (
         "drops tokens that repeat from frame to frame",
-        "divprune",
-        "PruneVid DyCoke HoliTom FastVID VidCom2 FlashVID FrameFusion EVS PixelPrune",
+        "vidcom2",
+        "PruneVid HoliTom FlashVID FrameFusion EVS PixelPrune",
     ),
     "decoding": (
         "edits attention or logits against hallucination",

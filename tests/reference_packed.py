@@ -96,7 +96,7 @@ def packed_shorten(model: nn.Module, prompt: PackedPrompt, kept: PackedKept) -> 
         slots = iter(is_visual[b].nonzero()[:, 0].tolist())
         for tile in (tile for v in visuals for tile in v.tiles):
             mine = [next(slots) for _ in range(tile.units[0] * tile.units[1])]
-            chosen = torch.tensor([mine[i] for i in kept.units[number]])
+            chosen = torch.tensor([mine[i] for i in kept.units[number]], dtype=torch.long)
             live[b, chosen] = True
             embeds[b] = embeds[b].index_copy(0, chosen, kept.features[number])
             deep.append(kept.deepstack[number])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlm_prune.serving.plan import tiles_of
-from vlm_prune.serving.towers import qwen2_5_parts
+from vlm_prune.serving.towers import qwen_parts
 
 
 class PastHooks(nn.Module):
@@ -117,4 +117,4 @@ class Qwen(nn.Module):
         super().__init__()
         self.config = model.config
         self.visual = Visual(copy.deepcopy(model.model.visual))
-        self.parts = qwen2_5_parts(self, tiles_of(self.config))
+        self.parts = qwen_parts(self, tiles_of(self.config))

@@ -43,7 +43,7 @@ PAGES += ["docs/gpu/README.md"]
 PAGES += [f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.md"))]
 COMMAND = typer.main.get_command(app)
 
-CHECKED_ONLY = ("pip", "git", "cd", "hf", "lmms-eval", "export")
+CHECKED_ONLY = ("pip", "git", "cd", "hf", "lmms-eval", "export", "curl", "vllm")
 """Commands of others, whose options are theirs; they stand in blocks that are not run."""
 
 

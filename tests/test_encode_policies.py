@@ -7,7 +7,9 @@ import torch
 
 from tests import reference
 from tests.models import LAYOUTS, make, prompt
-from tests.reference_encode import ENCODE, agilepruner_units, seen
+from tests.reference_encode import ENCODE as OF_TILES
+from tests.reference_encode import agilepruner_units, seen
+from tests.reference_video import OF_IMAGES
 from vlm_prune import pruned
 from vlm_prune.contract.policy import Policy
 from vlm_prune.encode.shrink import grid_places, shrink
@@ -15,6 +17,7 @@ from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank
 from vlm_prune.policies.pooling import Downsample, smaller_grid
 from vlm_prune.registry import policy_class
 
+ENCODE = OF_TILES | OF_IMAGES
 MADE = {name: policy_class(name) for name in ENCODE}
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 policies = pytest.mark.parametrize("policy", ENCODE)

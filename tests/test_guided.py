@@ -12,6 +12,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from tests.models import IMAGE, TEXT, make, prompt
 from tests.policy_checks import CLOSE, RAGGED, generate, tiny
 from vlm_prune import PolicyError, UnsupportedCallError, prune, pruned
+from vlm_prune.eval.census.prompts import prompt as some_prompt
+from vlm_prune.eval.census.shrink import tiny_model
 from vlm_prune.policies.contrast import contrasted, implausible
 from vlm_prune.policies.dola import DoLa, divergence, layer_choice
 from vlm_prune.policies.pai import PAI
@@ -293,3 +295,27 @@ def test_the_pieces():
     assert layer_choice("high", 80, False) == tuple(range(60, 80, 2))
     assert layer_choice("low", 1, True) == (0,)
     assert TEXT.stop < IMAGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "smolvlm", "mistral3", "qwen3_5", "glm4v", "paligemma"])
+def test_families_of_which_less_is_known(family):
+    """Sliding windows, linear attention, blocks of image tokens: the contrast is that of two independent calls."""
+    model = tiny_model(family)
+    inputs = some_prompt(model)
+    first = model(**inputs).logits[:, -1]
+    second = model(**{**inputs, **noised(inputs, 600)}).logits[:, -1]
+    with pruned(model, "vcd", alpha=0.7, beta=0, noise_step=600):
+        torch.testing.assert_close(model(**inputs).logits[:, -1], 1.7 * first - 0.7 * second, **CLOSE)
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    if family in ("gemma3", "qwen3_5"):
+        with pytest.raises(PolicyError, match="It can in layers of full attention only"):
+            prune(model, "pai")
+        return
+    with pruned(model, "none"):
+        tokens = torch.tensor(model.pruning._anatomy.image_tokens)
+    text = inputs["input_ids"][~torch.isin(inputs["input_ids"], tokens)][None]
+    types = {name: torch.zeros_like(text) for name in ("token_type_ids",) if name in inputs}
+    alone = model(input_ids=text, position_ids=torch.arange(text.shape[1])[None], **types).logits[:, -1]
+    with pruned(model, "pai", alpha=0, gamma=1.7, beta=0):
+        torch.testing.assert_close(model(**inputs).logits[:, -1], 1.7 * first - 0.7 * alone, **CLOSE)

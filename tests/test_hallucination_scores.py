@@ -13,7 +13,10 @@ from vlm_prune.eval.amber import (
     Words,
     amber_score,
     official_f1,
+    plain_nouns,
     read_description,
+    read_words,
+    read_yes_no,
     score_descriptions,
     score_questions,
 )
@@ -211,3 +214,31 @@ def test_labels_of_repope_stand_in_for_those_of_pope(tmp_path):
         relabelled(questions, [{"text": "Yes"}], corrected)
     with pytest.raises(ValueError, match="question 9 of the labels"):
         relabelled(questions, answers, [{"question_id": 9, "label": "no"}])
+
+
+def test_words_from_ambers_files(tmp_path):
+    (tmp_path / "relation.json").write_text(json.dumps({"dog": ["puppy"], "tree": []}))
+    (tmp_path / "safe_words.txt").write_text("image\n\nscene \n")
+    read = read_words(tmp_path / "relation.json", tmp_path / "safe_words.txt")
+    found = read_description("Two puppies beside trees, in this image of a dog.", ["dog"], ["tree"], read)
+    assert found.nouns == ["puppy", "tree", "dog"]
+    assert (found.covered, found.imagined, found.hallucinated) == ({"dog"}, {"tree"}, ["tree"])
+    assert "image" in plain_nouns("images")
+    (tmp_path / "relation.json").write_text("[1]")
+    with pytest.raises(ValueError, match="a JSON object of lists is needed"):
+        read_words(tmp_path / "relation.json")
+
+
+@pytest.mark.parametrize(
+    ("answer", "word", "exact"),
+    [
+        ("Yes", "Yes", "Yes"),
+        ("yes.", "Yes", "yes."),
+        ("No, it", "No", "No, it"),
+        ("Not", "Not", "Not"),
+        ("", "", ""),
+    ],
+)
+def test_ambers_answers(answer, word, exact):
+    assert read_yes_no(answer, "word") == word
+    assert read_yes_no(answer, "exact") == exact

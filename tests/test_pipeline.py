@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import socket
+import time
+import urllib.request
+from contextlib import suppress
+
 import pytest
 import torch
 import transformers
@@ -120,3 +128,66 @@ def test_contrastive_search(policy, family, positions):
     want = contrastive(model, short.inputs)
     with pruned(model, policy, positions=positions, **budget(policy)):
         assert contrastive(model, batch.inputs) == want
+
+
+@pytest.mark.slow
+def test_transformers_serve():
+    """A model that ``transformers serve`` has loaded can be pruned, and answers over HTTP as by ``generate``."""
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    from transformers.cli.serve import Serve
+
+    from vlm_prune import prune, unprune
+    from vlm_prune.eval.models import model_path
+
+    model, processor = load_model("tiny-llava")
+    image, question, path = (
+        make_scene(1).image,
+        "Please describe this image in detail.",
+        str(model_path("tiny-llava")),
+    )
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    body = {
+        "model": path,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 20,
+        "stream": False,
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = Serve(force_model=path, port=port, non_blocking=True)
+
+    def served():
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["choices"][0]["message"]["content"]
+
+    def generated():
+        inputs = processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    try:
+        (loaded,) = serve._model_manager.loaded_models.values()
+        for _ in range(50):
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            time.sleep(0.2)
+        stock = generated()
+        assert served().strip() == stock
+        prune(loaded.model, "flowcut", tokens=3)
+        with pruned(model, "flowcut", tokens=3):
+            assert served().strip() == generated() != stock
+        unprune(loaded.model)
+        assert served().strip() == stock
+    finally:
+        serve.kill_server()

@@ -239,6 +239,9 @@ tasks:
   - {task: vqa, data: *own, max_new_tokens: 2}
   - {task: vqa, label: vqa of ten, metric: vqa, data: *own, max_new_tokens: 2}
   - {task: speed, label: own speed, data: *own, rounds: 1, prompts: 2}
+  - {task: amber_g, data: *own, annotations: FOLDER/shown.json, relations: FOLDER/relation.json, max_new_tokens: 8}
+  - {task: amber_d, data: *own, annotations: FOLDER/questions.json, max_new_tokens: 2}
+  - {task: mme, data: {jsonl: FOLDER/mme.jsonl}, max_new_tokens: 2}
 output: OUTPUT
 """
 
@@ -256,13 +259,20 @@ def test_every_kind_of_task_over_two_processes(tmp_path):
         )  # fmt: skip
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    text = EVERY_KIND.replace("ROWS", str(path))
+    shown = [{"id": row["id"], "type": "generative", "truth": ["dog"], "hallu": ["cat"]} for row in rows]
+    (tmp_path / "shown.json").write_text(json.dumps(shown))
+    asked = [{"id": row["id"], "type": "discriminative-relation", "truth": "no"} for row in rows]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    (tmp_path / "relation.json").write_text(json.dumps({"dog": ["puppy"], "cat": []}))
+    pairs = [{**row, "answer": answer, "category": "count"} for row in rows for answer in ("yes", "no")]
+    (tmp_path / "mme.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    text = EVERY_KIND.replace("ROWS", str(path)).replace("FOLDER", str(tmp_path))
     in_two_processes(tmp_path, tmp_path / "two", text)
     alone, _ = execute(tmp_path / "one", text)
     assert not alone.failed
     found = RunFolder(tmp_path / "two").rows()
     assert {row["kind"] for row in found} == KINDS
-    assert len(found) == 8
+    assert len(found) == 11
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert [*RunFolder(tmp_path / "two").times()] == [row["cell"] for row in found if row["kind"] == "speed"]
 

@@ -41,6 +41,14 @@ def test_examples_cover_the_published_models_and_budgets():
     names = {model.model.split("/")[-1] for config in found.values() for model in config.models}
     assert names >= {"llava-1.5-7b-hf", "llava-1.5-13b-hf", "llava-v1.6-vicuna-7b-hf", "InternVL3-8B-hf"}
     assert names >= {"llava-onevision-qwen2-7b-ov-hf", "tiny-llava", "tiny-internvl"}
+    assert names >= {
+        "Qwen2.5-VL-7B-Instruct",
+        "Qwen3-VL-8B-Instruct",
+        "gemma-3-4b-it",
+        "SmolVLM2-2.2B-Instruct",
+    }
+    kinds = {task.kind for config in found.values() for task in config.tasks}
+    assert kinds == {"pope", "chair", "amber_g", "amber_d", "mme", "vqa", "speed"}
     assert found["llava-1.5"].tokens == [192, 128, 64]
     assert found["llava-next"].tokens == [128, 64, 32]
 
@@ -56,7 +64,7 @@ def test_examples_cover_the_published_models_and_budgets():
         ("{scenes: 4}", "{jsonl: a.jsonl, columns: {questoin: q}}", 7, 'Did you mean "question"?'),
         ("{scenes: 4}", "{}", 7, "one of the keys scenes, jsonl, disk, hub, coco"),
         ("{scenes: 4}", "{scenes: 0}", 7, "tasks.0.data.scenes: 1 or more is needed, got 0"),
-        ("task: pope", "task: pop", 6, 'no task "pop". Did you mean "pope"? Available: pope, chair, vqa, speed.'),
+        ("task: pope", "task: pop", 6, 'no task "pop". Did you mean "pope"? Available: pope, chair, amber_g'),
         ("- task: pope", "- taks: pope", 6, 'tasks.0.taks: there is no such key. Did you mean "task"?'),
         ("- task: pope", "- prompt: what", 6, "tasks.0: the key task has to say which task it is, got prompt, data"),
         ("- task: pope\n    data: {scenes: 4}", "- pope", 6, "got 'pope'"),

@@ -22,6 +22,7 @@ from vlm_prune.eval.runs.asking import batches, tiles_of
 from vlm_prune.eval.runs.images import Picture
 from vlm_prune.eval.runs.models import Loaded
 from vlm_prune.eval.runs.samples import Sample, build_samples
+from vlm_prune.eval.runs.scoring import Scorer
 from vlm_prune.eval.runs.tiles import Tiles
 from vlm_prune.eval.runs.yaml_file import parse_config
 from vlm_prune.eval.scenes import make_scene, make_scenes
@@ -406,3 +407,103 @@ def test_a_vqa_task_asks_a_desk_one_question_a_category():
     assert all(isinstance(sample.label, list) and len(sample.label) == 1 for sample in found)
     captions = samples("{task: chair, data: {scenes: 12, kind: desk}}")
     assert [s.picture.digest for s in captions] == list(dict.fromkeys(s.picture.digest for s in found))
+
+
+AMBER_G = "{task: amber_g, data: {jsonl: ROWS, images: IMAGES}, annotations: TRUTH, relations: RELATIONS}"
+AMBER_D = "{task: amber_d, data: {jsonl: ROWS, images: IMAGES}, annotations: TRUTH}"
+
+
+def record_of(sample: Sample, answer: str) -> dict:
+    return {
+        "id": sample.id, "split": sample.split, "label": sample.label, "answer": answer, "scores": {},
+        "image": {"path": sample.picture.digest}, "tokens": 4, "visual_tokens": 16,
+    }  # fmt: skip
+
+
+def scored(text: str, samples: list[Sample], answers: list[str], **where) -> tuple[list[dict], dict]:
+    """Records and the row of a task's answers."""
+    text = f"models: [m]\npolicies: [none]\ntasks:\n  - {text}\noutput: out\n"
+    for name, value in where.items():
+        text = text.replace(name, str(value))
+    scorer = Scorer(parse_config(text, "run.yaml").tasks[0])
+    records = [scorer.judge(record_of(s, answer)) for s, answer in zip(samples, answers, strict=True)]
+    return records, scorer.row(records)
+
+
+def amber(images, tmp_path):
+    """AMBER's files in small: one description, three questions."""
+    queries = [{"id": n, "image": f"{n}.png", "query": f"Question {n}?"} for n in range(1, 5)]
+    truth = [
+        {"id": 1, "type": "generative", "truth": ["dog", "tree"], "hallu": ["cat"]},
+        {"id": 2, "type": "discriminative-hallucination", "truth": "no"},
+        {"id": 3, "type": "discriminative-attribute-state", "truth": "yes"},
+        {"id": 4, "type": "relation", "truth": "no"},
+    ]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "relations.json").write_text(json.dumps({"dog": ["puppy"], "tree": [], "cat": [], "sun": []}))
+    return {
+        "ROWS": write_lines(tmp_path / "queries.jsonl", queries), "IMAGES": images[0],
+        "TRUTH": tmp_path / "truth.json", "RELATIONS": tmp_path / "relations.json",
+    }  # fmt: skip
+
+
+def test_amber_in_a_run(images, tmp_path):
+    where = amber(images, tmp_path)
+    described, questions = samples(AMBER_G, **where), samples(AMBER_D, **where)
+    assert [s.id for s in described] == ["1"]
+    assert [s.id for s in questions] == ["existence/2", "attribute/3", "relation/4"]
+    assert questions[0].question == "Question 2? Please answer yes or no."
+    records, row = scored(AMBER_G, described, ["Puppies under the sun, with a cat."], **where)
+    assert records[0]["scores"]["hallucinated"] == ["sun", "cat"]
+    assert row["metrics"] == {"chair": 2 / 3, "cover": 1 / 2, "hal": 1.0, "cog": 1.0}
+    records, row = scored(AMBER_D, questions, ["No.", "no", "Yes"], **where)
+    assert [record["scores"]["correct"] for record in records] == [True, False, False]
+    assert row["metrics"]["accuracy"] == pytest.approx(1 / 3)
+    assert (row["metrics"]["precision"], row["metrics"]["recall"]) == (1 / 2, 1 / 2)
+    assert row["metrics"]["existence_f1"] == 1
+    exact = AMBER_D.replace("}, annotations", "}, parser: exact, annotations")
+    assert scored(exact, questions, ["No.", "Yes", "No"], **where)[1]["metrics"]["accuracy"] == pytest.approx(
+        2 / 3
+    )
+    (tmp_path / "truth.json").write_text("[]")
+    with pytest.raises(ValueError, match="has no annotation of id 1"):
+        samples(AMBER_G, **where)
+
+
+def test_mme_in_a_run(images, tmp_path):
+    folder, _ = images
+    rows = [
+        {
+            "question_id": f"count/{n}.png", "image": f"{n}.png", "category": "count",
+            "question": f"{answer}? Please answer yes or no.", "answer": answer,
+        }
+        for n in (1, 2) for answer in ("Yes", "No")
+    ]  # fmt: skip
+    where = {"ROWS": write_lines(tmp_path / "mme.jsonl", rows), "IMAGES": folder}
+    text = "{task: mme, data: {jsonl: ROWS, images: IMAGES}}"
+    found = samples(text, **where)
+    assert [s.id for s in found][:2] == ["count/count/1.png#1", "count/count/1.png#2"]
+    _, row = scored(text, found, ["Yes", "No", "yes", "Yes it is"], **where)
+    assert row["metrics"] == {"count": 100 * (3 / 4 + 1 / 2), "perception": 125.0, "accuracy": 3 / 4}
+    with pytest.raises(ValueError, match="leave limit out"):
+        samples("{task: mme, data: {jsonl: ROWS, images: IMAGES, limit: 3}}", **where)
+    with pytest.raises(ValueError, match="give jsonl, disk or hub"):
+        samples("{task: mme, data: {scenes: 3}}")
+
+
+def test_other_labels_for_popes_questions(images, tmp_path):
+    """RePOPE: some labels turn, ambiguous questions go."""
+    folder, _ = images
+    rows = [
+        {"question_id": n, "image": f"{n}.png", "text": f"Is there a {n}?", "label": "yes"}
+        for n in range(1, 5)
+    ]
+    other = [{"question_id": n, "label": label} for n, label in ((1, "yes"), (2, "no"), (4, "yes"))]
+    where = {
+        "ROWS": write_lines(tmp_path / "coco_pope_random.jsonl", rows),
+        "OTHER": write_lines(tmp_path / "repope.jsonl", other), "IMAGES": folder,
+    }  # fmt: skip
+    found = samples("{task: pope, data: {jsonl: ROWS, images: IMAGES}, labels: OTHER}", **where)
+    assert [(s.id, s.label) for s in found] == [("1", "yes"), ("2", "no"), ("4", "yes")]
+    with pytest.raises(ValueError, match="give one for each"):
+        samples("{task: pope, data: {jsonl: ROWS, images: IMAGES}, labels: [OTHER, OTHER]}", **where)

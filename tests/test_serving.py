@@ -27,8 +27,8 @@ from vlm_prune.serving.encoder import ServedEncoder, live_rows
 from vlm_prune.serving.plan import Plan, check_served
 
 SERVED = (
-    "agilepruner", "divprune", "flowcut", "holov", "pool", "random", "scope", "uniform", "visionzip",
-    "vispruner", "zooprune",
+    "agilepruner", "divprune", "dycoke", "fastvid", "flowcut", "holov", "pool", "random", "scope", "uniform", "vidcom2",
+    "visionzip", "vispruner", "zooprune",
 )  # fmt: skip
 FAMILIES = ("llava", "llava-full", "internvl")
 
@@ -51,7 +51,10 @@ def features_of(model, pixels):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", SERVED)
 def test_a_served_tower_gives_the_rows_of_a_pruned_model(family, policy):
-    model, settings = shared(family), TABLE[policy].settings
+    model, settings = (
+        shared(family),
+        TABLE[policy].settings | {"positions": "compact"},
+    )  # as vLLM numbers them
     plan = Plan.of(with_plan(model, policy=policy, ratio=0.3, **settings))
     pixels = prompt(family, [(2, -3, 4)]).pixels
     with pruned(model, policy, ratio=0.3, **settings):

@@ -50,7 +50,8 @@ def prune(
             pruned then.
         policy: a policy's name, see the table in the README, or a policy object. Several are composed in written
             order: ``"flowcut+vhr"``, or a list of objects.
-        tokens: visual tokens to keep per image (per tile where a model cuts images into tiles).
+        tokens: visual tokens to keep per image (per tile where a model cuts images into tiles; per frame of a video,
+            which policies over frames such as VidCom2 let frames share).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
         per: what the budget applies to: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
             itself, as in the papers; or ``"image"``, all tiles of an image (or frames of a video) together. They

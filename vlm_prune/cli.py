@@ -25,6 +25,7 @@ ELSEWHERE = {
     **dict.fromkeys(("report", "compare", "inspect"), "report_cli"),
     "ask": "ask_cli",
     "bench": "bench.cli",
+    **dict.fromkeys(("bench-serving", "soak-serving"), "served.cli"),
     "lmms-tasks": "lmms.cli",
 }
 """Commands that live in other modules of ``vlm_prune.eval``."""

@@ -28,12 +28,14 @@ NOTES = {
     "cls": "There is no CLS token: the mean query over all patches is used instead, and the receipt says so.",
     "resized": "Images that the model does not resize (up to nine tiles); large ones and videos raise, because the "
     "policy chooses among tokens that are blended afterwards.",
+    "frames": "Frames of a video come like tiles of images, and each has its own budget: the policy treats each as a "
+    "video of one frame.",
     "others": "Every other model that puts image features at placeholders, found by reading it; "
     "[families](docs/families.md) lists them. Those with a tower like Qwen's take all policies.",
 }
 """Footnotes of the matrix, in its order."""
 
-MARKS = ("¹", "²", "³")
+MARKS = ("¹", "²", "³", "⁴")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def support(policy: str, family: str) -> Cell:
     cls = ("cls",) if kind.reads_cls and not facts.cls else ()
     if facts.resizes and kind.encodes and not kind.late:
         return Cell(PART, (*cls, "resized"))
-    return Cell(FULL, cls)
+    return Cell(FULL, (*cls, "frames") if facts.frames and kind.over_frames else cls)
 
 
 def elsewhere(policy: str) -> Cell:

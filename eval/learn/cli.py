@@ -1,4 +1,4 @@
-"""The commands ``train-exit`` (DyVTE's gates) and ``tune`` (VFlowOpt's settings)."""
+"""The commands ``train-exit`` (DyVTE's gates) and ``tune`` (VFlowOpt's settings, or a budget)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlm_prune.cli import plain_errors
+from vlm_prune.errors import PolicyError
 
 app = typer.Typer(add_completion=False, help="Fit a policy's own parameters to a model.")
 
@@ -65,26 +66,74 @@ def tune_command(
     out: Annotated[Path, typer.Option(help="The JSON config to write; prune(model, config=...) loads it.")],
     model: ModelName = "tiny-llava",
     data: DataFile = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Find the smallest budget that keeps this share of right answers, instead."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="With --floor: a policy to try, several times for several.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="With --floor: of the claim.")] = 0.95,
+    metric: Annotated[str, typer.Option(help="With --floor: exact, vqa, relaxed or anls.")] = "exact",
+    max_new_tokens: Annotated[int, typer.Option(help="With --floor: the longest answer.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="With --floor: prompts answered together.")] = 8,
     target: Annotated[
         float, typer.Option(help="Visual tokens kept, averaged over the decoder's layers.")
     ] = 0.25,
     calls: Annotated[int, typer.Option(help="Settings to try.")] = 300,
     initial: Annotated[int, typer.Option(help="How many of them by lot.")] = 27,
-    samples: Annotated[int, typer.Option(help="Prompts to compare on.")] = 30,
+    samples: Annotated[int | None, typer.Option(help="Prompts to compare on: 30; with --floor 400.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search and the choice of prompts.")] = 42,
 ) -> None:
-    """Search VFlowOpt's settings for a model and a budget by Bayesian optimisation; resumes from OUT.study."""
+    """Search VFlowOpt's settings for a model and a budget by Bayesian optimisation; resumes from OUT.study.
+
+    With --floor find the smallest budget of some policies whose loss stays within it, on samples with answers.
+    """
     with plain_errors():
+        if policy and floor is None:
+            raise PolicyError("--policy belongs to --floor: give --floor 0.99, for instance.")
         from vlm_prune.eval.checkpoints import open_model
+
+        from .data import examples as read
+        from .data import questions
+
+        loaded, processor = open_model(model, "auto")
+        count = samples or (30 if floor is None else 400)
+        if floor is None:
+            turns = read(data, model, 7 * count, seed)[::7]
+        else:
+            turns = questions(model, count, seed) if data is None else read(data, model, count, seed)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if floor is not None:
+            from .floor import Tried, find_budget
+
+            def show(tried: Tried) -> None:
+                verdict = "keeps" if tried.passed else "misses"
+                typer.echo(
+                    f"{tried.policy} ratio={tried.ratio:.3g}: {tried.kept} of {tried.images} images kept, at least "
+                    f"{tried.bound:.3f}: {verdict} {floor:g}; score {tried.score:.3f}, compute {tried.compute:.2f}"
+                )
+
+            chosen = find_budget(
+                loaded,
+                processor,
+                turns,
+                policy or ["flowcut"],
+                floor,
+                confidence=confidence,
+                metric=metric,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                watch=show,
+            )
+            chosen.save(out)
+            typer.echo(f"config in {out}: prune(model, config={str(out)!r})")
+            return
         from vlm_prune.eval.learn.tune import tune
 
         from ..measure import prompt_text
-        from .data import examples as read
 
-        loaded, processor = open_model(model, "auto")
-        turns = read(data, model, 7 * samples, seed)[::7]
         prompts = [(turn.image, prompt_text(processor, turn.question)) for turn in turns]
-        out.parent.mkdir(parents=True, exist_ok=True)
         found = tune(
             loaded,
             prompts,
@@ -92,7 +141,7 @@ def tune_command(
             processor=processor,
             calls=calls,
             initial=initial,
-            samples=samples,
+            samples=count,
             seed=seed,
             study=out.with_suffix(".study"),
             output=out,

@@ -15,7 +15,7 @@ from vlm_prune.eval.images import load_image
 from vlm_prune.eval.measure import prompt_text
 from vlm_prune.eval.models import MODELS
 from vlm_prune.eval.records import read_records
-from vlm_prune.eval.scenes import make_scenes
+from vlm_prune.eval.scenes import make_scenes, pope_questions
 from vlm_prune.eval.tiny.language import dialogue
 
 
@@ -35,11 +35,7 @@ def examples(data: Path | None, model: str, count: int, seed: int) -> list[Examp
         ValueError: no file for a model that does not come with scenes, or a line without one of the three keys.
     """
     if data is None:
-        if model not in MODELS:
-            raise ValueError(
-                f"data for {model!r}: give --data with a jsonl file of image, question and answer. Only the shipped "
-                f"models ({', '.join(MODELS)}) have scenes of their own."
-            )
+        _has_scenes(model)
         return list(_scene_examples(model, count, seed))
     found = []
     for number, record in enumerate(read_records(data)[:count], 1):
@@ -53,8 +49,38 @@ def examples(data: Path | None, model: str, count: int, seed: int) -> list[Examp
     return found
 
 
+def questions(model: str, count: int, seed: int) -> list[Example]:
+    """A yes-no question about each of ``count`` fresh scenes for a shipped model.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    _has_scenes(model)
+    scenes = list(make_scenes(count, seed, [_size(model)], min_names=3))
+    rows = pope_questions(scenes, "random", seed)
+    wanted = {(number, "yes" if number % 2 else "no") for number in range(count)}
+    found: dict[int, Example] = {}
+    for row in rows:
+        if (row["image"], row["label"]) in wanted:
+            found.setdefault(row["image"], Example(scenes[row["image"]].image, row["text"], row["label"]))
+    return list(found.values())
+
+
+def _has_scenes(model: str) -> None:
+    """Raise if scenes were not made for a model."""
+    if model not in MODELS:
+        raise ValueError(
+            f"data for {model!r}: give --data with a jsonl file of image, question and answer. Only the shipped "
+            f"models ({', '.join(MODELS)}) have scenes of their own."
+        )
+
+
+def _size(model: str) -> tuple[int, int]:
+    return (256, 128) if model == "tiny-internvl" else (128, 128)
+
+
 def _scene_examples(model: str, count: int, seed: int) -> Iterator[Example]:
-    size = (256, 128) if model == "tiny-internvl" else (128, 128)
+    size = _size(model)
     rng = np.random.default_rng(seed)
     for scene in make_scenes(-(-count // 7), seed, [size], min_names=1):
         for turn in dialogue(scene.objects, [True] * len(scene.objects), size, rng):

@@ -62,6 +62,18 @@ METRICS: dict[str, dict[str, tuple[str, str, int]]] = {
         "length": ("length", "", 1),
     },
     "vqa": {"accuracy": ("accuracy", "higher", 3)},
+    "amber_g": {
+        "chair": ("CHAIR", "lower", 3),
+        "cover": ("cover", "higher", 3),
+        "hal": ("hal", "lower", 3),
+        "cog": ("cog", "lower", 3),
+    },
+    "amber_d": {"accuracy": ("accuracy", "higher", 3), "f1": ("F1 of no", "higher", 3)},
+    "mme": {
+        "accuracy": ("accuracy", "higher", 3),
+        "perception": ("perception", "higher", 0),
+        "cognition": ("cognition", "higher", 0),
+    },
 }
 """By kind of task, metric -> (heading, better, digits). The first one is drawn."""
 

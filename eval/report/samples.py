@@ -138,6 +138,8 @@ def read_some(folder: RunFolder, cell: str, places: Sequence[int]) -> list[Recor
 
 def label_text(label: Any) -> str:
     """What is true, in words."""
+    if isinstance(label, dict):
+        return "; ".join(f"{name}: {label_text(value)}" for name, value in label.items())
     return ", ".join(map(str, label)) if isinstance(label, list) else "" if label is None else str(label)
 
 
@@ -178,7 +180,7 @@ def _set(kept: Pool, units: Sequence[int] | None, grid: Sequence[int]) -> int:
 
 def verdict(kind: str, scores: Record) -> str:
     """How an answer was scored: "right", "wrong", or "" where it is no matter of right and wrong."""
-    if kind == "pope":
+    if "correct" in scores:
         return "right" if scores["correct"] else "wrong"
     if kind == "vqa":
         return "right" if scores["accuracy"] >= 0.5 else "wrong"

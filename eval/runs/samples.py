@@ -9,14 +9,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.eval.amber import DIMENSIONS, read_annotations
 from vlm_prune.eval.chair import CaptionReader, Vocabulary, coco_truth, read_image_ids, sample_image_ids
 from vlm_prune.eval.coco import ImageId, image_id, instance_objects, other_names
+from vlm_prune.eval.pope import relabelled
 from vlm_prune.eval.pope_questions import build_questions, read_object_lists
+from vlm_prune.eval.records import read_records
 from vlm_prune.eval.runs.config import OnBadImage
 from vlm_prune.eval.runs.images import Picture
-from vlm_prune.eval.runs.sources import CocoData, ScenesData
+from vlm_prune.eval.runs.sources import CocoData, JsonlData, ScenesData
 from vlm_prune.eval.runs.tables import Row, table_rows
-from vlm_prune.eval.runs.tasks import ChairTask, PopeTask, SpeedTask, Task, VqaTask
+from vlm_prune.eval.runs.tasks import (
+    AmberGenerativeTask,
+    AmberQuestionsTask,
+    ChairTask,
+    MmeTask,
+    PopeTask,
+    SpeedTask,
+    Task,
+    VqaTask,
+)
 from vlm_prune.eval.scenes import PLURALS, Scene, make_desks, make_scenes, pope_questions
 from vlm_prune.eval.scenes.questions import desk_questions
 
@@ -30,7 +42,8 @@ class Sample:
         split: such as "adversarial"; empty if there is one only.
         picture: the image.
         question: what is asked, without the chat template.
-        label: "yes" or "no" (pope), the objects in the image (chair), accepted answers (vqa), nothing (speed).
+        label: "yes" or "no" (pope, amber_d, mme), the objects in the image (chair), those and the objects that are
+            imagined there (amber_g), accepted answers (vqa), nothing (speed).
     """
 
     id: str
@@ -118,19 +131,69 @@ def _scene_questions(scenes: list[Scene], split: str, seed: int) -> list[dict[st
 
 
 def _of_table(task: Task, rows: Iterable[Row]) -> Iterator[Sample]:
+    label_of = _labels(task)
+    counts: Counter[str] = Counter()
     for row in rows:
-        label: Any = None
-        if isinstance(task, ChairTask):
-            label = row.need("objects", list)
-        elif isinstance(task, VqaTask):
-            label = row.answers()
-        elif isinstance(task, PopeTask):
-            label = row.need("answer", str).strip().lower()
-            if label not in ("yes", "no"):
-                raise ValueError(f"{row.where}: label {label!r}, 'yes' or 'no' is needed")
+        found = label_of(row)
+        if found is None:
+            continue
+        split, label = found
         question = "" if "{question}" not in task.prompt else row.need("question", str)
-        name = f"{row.split}/{row.id}" if row.split else row.id
-        yield Sample(name, row.split, row.picture(), asked(task, question), label)
+        name = f"{split}/{row.id}" if split else row.id
+        if isinstance(task, MmeTask):  # both questions of an image have its name for an id
+            counts[name] += 1
+            name = f"{name}#{counts[name]}"
+        yield Sample(name, split, row.picture(), asked(task, question), label)
+
+
+def _labels(task: Task) -> Callable[[Row], tuple[str, Any] | None]:
+    """What is true of a row, and its split; ``None`` leaves the row out."""
+    if isinstance(task, ChairTask):
+        return lambda row: (row.split, row.need("objects", list))
+    if isinstance(task, VqaTask):
+        return lambda row: (row.split, row.answers())
+    if isinstance(task, PopeTask) and task.labels:
+        return _relabelled(task)
+    if isinstance(task, PopeTask | MmeTask):
+        return lambda row: (row.split, _yes_no(row))
+    if isinstance(task, AmberGenerativeTask | AmberQuestionsTask):
+        annotations = read_annotations(task.annotations)
+        generative = isinstance(task, AmberGenerativeTask)
+
+        def annotated(row: Row) -> tuple[str, Any] | None:
+            if row.id not in annotations:
+                raise ValueError(f"{row.where}: {task.annotations} has no annotation of id {row.id}")
+            found = annotations[row.id]
+            if (found["type"] == "generative") != generative:
+                return None  # AMBER's files of all queries hold both
+            if generative:
+                return "", {"truth": found["truth"], "hallu": found["hallu"]}
+            return DIMENSIONS.get(found["type"], "relation"), found["truth"]
+
+        return annotated
+    return lambda row: (row.split, None)
+
+
+def _yes_no(row: Row) -> str:
+    label: str = row.need("answer", str).strip().lower()
+    if label not in ("yes", "no"):
+        raise ValueError(f"{row.where}: label {label!r}, 'yes' or 'no' is needed")
+    return label
+
+
+def _relabelled(task: PopeTask) -> Callable[[Row], tuple[str, Any] | None]:
+    """Labels from the files of other ones, one for each file of questions."""
+    assert isinstance(task.data, JsonlData)
+    other = {}
+    for path, labels in zip(task.data.jsonl, task.labels, strict=True):
+        questions, _ = relabelled(read_records(path), [], read_records(labels))
+        other[str(path)] = {str(row["question_id"]): str(row["label"]).strip().lower() for row in questions}
+
+    def label(row: Row) -> tuple[str, Any] | None:
+        known = next(found for path, found in other.items() if row.where.startswith(f"{path}, row "))
+        return (row.split, known[row.id]) if row.id in known else None
+
+    return label
 
 
 def _of_coco(task: Task, data: CocoData, seed: int) -> Iterator[Sample]:

@@ -7,11 +7,32 @@ from typing import Any
 
 import numpy as np
 
+from vlm_prune.eval.amber import (
+    AmberResult,
+    Words,
+    nltk_nouns,
+    plain_nouns,
+    read_description,
+    read_words,
+    read_yes_no,
+    score_descriptions,
+    score_questions,
+)
 from vlm_prune.eval.chair import CaptionReader, score_captions
+from vlm_prune.eval.mme import mme_scores, read_answer
 from vlm_prune.eval.pope import RATES, mean_rates, parse_answer, score_pope
 from vlm_prune.eval.runs.folder import Record
 from vlm_prune.eval.runs.samples import caption_reader
-from vlm_prune.eval.runs.tasks import ChairTask, PopeTask, SpeedTask, Task, VqaTask
+from vlm_prune.eval.runs.tasks import (
+    AmberGenerativeTask,
+    AmberQuestionsTask,
+    ChairTask,
+    MmeTask,
+    PopeTask,
+    SpeedTask,
+    Task,
+    VqaTask,
+)
 from vlm_prune.eval.tiny.metrics import bootstrap
 from vlm_prune.eval.vqa import METRICS, normalised
 
@@ -25,6 +46,10 @@ class Scorer:
     def __init__(self, task: Task):
         self.task = task
         self._reader: CaptionReader | None = caption_reader(task) if isinstance(task, ChairTask) else None
+        self._words: Words | None = None
+        if isinstance(task, AmberGenerativeTask):
+            nouns = nltk_nouns() if task.nouns == "nltk" else plain_nouns
+            self._words = read_words(task.relations, task.safe, nouns)
 
     def judge(self, record: Record) -> Record:
         """The record with the scores of its answer."""
@@ -39,6 +64,20 @@ class Scorer:
             plain = task.metric in ("exact", "vqa")
             read = normalised(answer) if plain else " ".join(answer.split())
             scores = {"accuracy": METRICS[task.metric](answer, label), "read": read}
+        elif self._words is not None:
+            found = read_description(answer, label["truth"], label["hallu"], self._words)
+            scores = {
+                "nouns": found.nouns,
+                "hallucinated": found.hallucinated,
+                "covered": sorted(found.covered),
+                "imagined": sorted(found.imagined),
+            }
+        elif isinstance(task, AmberQuestionsTask):
+            said = read_yes_no(answer, task.parser)
+            scores = {"said": said, "correct": said == label.capitalize()}
+        elif isinstance(task, MmeTask):
+            said = read_answer(answer)
+            scores = {"said": said, "correct": said == label}
         return {**record, "scores": scores}
 
     def _caption(self, caption: str, objects: list[str]) -> dict[str, Any]:
@@ -59,6 +98,12 @@ class Scorer:
             scored = self._chair(records)
         elif isinstance(task, VqaTask):
             scored = _vqa(records)
+        elif self._words is not None:
+            scored = _amber_descriptions(records, self._words)
+        elif isinstance(task, AmberQuestionsTask):
+            scored = _amber_questions(records)
+        elif isinstance(task, MmeTask):
+            scored = _mme(records)
         else:
             assert isinstance(task, SpeedTask)
             scored = {"metrics": {name: _mean(r["scores"][name] for r in records) for name in SPEED}}
@@ -110,6 +155,62 @@ def _pope_counts(record: Record) -> list[float]:
     """True and false positives, misses, right ones, 1."""
     yes, true = record["scores"]["said"] == "yes", record["label"] == "yes"
     return [yes and true, yes and not true, true and not yes, record["scores"]["correct"], 1]
+
+
+def _amber_descriptions(records: Sequence[Record], words: Words) -> dict[str, Any]:
+    result = score_descriptions([{"response": r["answer"], **r["label"]} for r in records], words)
+    counts = _by_image(
+        records,
+        lambda r: [
+            *(len(r["scores"][name]) for name in ("hallucinated", "nouns", "covered")),
+            len(set(r["label"]["truth"])),
+        ],
+    )
+    intervals = {
+        "chair": list(bootstrap(counts, lambda t: t[0] / max(1, t[1]))),
+        "cover": list(bootstrap(counts, lambda t: t[2] / max(1, t[3]))),
+    }
+    return {"metrics": result.rates, "intervals": intervals, "undefined": result.undefined}
+
+
+def _amber_questions(records: Sequence[Record]) -> dict[str, Any]:
+    kinds = {"existence": "discriminative-hallucination", "attribute": "discriminative-attribute-state"}
+    rows = [
+        {
+            "response": r["scores"]["said"],
+            "truth": r["label"],
+            "type": kinds.get(r["split"], "discriminative-relation"),
+        }
+        for r in records
+    ]
+    results: dict[str, AmberResult] = score_questions(rows)
+    whole = results.pop("all")
+    metrics = dict(whole.rates)
+    if len(results) > 1:
+        metrics |= {f"{name}_{rate}": x for name, one in results.items() for rate, x in one.rates.items()}
+    counts = _by_image(records, lambda record: [record["scores"]["correct"], 1])
+    return {
+        "metrics": metrics,
+        "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))},
+        "undefined": whole.undefined,
+    }
+
+
+def _mme(records: Sequence[Record]) -> dict[str, Any]:
+    rows = [
+        {
+            "category": r["split"],
+            "image": r["image"]["path"],
+            "label": r["label"],
+            "answer": r["answer"],
+        }
+        for r in records
+    ]
+    counts = _by_image(records, lambda record: [record["scores"]["correct"], 1])
+    return {
+        "metrics": {**mme_scores(rows), "accuracy": _mean(r["scores"]["correct"] for r in records)},
+        "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))},
+    }
 
 
 def _vqa(records: Sequence[Record]) -> dict[str, Any]:

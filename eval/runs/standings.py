@@ -65,10 +65,30 @@ def _hallucinates(record: Record) -> tuple[float, float]:
     return float(any(m["hallucinated"] for m in record["scores"]["mentions"])), 1.0
 
 
+def _correct(record: Record) -> tuple[float, float]:
+    return float(record["scores"]["correct"]), 1.0
+
+
 JUDGED: dict[str, tuple[Judged, ...]] = {
-    "pope": (Judged("accuracy", "accuracy", 1, lambda r: (float(r["scores"]["correct"]), 1.0)),),
+    "pope": (Judged("accuracy", "accuracy", 1, _correct),),
     "chair": (Judged("f1", "object F1", 1, _object_f1), Judged("chair_s", "CHAIRs", -1, _hallucinates)),
     "vqa": (Judged("accuracy", "accuracy", 1, lambda r: (float(r["scores"]["accuracy"]), 1.0)),),
+    "amber_g": (
+        Judged(
+            "chair",
+            "CHAIR",
+            -1,
+            lambda r: (float(len(r["scores"]["hallucinated"])), float(len(r["scores"]["nouns"]))),
+        ),
+        Judged(
+            "cover",
+            "cover",
+            1,
+            lambda r: (float(len(r["scores"]["covered"])), float(len(set(r["label"]["truth"])))),
+        ),
+    ),
+    "amber_d": (Judged("accuracy", "accuracy", 1, _correct),),
+    "mme": (Judged("accuracy", "accuracy", 1, _correct),),
 }
 """By kind of task."""
 

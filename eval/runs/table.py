@@ -172,6 +172,20 @@ def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Lin
             ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval),
             *_verdicts("accuracy", "accuracy"),
         ),
+        "amber_g": (
+            ("CHAIR", "chair", _rate), ("95 %", "chair_interval", _interval), ("cover", "cover", _rate),
+            ("95 %", "cover_interval", _interval), ("hal", "hal", _rate), ("cog", "cog", _rate),
+            *_verdicts("chair", "CHAIR"), *_verdicts("cover", "cover"),
+        ),
+        "amber_d": (
+            ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval), ("F1 of no", "f1", _rate),
+            *_verdicts("accuracy", "accuracy"),
+        ),
+        "mme": (
+            ("perception", "perception", "{:.0f}".format), ("cognition", "cognition", "{:.0f}".format),
+            ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval),
+            *_verdicts("accuracy", "accuracy"),
+        ),
         "speed": (("prefill", "prefill_ratio", "{:.2f}".format), ("KV", "kv_ratio", "{:.2f}".format)),
     }[kind]  # fmt: skip
     found = []
@@ -203,7 +217,7 @@ def _cell(name: str, form: Callable[[Any], str]) -> Callable[[Line], str]:
 
 def _count(task: Task, line: Line) -> str:
     label, kind = task
-    what = {"pope": "questions", "chair": "captions", "vqa": "questions"}.get(kind)
+    what = {"speed": None, "chair": "captions", "amber_g": "descriptions"}.get(kind, "questions")
     count = line.get(COUNTS.get(kind, "") if label == kind and kind in COUNTS else f"n_{label}")
     if what is None or count is None:
         return ""

@@ -1,17 +1,17 @@
-"""What a run asks of its models: POPE, CHAIR, visual question answering, speed."""
+"""What a run asks of its models: POPE, CHAIR, AMBER, MME, visual question answering, speed."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from vlm_prune.eval.chair import VARIANTS
 from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
-from vlm_prune.eval.runs.sources import CocoData, Data, ScenesData
+from vlm_prune.eval.runs.sources import CocoData, Data, JsonlData, ScenesData
 from vlm_prune.eval.runs.strict import Count, Misplaced, Strict
 
 Split = Literal["random", "popular", "adversarial"]
@@ -38,7 +38,7 @@ class TaskEntry(Strict):
 
     @property
     def kind(self) -> str:
-        """pope, chair, vqa or speed."""
+        """pope, chair, amber_g, amber_d, mme, vqa or speed."""
         kind: str = self.task  # type: ignore[attr-defined]
         return kind
 
@@ -67,9 +67,12 @@ class PopeTask(TaskEntry):
     Attributes:
         splits: which absent objects are asked for, where questions are built (scenes, coco).
         parser: how an answer is read.
+        labels: other labels for the questions, by ``question_id``, one file for each of the data's: RePOPE's. Questions
+            that they leave out are not asked.
     """
 
     task: Literal["pope"]
+    labels: list[Path] = Field(default_factory=list)
     splits: list[Split] = Field(["random", "popular", "adversarial"])
     parser: str = "official"
 
@@ -78,9 +81,21 @@ class PopeTask(TaskEntry):
     def _known(cls, parser: str) -> str:
         return choose("POPE parser", parser, PARSERS)
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
     @model_validator(mode="after")
     def _prompted(self) -> PopeTask:
         _asks(self)
+        files = len(self.data.jsonl) if isinstance(self.data, JsonlData) else None
+        if self.labels and files != len(self.labels):
+            raise Misplaced(
+                f"{len(self.labels)} files of other labels for {files or 'no'} jsonl files of questions: give one for "
+                "each of the data's, in their order",
+                "labels",
+            )
         return self
 
 
@@ -112,6 +127,72 @@ class ChairTask(TaskEntry):
                 "prompt",
             )
         return self
+
+
+class AmberGenerativeTask(TaskEntry):
+    """Which nouns of a description does AMBER not find in the image?
+
+    Attributes:
+        annotations: AMBER's ``annotations.json``: for each id the objects that are there, and those that tend to be
+            imagined.
+        relations: AMBER's ``relation.json``: other words for each object.
+        safe: AMBER's ``safe_words.txt``, words that are right in every image, one a line.
+        nouns: ``plain`` takes every word that AMBER knows, in its singular; ``nltk`` those that NLTK tags as nouns, in
+            their lemma, as the released script does.
+    """
+
+    task: Literal["amber_g"]
+    annotations: Path
+    relations: Path
+    safe: Path | None = None
+    nouns: Literal["plain", "nltk"] = "plain"
+    max_new_tokens: Count = 512
+
+    @model_validator(mode="after")
+    def _rows(self) -> AmberGenerativeTask:
+        _of_rows(self)
+        return self
+
+
+class AmberQuestionsTask(TaskEntry):
+    """AMBER's yes-no questions, about existence, attributes and relations.
+
+    Attributes:
+        annotations: AMBER's ``annotations.json``: for each id the truth, and what is asked about.
+        parser: ``word`` takes an answer for "Yes" or "No" if its first word is that, in any case; ``exact`` only if it
+            is nothing else, as the released script does.
+    """
+
+    task: Literal["amber_d"]
+    annotations: Path
+    parser: Literal["word", "exact"] = "word"
+    prompt: str = "{question} Please answer yes or no."
+
+    @model_validator(mode="after")
+    def _rows(self) -> AmberQuestionsTask:
+        _of_rows(self)
+        _asks(self)
+        return self
+
+
+class MmeTask(TaskEntry):
+    """MME: two yes-no questions an image, of which a category's score wants both right."""
+
+    task: Literal["mme"]
+
+    @model_validator(mode="after")
+    def _rows(self) -> MmeTask:
+        _of_rows(self)
+        _asks(self)
+        if self.data.limit is not None:  # type: ignore[union-attr]
+            raise Misplaced("MME needs both questions of each image: leave limit out", "data", "limit")
+        return self
+
+
+def _of_rows(task: TaskEntry) -> None:
+    """Raises where data are no rows of a benchmark."""
+    if isinstance(task.data, ScenesData | CocoData):
+        raise Misplaced(f"{task.kind} is a data set of its own: give jsonl, disk or hub", "data")
 
 
 class VqaTask(TaskEntry):
@@ -146,4 +227,7 @@ class SpeedTask(TaskEntry):
     rounds: Count = 3
 
 
-Task = Annotated[PopeTask | ChairTask | VqaTask | SpeedTask, Field(discriminator="task")]
+Task = Annotated[
+    PopeTask | ChairTask | AmberGenerativeTask | AmberQuestionsTask | MmeTask | VqaTask | SpeedTask,
+    Field(discriminator="task"),
+]

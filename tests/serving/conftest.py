@@ -15,9 +15,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A random Qwen2.5-VL."""
-    from tests.serving.checkpoints import random_qwen2_5_vl
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
+def folder(request, tmp_path_factory):
+    """A random Qwen-VL of each generation."""
+    from tests.serving.checkpoints import random_qwen
 
-    return random_qwen2_5_vl(tmp_path_factory.mktemp("qwen"))
+    return random_qwen(request.param, tmp_path_factory.mktemp(request.param))

@@ -79,12 +79,14 @@ def engine(model: str | Path, plan: dict[str, Any] | None, **options: Any) -> It
         cleanup_dist_env_and_memory()
 
 
-def ask(llm: Any, asks: list[Ask], most: int = 24, requests: list[Any] | None = None) -> list[Answer]:
-    """Answers of an engine to all prompts at once."""
+def ask(
+    llm: Any, asks: list[Ask], most: int = 24, requests: list[Any] | None = None, **more: Any
+) -> list[Answer]:
+    """Answers of an engine to all prompts at once; ``more`` are arguments of ``generate``."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=most, logprobs=0)
-    outputs = llm.generate(requests or [one.request() for one in asks], sampling, use_tqdm=False)
+    outputs = llm.generate(requests or [one.request() for one in asks], sampling, use_tqdm=False, **more)
     found = []
     for output in outputs:
         tokens, seen = list(output.outputs[0].token_ids), output.outputs[0].logprobs
@@ -108,8 +110,12 @@ def expect(name: str | Path, asks: list[Ask], plan: dict[str, Any] | None, most:
     model, processor = hugging_face(name)
     found = []
     for one in asks:
-        options = {key: value for key, value in (plan or {}).items() if key not in ("tokens", "ratio")}
-        budget = one.budget or {key: value for key, value in (plan or {}).items() if key not in options}
+        options = {
+            key: value for key, value in (plan or {}).items() if key not in ("tokens", "ratio", "ceiling")
+        }
+        budget = one.budget or {
+            key: value for key, value in (plan or {}).items() if key in ("tokens", "ratio")
+        }
         prune = pruned(model, **options, **budget) if plan and one.images else nullcontext()
         inputs = processor(images=list(one.images) or None, text=one.prompt, return_tensors="pt")
         with prune:
@@ -132,10 +138,10 @@ def expect(name: str | Path, asks: list[Ask], plan: dict[str, Any] | None, most:
     return found
 
 
-def same(ours: list[Answer], theirs: list[Answer]) -> None:
+def same(ours: list[Answer], theirs: list[Answer], tolerance: float = TOLERANCE) -> None:
     """Raise unless tokens, prompt lengths and log-probabilities agree."""
     assert [one.rows for one in ours] == [one.rows for one in theirs]
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.tokens == other.tokens, f"prompt {number}: {mine.tokens} is not {other.tokens}"
         worst = max(abs(a - b) for a, b in zip(mine.logprobs, other.logprobs, strict=True))
-        assert worst < TOLERANCE, f"prompt {number}: log-probabilities differ by {worst}"
+        assert worst < tolerance, f"prompt {number}: log-probabilities differ by {worst}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.serving.engines import Ask, engine, scene
+from tests.serving.engines import Ask, scene
 
 See = partial(Ask, mark="<|vision_start|><image><|vision_end|>\n")
 WIDE, TALL = (224, 136), (112, 256)
-mended = partial(engine, worker_extension_cls="vlm_prune.serving.cpu.Mended")
 PLAN = {"policy": "flowcut", "ratio": 0.25}
 STAR = "Is there a star in the image?"
 

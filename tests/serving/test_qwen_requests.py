@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.serving.engines import ask, expect, hugging_face, same, scene
-from tests.serving.qwen_prompts import ASKS, PLAN, TALL, WIDE, See, mended
+from tests.serving.engines import ask, engine, expect, hugging_face, same, scene
+from tests.serving.qwen_prompts import ASKS, PLAN, TALL, WIDE, See
 
 
 @pytest.fixture(scope="module")
 def served(folder):
-    with mended(folder, PLAN, enable_mm_embeds=True) as llm:
+    with engine(folder, PLAN, enable_mm_embeds=True) as llm:
         yield llm
 
 

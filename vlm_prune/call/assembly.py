@@ -19,12 +19,13 @@ class Group:
     """Tokens of an image among which one choice is made; for several members of one shape, such as frames, separately.
 
     ``rows`` int64 ``(members, tokens)`` are their indices among the image's rows, ``grid`` rows and columns of a
-    member, ``tiles`` how many tiles of the tower it represents.
+    member, ``tiles`` how many tiles of the tower it represents, ``frames`` how many frames of a video a member is.
     """
 
     rows: torch.Tensor
     grid: tuple[int, int]
     tiles: int
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Packing:
         tiles: numbers of its tiles in the call.
         source: int64 ``(rows,)``, the unit that each row is, numbered through its tiles; -1 for newlines.
         resized: whether rows blend several units; ``source`` then only says which rows are newlines.
-        joint: whether its tiles share one budget.
+        joint: whether one choice is made among all its tiles, or all its frames.
         groups: what is chosen among together: the thumbnail of an image and the grid of its other tiles, or frames.
         grids: rows and columns of visual tokens of each tile, or of each member of the groups if resized.
         numbers: int64 ``(rows,)``, the token that each row is, counted from 1 through `grids`; 0 for newlines.
@@ -60,7 +61,8 @@ class Packing:
         if not self.joint:
             return self.groups
         rows = torch.cat([group.rows.flatten() for group in self.groups])[None]
-        return [Group(rows, (1, rows.shape[1]), len(self.tiles))]
+        frames = len(self.tiles) if len(self.groups) == 1 else 1
+        return [Group(rows, (1, rows.shape[1]), len(self.tiles), frames)]
 
     @property
     def newline(self) -> torch.Tensor:
@@ -88,7 +90,7 @@ class Packing:
 def read_packing(arrangement: Arrangement, grid: tuple[int, int], joint: bool) -> list[Packing]:
     """How stock code assembles the tiles of a call, each a ``grid`` of units.
 
-    ``joint`` says that the tiles of an image share one budget.
+    ``joint`` says that one choice is made among all tiles of an image, or all frames of a video.
     """
     units, count = grid[0] * grid[1], sum(arrangement.images)
     number = torch.arange(count * units, dtype=torch.float64).view(count, units)

@@ -54,6 +54,9 @@ class Policy:
     late: ClassVar[bool] = False
     """Whether `encode_final` can choose among other tokens than those that its tower layers saw: those of a resized
     grid, or of all tiles of an image at once. What it leaves in ``carry`` then comes resized as the features do."""
+    over_frames: ClassVar[bool] = False
+    """Whether `encode_final` chooses among all frames of a video at once, which share their budgets, where a model
+    tells which frames form one. An image is a video of one frame."""
     reads_cls: ClassVar[bool] = False
     """Whether `encode` asks for the attention that CLS pays; a tower without CLS is asked with its mean query."""
     per_image: ClassVar[bool] = False

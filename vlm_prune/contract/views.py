@@ -99,14 +99,15 @@ class FeaturesView:
 
     Attributes:
         features: ``(batch, units, channels)``, one row per token of the language model, in raster order.
-        grid: rows and columns of a tile's units.
-        target: units wanted, per tile.
+        grid: rows and columns of a tile's units; 1 and their number where tiles or frames stand in one row.
+        target: units wanted, per tile, or of all frames together.
         content_key: ``(batch,)`` int64, a number that depends on a tile's pixels alone.
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower; ``None`` once
-            tiles are assembled into images.
+            tiles are assembled into images, or frames into videos.
         carry: what the policy left in `TowerView.carry`.
         project: the projector as a plain function of ``(batch, units, channels)`` like ``features``, in their dtype;
             ``None`` after it, and where the model's projector is not known.
+        frames: of how many frames of a video the units are, as many of each, one frame after the other.
     """
 
     features: torch.Tensor
@@ -116,6 +117,7 @@ class FeaturesView:
     pixels: torch.Tensor | None
     carry: dict[str, torch.Tensor]
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
+    frames: int = 1
 
     def of(self, tiles: torch.Tensor, target: int) -> FeaturesView:
         """The same for some ``tiles`` only, int64 numbers, with ``target`` units wanted."""

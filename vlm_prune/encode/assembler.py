@@ -180,6 +180,7 @@ class Assembler(FeatureMethod):
                 content_key=key,
                 pixels=None,
                 carry={name: x[places] for name, x in carry.items()},
+                frames=group.frames,
             )
             keep = self.encoder.ask_final(view)
             if keep is None:
@@ -196,7 +197,12 @@ class Assembler(FeatureMethod):
 
     def _target(self, packing: Packing, group: Group) -> int:
         """Tokens wanted of each member of a group."""
-        return self.encoder.budget.units(group.rows.shape[1], 1 if packing.joint else group.tiles)
+        count = group.rows.shape[1]
+        if self.encoder.shares_late:
+            return self.encoder.budget.units(count)
+        if packing.joint:  # frames, which have a budget each and share them
+            return self.encoder.budget.units(count // group.frames) * group.frames
+        return self.encoder.budget.units(count, group.tiles)
 
     def _targets(self, call: EncodeCall, packing: Packing) -> list[int]:
         """Tokens wanted of each grid in the receipt."""

@@ -79,7 +79,10 @@ class FeatureEncoder(EncodeStage):
         if not call.whole:
             rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in features])
             keys = tile_keys(pixels, len(sizes), rows.device)
-            opened = self._choose(call, rows, keys)
+            alone = [1] * len(sizes)
+            opened = self._choose(
+                call, rows, keys, frames_of(given, len(sizes)) if self.over_frames else alone
+            )
             if self.composition.entry is not None:
                 self._offer(call, rows, keys)
             parts = opened.split([x.shape[:-1].numel() for x in features])
@@ -99,12 +102,23 @@ class FeatureEncoder(EncodeStage):
                     Offer(tile[None], places, [number], call.grids[number], call.targets[number], key, {})
                 )
 
-    def _choose(self, call: EncodeCall, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Ask about tile after tile of ``rows`` ``(all tokens, channels)``; returns them with holes."""
-        keeps, tiles = [], []
-        for number, tile in enumerate(rows.split(call.units)):
-            target = call.targets[number]
-            view = FeaturesView(tile[None], call.grids[number], target, keys[number : number + 1], None, {})
+    def _choose(
+        self, call: EncodeCall, rows: torch.Tensor, keys: torch.Tensor, together: list[int]
+    ) -> torch.Tensor:
+        """Ask about tile after tile of ``rows`` ``(all tokens, channels)``; returns them with holes.
+
+        ``together`` are the tiles that one choice is made among.
+        """
+        keeps: list[Keep] = []
+        parts = []
+        units = iter(rows.split(call.units))
+        for frames in together:
+            first = len(keeps)
+            tile, grid = torch.cat([next(units) for _ in range(frames)]), call.grids[first]
+            target, key = sum(call.targets[first : first + frames]), keys[first : first + 1]
+            if frames > 1:
+                grid, key = (1, len(tile)), keys[first : first + frames].sum(0, keepdim=True)
+            view = FeaturesView(tile[None], grid, target, key, None, {}, frames=frames)
             keep = self.ask_final(view) if target < len(tile) else None
             if keep is None:
                 keep, opened = Keep(torch.arange(len(tile), device=tile.device)[None]), tile
@@ -112,10 +126,14 @@ class FeatureEncoder(EncodeStage):
                 live = gather_rows(tile[None], keep.index) if keep.rows is None else keep.rows.to(tile.dtype)
                 live = live + stream.overflow(tile[None])
                 opened = stream.open_holes(live, keep.index, len(tile), keep.valid)[0]
-            keeps.append(keep)
-            tiles.append(opened)
+            if frames > 1:
+                masks = keep.mask(len(tile)).view(frames, -1)
+                keeps += [Keep.from_mask(mask[None], masks.shape[1]) for mask in masks]
+            else:
+                keeps.append(keep)
+            parts.append(opened)
         call.keeps = keeps
-        return torch.cat(tiles)
+        return torch.cat(parts)
 
 
 class FeatureReader(FeatureMethod):
@@ -137,6 +155,21 @@ class FeatureReader(FeatureMethod):
                 let_ride(output, call)
             self.encoder.end(call)
         return self.note(output, args, kwargs)
+
+
+def frames_of(given: Mapping[str, Any], tiles: int) -> list[int]:
+    """How many of the ``tiles`` that came of a call are one video each, or one image.
+
+    Of videos by their frames, in ``video_grid_thw`` or in pixels ``(videos, frames, channels, height, width)``; where
+    these do not add up, each tile is alone.
+    """
+    pixels, sizes = given.get("pixel_values_videos"), given.get("video_grid_thw")
+    frames = [1] * tiles
+    if pixels is not None and sizes is not None:
+        frames = sizes[:, 0].tolist()  # stock code waits for them too
+    elif isinstance(pixels, torch.Tensor) and pixels.dim() == 5:
+        frames = [pixels.shape[1]] * len(pixels)
+    return frames if sum(frames) == tiles else [1] * tiles
 
 
 def field_of(output: ModelOutput) -> str:

@@ -106,7 +106,8 @@ class Encoder(EncodeStage):
             receipt=self.session.new_receipt(grids, targets),
         )
         if arrangement is not None:
-            call.packings = read_packing(arrangement, grid, self.shares_late)
+            over_frames = self.over_frames and arrangement.frame_grid is not None
+            call.packings = read_packing(arrangement, grid, self.shares_late or over_frames)
             self._check_late(call)
             if under_way is not None and under_way.forward is not None:
                 check_rows(under_way.forward, [span.rows for span in call.spans])

@@ -85,35 +85,60 @@ class Merger:
         state: PackedState = call.state
         pieces, begin, dropped = [], 0, False
         project = None if after_projector else Projection(self.stage.projector, group)
-        for i, tile in enumerate(state.tiles):
-            units = tile.count // self.group
+        alone = [range(i, i + 1) for i in range(call.tiles)]
+        for tiles in state.media if self.stage.over_frames else alone:
+            units = sum(state.tiles[i].count for i in tiles) // self.group
             mine = features[begin : begin + units * group].reshape(units, -1)
             begin += units * group
-            if units == call.units[i] and call.targets[i] < units:
-                order = self._raster(tile)
-                view = FeaturesView(
-                    pick(mine[None], order, 1),
-                    call.grids[i],
-                    call.targets[i],
-                    content_key(state.given(i)),
-                    state.picture(i),
-                    tile.carry,
-                    project,
-                )
-                keep = self.stage.ask_final(view, after_projector)
+            target = sum(call.targets[i] for i in tiles)
+            if units == sum(call.units[i] for i in tiles) and target < units:
+                keep = self.stage.ask_final(self._view(call, tiles, mine, target, project), after_projector)
                 if keep is not None:
-                    mine, dropped = self._keep_final(tile, mine, keep, order), True
+                    mine, dropped = self._keep_final([state.tiles[i] for i in tiles], mine, keep), True
             pieces.append(mine.reshape(-1, features.shape[-1]))
         if not dropped:
             return None
         state.fitted = {}
         return torch.cat(pieces)
 
-    def _keep_final(
-        self, tile: Tile, features: torch.Tensor, keep: Keep, order: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The chosen units of a whole tile's ``features`` ``(units, channels)``, or what they were merged to."""
-        index, merged = keep.index[0], keep.rows
+    def _view(
+        self, call: EncodeCall, tiles: range, features: torch.Tensor, target: int, project: Any
+    ) -> FeaturesView:
+        """What the policies are shown of the ``features`` ``(units, channels)`` of one tile, or of a video's frames."""
+        state: PackedState = call.state
+        several = [state.tiles[i] for i in tiles]
+        single, first = len(tiles) == 1, tiles.start
+        given = [state.given(i) for i in tiles]
+        return FeaturesView(
+            pick(features[None], self._rasters(several), 1),
+            call.grids[first] if single else (1, len(features)),
+            target,
+            content_key(given[0] if single else torch.cat(given, 1)),
+            state.picture(first) if single else None,
+            {name: torch.cat([tile.carry[name] for tile in several], 1) for name in several[0].carry},
+            project,
+            len(tiles),
+        )
+
+    def _rasters(self, tiles: list[Tile]) -> torch.Tensor | None:
+        """The units of several tiles, one after the other, each in raster order; ``None`` if they stand so."""
+        orders, begin = [], 0
+        for tile in tiles:
+            if (order := self._raster(tile)) is None:
+                return None
+            orders.append(order + begin)
+            begin += len(order)
+        return torch.cat(orders)
+
+    def _keep_final(self, tiles: list[Tile], features: torch.Tensor, keep: Keep) -> torch.Tensor:
+        """The chosen units of whole tiles' ``features`` ``(units, channels)``, or what they were merged to.
+
+        Waits for the device where there are several, to know how many stay of each.
+        """
+        index, merged, order = keep.index[0], keep.rows, self._rasters(tiles)
+        if keep.valid is not None and len(tiles) > 1:
+            there = keep.valid[0]
+            index, merged = index[there], None if merged is None else merged[:, there]
         place = index if order is None else order[index]
         if merged is None:
             place = place.sort().values
@@ -122,6 +147,13 @@ class Merger:
             place, by_place = place.sort()
             left = merged[0][by_place]
         left = left + stream.overflow(features[None])[0]
-        tile.carry = {name: x.gather(1, keep.index) for name, x in tile.carry.items()}
-        tile.alive = tile.alive[stream.grouped(place, self.group)]
+        units, counts = len(features) // len(tiles), [len(index)]
+        if len(tiles) > 1:
+            frame = torch.arange(len(tiles), device=place.device)[:, None]
+            counts = (place // units == frame).sum(-1).tolist()
+        parts = zip(tiles, index.split(counts), place.split(counts), strict=True)
+        for number, (tile, chosen, stand) in enumerate(parts):
+            mine = chosen[None] - number * units
+            tile.carry = {name: x.gather(1, mine) for name, x in tile.carry.items()}
+            tile.alive = tile.alive[stream.grouped(stand - number * units, self.group)]
         return left

@@ -92,13 +92,13 @@ class PackedEncoder(EncodeStage):
         )
         self.begin(call)
         shown = [self._shown(grid, target) for grid, target in zip(grids, targets, strict=True)]
-        call.state = self._begin(call, shown)
+        ends = accumulate(frames for frames, _, _ in sizes)
+        media = [range(end - size[0], end) for size, end in zip(sizes, ends, strict=True)]
+        call.state = self._begin(call, shown, media)
         if shown == grids:
             return None
-        firsts = [0, *accumulate(frames for frames, _, _ in sizes)][
-            :-1
-        ]  # all frames of a video are resized alike
-        patches = [[self.tower.merge * side for side in shown[first]] for first in firsts]
+        # all frames of a video are resized alike
+        patches = [[self.tower.merge * side for side in shown[frames.start]] for frames in media]
         shrunk = given["grid_thw"].clone()
         shrunk[:, 1:] = torch.tensor(patches)
         smaller = [self._shrink(call.state, i, small) for i, small in enumerate(shown)]
@@ -119,7 +119,7 @@ class PackedEncoder(EncodeStage):
         frames = shrink(state.frames(i), small[0] * merge * side, small[1] * merge * side)
         return frames_to_patches(frames, small, *state.sides)
 
-    def _begin(self, call: EncodeCall, shown: list[tuple[int, int]]) -> PackedState:
+    def _begin(self, call: EncodeCall, shown: list[tuple[int, int]], media: list[range]) -> PackedState:
         sizes = [rows * columns * self.tower.merge**2 for rows, columns in shown]
         tiles, device = [], call.pixels.device
         for grid, small, size, end in zip(call.grids, shown, sizes, accumulate(sizes), strict=True):
@@ -129,7 +129,8 @@ class PackedEncoder(EncodeStage):
                 raster = places if raster is None else places[raster]
             alive = torch.arange(end - size, end, device=device)
             tiles.append(Tile(end - size, alive, raster, self.tower.merge**2, self.single_patches))
-        return PackedState(tiles, sum(sizes), call.grids, call.pixels, (self.tower.merge, *self.tower.patch))
+        sides = (self.tower.merge, *self.tower.patch)
+        return PackedState(tiles, sum(sizes), call.grids, call.pixels, sides, media)
 
     def enter_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

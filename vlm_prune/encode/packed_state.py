@@ -72,6 +72,7 @@ class PackedState:
         grids: rows and columns of units of each, as the processor prepared it.
         pixels: the tower's input.
         sides: patches along a unit, frames of a patch, pixels along a patch.
+        media: the tiles of each image or video, by their numbers.
         fitted: a block's arguments for what is alive.
     """
 
@@ -80,6 +81,7 @@ class PackedState:
     grids: list[tuple[int, int]]
     pixels: torch.Tensor
     sides: tuple[int, int, int]
+    media: list[range]
     seen: list[Seen] = field(default_factory=list)
     fitted: dict[Any, Any] = field(default_factory=dict)
     segments: list[torch.Tensor] = field(default_factory=list)

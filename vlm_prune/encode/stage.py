@@ -83,6 +83,11 @@ class EncodeStage:
         """Whether the tiles of an image compete for one budget, so that tokens are chosen when it is complete."""
         return self.budget.joint and not any(policy.per_image for policy in self.policies)
 
+    @property
+    def over_frames(self) -> bool:
+        """Whether one choice is made among all frames of a video."""
+        return any(policy.over_frames for policy in self.policies)
+
     def check_shared(self) -> None:
         """Raise if tokens must be chosen among all tiles of an image and a policy cannot do that."""
         unable = [p.name for p in self.policies if p.encodes and not (p.enters or p.late)]

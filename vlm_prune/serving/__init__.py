@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from .client import image_embeds
+from .metrics import open_folder
 from .plan import FAMILIES, KEY
 
 __all__ = ["image_embeds", "register"]
@@ -18,6 +19,7 @@ CLASSES = {
     "InternVLForConditionalGeneration": "vlm_prune.serving.models:PrunedInternVL",
     "LlavaForConditionalGeneration": "vlm_prune.serving.models:PrunedLlava",
     "Qwen2_5_VLForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen2_5",
+    "Qwen3VLForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen3",
 }
 """Architectures that vLLM finds in a checkpoint, and the classes that take their place."""
 
@@ -35,7 +37,10 @@ def register() -> None:
     def inspect_model_cls(architectures: Any, model_config: Any) -> Any:
         """Refuse to serve unpruned what was asked to be pruned."""
         info, architecture = stock(architectures, model_config)
-        if architecture not in CLASSES and getattr(model_config.hf_config, KEY, None) is not None:
+        if getattr(model_config.hf_config, KEY, None) is None:
+            return info, architecture
+        open_folder()  # before vLLM starts its workers
+        if architecture not in CLASSES:
             raise UnsupportedModelError(
                 f'hf_overrides has "{KEY}", but vlm_prune cannot prune {architecture} in vLLM. It knows models of type '
                 f'{", ".join(sorted(FAMILIES))}, in vLLM\'s own implementation (not model_impl="transformers").'

@@ -19,6 +19,17 @@ def check_engine(vllm_config: Any) -> None:
                 f"{option}=True: a compiled or captured vision tower runs no hooks, so nothing would be pruned. "
                 "Leave it out; the language model may be compiled."
             )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise UnsupportedModelError(
+            f"speculative decoding by {speculative.method!r}: a drafter that reads the prompt would have to be pruned "
+            'as the model is, and none is. Choose method "ngram", which looks at tokens alone, or leave it out.'
+        )
+    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+        raise UnsupportedModelError(
+            "enable_tower_connector_lora=True: adapters of the vision tower or the projector replace the modules that "
+            "vlm_prune has hooks on. Leave it out; adapters of the language model may be used."
+        )
     options = vllm_config.model_config.multimodal_config.mm_processor_kwargs or {}
     if KEY in options:
         raise UnsupportedModelError(

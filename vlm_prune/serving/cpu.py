@@ -1,4 +1,4 @@
-"""vLLM's CPU workers, mended where this module is imported: they carry positions beside embeddings as others do.
+"""vLLM's CPU runner, mended: it carries positions beside embeddings where an engine does, as other runners do.
 
 ``CPUModelRunner.load_model`` of vLLM 0.32 does not find out whether an engine does that. Other devices need nothing.
 """
@@ -7,27 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
+ATTRIBUTE = "is_multimodal_pruning_enabled"
 
-class Mended:
-    """Adds nothing to a worker: ``worker_extension_cls="vlm_prune.serving.cpu.Mended"`` has it import this module."""
+
+class Asked:
+    """In place of the runner's attribute: what its config says, whatever was set."""
+
+    def __get__(self, runner: Any, owner: Any = None) -> bool:
+        """Whether the engine carries positions beside embeddings."""
+        from vllm.model_executor.models.interfaces import supports_multimodal_pruning
+
+        config = runner.model_config.multimodal_config
+        if config is None or not supports_multimodal_pruning(runner.get_model()):
+            return False
+        return bool(config.is_multimodal_pruning_enabled())
+
+    def __set__(self, runner: Any, value: bool) -> None:
+        """The stock runner sets it to False before the model is loaded, and leaves it there."""
 
 
 def mend() -> None:
-    """Let the CPU runner ask its config after loading."""
+    """Let the CPU runner ask its config."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    if hasattr(CPUModelRunner.load_model, "stock"):
-        return
-    stock = CPUModelRunner.load_model
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Load the model, and ask."""
-        stock(self, *args, **kwargs)
-        config = self.model_config.multimodal_config
-        self.is_multimodal_pruning_enabled = config is not None and config.is_multimodal_pruning_enabled()
-
-    load_model.stock = stock  # type: ignore[attr-defined]
-    CPUModelRunner.load_model = load_model
-
-
-mend()
+    if not isinstance(vars(CPUModelRunner).get(ATTRIBUTE), Asked):
+        setattr(CPUModelRunner, ATTRIBUTE, Asked())

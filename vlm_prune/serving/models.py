@@ -8,17 +8,22 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import (
+    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.models import interns1, llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .checks import check_engine, check_ranks_agree
 from .encoder import ServedEncoder, live_rows
+from .metrics import Counters
 from .plan import Plan
 from .processor import FIELD, Pruning
 from .towers import internvl_parts, llava_parts
+
+logger = init_logger("vllm.plugins.vlm_prune")  # below vLLM's own, whose settings hold
 
 
 class Pruned:
@@ -38,6 +43,7 @@ class Pruned:
         parts = type(self).parts(self, plan.tiles)
         self.plan = plan
         self.encoder = self.encoder_class(parts, _gather, plan.policy)
+        self.counters = Counters(plan.policy.name) if get_tensor_model_parallel_rank() == 0 else None
         # no more images at once than an unpruned engine would encode, for whose towers memory is set aside
         self.at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
@@ -49,12 +55,17 @@ class Pruned:
         if self.plan is None:
             raise RuntimeError("images were prepared for pruning by an engine that does not prune")
         budgets: list[int] = tokens.flatten().tolist()
-        found: list[torch.Tensor | None] = [None] * len(budgets)
+        found: list[Any] = [None] * len(budgets)
+        seen = self.image_tokens(**kwargs)
         for budget in dict.fromkeys(budgets):
             numbers = [number for number, other in enumerate(budgets) if other == budget]
-            for some in self.batches(numbers, **kwargs):
-                for number, embeds in zip(some, self._encode(self.plan, budget, some, kwargs), strict=True):
-                    found[number] = embeds
+            for some in self.batches(numbers, seen):
+                embeds = self._encode(self.plan, budget, some, kwargs)
+                for number, rows in zip(some, embeds, strict=True):
+                    found[number] = rows
+                if self.counters is not None:
+                    dense, kept = sum(seen[number] for number in some), sum(map(len, embeds))
+                    self.counters.add(dense, kept, len(some), self.encoder.times)
         return found
 
     def _encode(
@@ -88,9 +99,9 @@ class Pruned:
         tokens = (self.plan and self.plan.tiles.tokens) or 0
         return [count * tokens for count in self.tile_counts(**kwargs)]
 
-    def batches(self, numbers: list[int], **kwargs: Any) -> list[list[int]]:
-        """Images divided into batches of `at_once` visual tokens or one image."""
-        counts, found = self.image_tokens(**kwargs), list[list[int]]([[]])
+    def batches(self, numbers: list[int], counts: list[int]) -> list[list[int]]:
+        """Images divided into batches of `at_once` visual tokens or one image; ``counts`` are those of all images."""
+        found = list[list[int]]([[]])
         for number in numbers:
             if found[-1] and sum(counts[other] for other in found[-1]) + counts[number] > self.at_once:
                 found.append([])
@@ -111,6 +122,8 @@ class Pruned:
             stock()
         if self.plan is not None:
             self.check_tower(self.plan)
+            if self.counters is not None:
+                logger.info("vlm_prune: %s", self.plan)
 
     @torch.inference_mode()
     def check_tower(self, plan: Plan) -> None:
@@ -129,6 +142,12 @@ def _gather(x: torch.Tensor) -> torch.Tensor:
     return tensor_model_parallel_all_gather(x.contiguous())
 
 
+def most_tokens(info: Any, dense: int) -> int:
+    """The most tokens that a request may keep of an image that has ``dense``; the scheduler makes room for them."""
+    plan = Plan.of(info.get_hf_config())
+    return dense if plan is None else plan.most(dense)
+
+
 class LlavaPruning(Pruning, llava.LlavaMultiModalProcessor):
     """LLaVA's processor, with shorter prompts."""
 
@@ -140,11 +159,11 @@ def _llava_processor(info: Any, dummy_inputs: Any) -> Any:
 
 
 class LlavaInfo(llava.LlavaProcessingInfo):
-    """Says how large a request's image can be: a request may ask for all tokens."""
+    """Says how large a request's image can be."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """All tokens of an image."""
-        return {"image": self.get_max_image_tokens()}
+        """What the ceiling leaves of an image."""
+        return {"image": most_tokens(self, self.get_max_image_tokens())}
 
 
 def _llava_info(ctx: Any) -> Any:
@@ -174,11 +193,11 @@ class InternVLPruning(Pruning, interns1.InternS1MultiModalProcessor):
 
 
 class InternVLInfo(interns1.InternS1ProcessingInfo):
-    """Says how large a request's image can be: a request may ask for all tokens."""
+    """Says how large a request's image can be."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """All tokens of the image with most tiles, and of the longest video."""
-        found = {"image": self.get_max_image_tokens()}
+        """What the ceiling leaves of the image with most tiles, and all tokens of the longest video."""
+        found = {"image": most_tokens(self, self.get_max_image_tokens())}
         if mm_counts.get("video"):
             frames = self.get_num_frames_with_most_features(seq_len, mm_counts)
             found["video"] = frames * self.get_hf_processor().image_seq_length

@@ -55,6 +55,8 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
                 partial(self.show, number), with_kwargs=True
             )
         wrap(self.projector, lambda module, args, kwargs: _first(merger.enter(module, args)), merger.leave)
+        for module in self.tower.deepstack:
+            wrap(module, after=merger.leave_deepstack)
 
     def enter_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin an encode call, inside `keeping` only; ``grid_thw`` is a list of lists."""

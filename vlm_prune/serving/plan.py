@@ -69,21 +69,34 @@ def internvl_tiles(config: Any) -> Tiles:
     return Tiles(grid, 0, vision.num_hidden_layers - 1, "tile")
 
 
-def qwen2_5_tiles(config: Any) -> Tiles:
-    """Of a ``Qwen2_5_VLConfig``."""
+def qwen_tiles(config: Any) -> Tiles:
+    """Of a ``Qwen2_5_VLConfig`` or a ``Qwen3VLConfig``."""
     return Tiles(None, 0, config.vision_config.depth - 1, "image", mrope=True)
 
 
-FAMILIES = {"internvl": internvl_tiles, "llava": llava_tiles, "qwen2_5_vl": qwen2_5_tiles}
+FAMILIES = {
+    "internvl": internvl_tiles,
+    "llava": llava_tiles,
+    "qwen2_5_vl": qwen_tiles,
+    "qwen3_vl": qwen_tiles,
+}
 """``config.model_type`` of what can be pruned in vLLM, and the function that reads its geometry."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The policy of an engine, and how many tokens of each tile it keeps if a request does not say."""
+    """The policy of an engine, and how many tokens of each tile it keeps.
+
+    Attributes:
+        policy: of the encode stage.
+        budget: of requests that do not say.
+        ceiling: the most that a request gets.
+        tiles: what the tower makes of a tile.
+    """
 
     policy: Policy
     budget: Budget
+    ceiling: Budget
     tiles: Tiles
 
     def asked(self, request: Any = None) -> Budget:
@@ -94,16 +107,34 @@ class Plan:
         """
         if request is None:
             return self.budget
-        if not isinstance(request, Mapping) or len(request) != 1 or not request.keys() <= {"tokens", "ratio"}:
+        if not _is_budget(request):
             raise BudgetError(
-                f'mm_processor_kwargs={{"{KEY}": {request!r}}}: a request sets its own budget by {{"tokens": 64}} '
-                'or {"ratio": 0.25}; the policy and its settings belong to the engine.'
+                f'"{KEY}": {request!r}: a request sets its own budget by {{"tokens": 64}} or {{"ratio": 0.25}}; the '
+                "policy and its settings belong to the engine."
             )
-        return self._checked(request.get("tokens"), request.get("ratio"), 1.0, self.tiles)
+        budget = self._checked(request.get("tokens"), request.get("ratio"), 1.0, self.tiles)
+        if self.tiles.tokens is not None:
+            self.kept(budget, self.tiles.tokens)
+        return budget
 
     def kept(self, budget: Budget, dense: int) -> int:
-        """Visual tokens that stay of a tile that has ``dense``."""
-        return budget.units(dense - self.tiles.extra) + self.tiles.extra
+        """Visual tokens that stay of a tile that has ``dense``.
+
+        Raises:
+            BudgetError: a request asks for more than the engine gives.
+        """
+        wanted, most = (x.units(dense - self.tiles.extra) + self.tiles.extra for x in (budget, self.ceiling))
+        if wanted > most and budget != self.budget:
+            raise BudgetError(
+                f'"{KEY}": {_said(budget)} of the {dense} visual tokens of this {self.tiles.tile} are {wanted}, and '
+                f"this server keeps {most} of them at most. Ask for less."
+            )
+        return min(wanted, most)
+
+    def most(self, dense: int) -> int:
+        """The most visual tokens that a request may keep of an image that has ``dense``."""
+        each = self.tiles.tokens or dense
+        return dense // each * self.kept(self.ceiling, each)
 
     def units(self, tokens: int) -> int:
         """Units that the tower keeps for ``tokens``, which count CLS where the model hands it on."""
@@ -121,6 +152,17 @@ class Plan:
             sort_keys=True,
             default=repr,
         )
+
+    def __str__(self) -> str:
+        tile, extra = self.tiles.tile, self.tiles.extra
+        said = f"{self.policy.name} keeps {_said(self.budget)} of each {tile}"
+        if (dense := self.tiles.tokens) is not None:
+            said = (
+                f"{self.policy.name} keeps {self.kept(self.budget, dense)} of {dense} tokens of each {tile}"
+            )
+        if extra:
+            said += ", CLS among them"
+        return f"{said}; requests may ask for {_said(self.ceiling)} at most"
 
     @staticmethod
     def _checked(tokens: Any, ratio: Any, default: float, tiles: Tiles) -> Budget:
@@ -145,7 +187,9 @@ class Plan:
                 "needed."
             )
         settings = dict(given)
-        name, tokens, ratio = (settings.pop(key, None) for key in ("policy", "tokens", "ratio"))
+        name, tokens, ratio, most = (
+            settings.pop(key, None) for key in ("policy", "tokens", "ratio", "ceiling")
+        )
         if not isinstance(name, str):
             raise PolicyError(
                 f'hf_overrides={{"{KEY}": {given!r}}}: "policy" has to name one, such as "flowcut".'
@@ -155,6 +199,16 @@ class Plan:
             check_served(policy)
         tiles = tiles_of(config)
         budget = cls._checked(tokens, ratio, policies[0].default_ratio, tiles)
+        if most is not None and not _is_budget(most):
+            raise BudgetError(
+                f'"ceiling": {most!r}: the most that a request may ask for is {{"tokens": 256}} or {{"ratio": 0.5}}.'
+            )
+        ceiling = cls._checked((most or {}).get("tokens"), (most or {}).get("ratio"), 1.0, tiles)
+        if (dense := tiles.tokens) is not None and budget.units(dense) > ceiling.units(dense):
+            raise BudgetError(
+                f'{_said(budget)} of each {tiles.tile} by default, and a "ceiling" of {_said(ceiling)}: the default '
+                "has to be within it."
+            )
         if policies[0].positions == "original" and not tiles.mrope:
             raise PolicyError(
                 f'policy="{name}" with positions="original": vLLM numbers the tokens of a prompt without gaps. Use '
@@ -165,7 +219,15 @@ class Plan:
             policy.tower_layers(tiles.feature_layer)
         except ValueError as error:
             raise PolicyError(f"{name} on {config.model_type}: {error}") from error
-        return cls(policy, budget, tiles)
+        return cls(policy, budget, ceiling, tiles)
+
+
+def _is_budget(given: Any) -> bool:
+    return isinstance(given, Mapping) and len(given) == 1 and given.keys() <= {"tokens", "ratio"}
+
+
+def _said(budget: Budget) -> str:
+    return f"{budget.tokens} tokens" if budget.ratio is None else f"{budget.ratio:.3g} of the tokens"
 
 
 def tiles_of(config: Any) -> Tiles:

@@ -18,6 +18,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from ..call.budget import Budget
 from ..errors import UnsupportedCallError
 from .plan import KEY, Plan
+from .requests import not_pruned, take_budgets
 
 FIELD = "vlm_prune_tokens"
 """Of an image's processed inputs: int64, the visual tokens that stay of each of its tiles."""
@@ -58,6 +59,10 @@ class Pruning:
 
     info: Any
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        take_budgets()
+
     @property
     def plan(self) -> Plan | None:
         """The engine's plan."""
@@ -74,10 +79,7 @@ class Pruning:
         stock = {name: value for name, value in kwargs.items() if name != KEY}
         if self.plan is None:
             if KEY in kwargs:
-                raise UnsupportedCallError(
-                    f'mm_processor_kwargs has "{KEY}", but this engine does not prune: start it with '
-                    f'hf_overrides={{"{KEY}": {{"policy": "flowcut", "tokens": 64}}}}.'
-                )
+                raise not_pruned()
             return stock, None
         return stock, self.plan.asked(kwargs.get(KEY))
 

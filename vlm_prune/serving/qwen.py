@@ -1,4 +1,4 @@
-"""Qwen2.5-VL in vLLM, experimental: images of any size, and tokens that keep their multimodal RoPE position.
+"""Qwen2.5-VL and Qwen3-VL in vLLM: images of any size, and tokens that keep their multimodal RoPE position.
 
 vLLM carries positions beside embeddings for videos that it prunes itself. Pruned images take the same way, which an
 engine opens by a video pruning rate; so that no video is ever pruned by it, such an engine takes none.
@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.models import qwen2_5_vl
+from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
 from ..call import stream
 from ..errors import UnsupportedCallError, UnsupportedModelError
 from .checks import check_ranks_agree
+from .cpu import mend
 from .encoder import check_counts
-from .models import Pruned
+from .models import Pruned, most_tokens
 from .packed import ServedPackedEncoder
 from .places import placed, prompt_positions, split_places, with_places
 from .plan import Plan
 from .processor import Pruning
-from .towers import qwen2_5_parts
+from .towers import qwen_parts
 
 RATE = 1e-6
 """Of video pruning: what vLLM takes for a yes."""
@@ -39,32 +40,25 @@ def open_channel(vllm_config: VllmConfig) -> None:
     config = vllm_config.model_config.multimodal_config
     if config.mm_encoder_tp_mode == "data":
         raise UnsupportedModelError(
-            'mm_encoder_tp_mode="data" of a Qwen2.5-VL model: vLLM deals out images to ranks past the place where they '
+            'mm_encoder_tp_mode="data" of a Qwen-VL model: vLLM deals out images to ranks past the place where they '
             'are pruned. Use mm_encoder_tp_mode="weights", the default.'
         )
     if current_platform.is_cpu():
-        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-        # vlm_prune.serving.cpu, which must not be imported to ask
-        if not hasattr(CPUModelRunner.load_model, "stock"):
-            raise UnsupportedModelError(
-                "On CPU, vLLM 0.32 does not carry the positions of pruned images. Start the engine with "
-                'worker_extension_cls="vlm_prune.serving.cpu.Mended" (--worker-extension-cls), which mends that.'
-            )
+        mend()
     if not config.video_pruning_rate:
         config.video_pruning_rate = RATE
 
 
-class QwenDummies(qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder):
-    """Prompts for vLLM's warm-up."""
+class QwenDummies:
+    """Mix-in for prompts of vLLM's warm-up."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         """Text after the images: `QwenPruning` refuses a prompt without."""
-        return super().get_dummy_text(mm_counts) + "."
+        return f"{super().get_dummy_text(mm_counts)}."  # type: ignore[misc]
 
 
-class QwenPruning(Pruning, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
-    """Qwen2.5-VL's processor, with shorter prompts."""
+class QwenPruning(Pruning):
+    """Mix-in for Qwen-VL's processors, with shorter prompts."""
 
     def tile_tokens(self, images: int, processed: Mapping[str, Any]) -> list[int]:
         """Of each image: what its size makes."""
@@ -73,7 +67,7 @@ class QwenPruning(Pruning, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Lay out a prompt; one that an image ends is refused."""
-        found = super().apply(inputs, timing_ctx)
+        found = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         ends = [place.offset + place.length for place in found["mm_placeholders"].get("image", ())]
         if self.plan is not None and len(found["prompt_token_ids"]) in ends:
             raise UnsupportedCallError(
@@ -83,8 +77,11 @@ class QwenPruning(Pruning, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
         return found
 
 
-class QwenInfo(qwen2_5_vl.Qwen2_5_VLProcessingInfo):
-    """Says what an engine that prunes takes: images, of which a request may ask for all tokens, and no videos."""
+class QwenInfo:
+    """Mix-in that says what an engine that prunes takes: images and no videos."""
+
+    get_hf_config: Any
+    get_max_image_tokens: Any
 
     @property
     def prunes(self) -> bool:
@@ -93,21 +90,21 @@ class QwenInfo(qwen2_5_vl.Qwen2_5_VLProcessingInfo):
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """No videos for an engine that prunes."""
-        return {"image": None} if self.prunes else super().get_supported_mm_limits()
+        return {"image": None, "video": 0} if self.prunes else super().get_supported_mm_limits()  # type: ignore[misc]
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """All tokens of the largest image."""
+        """What the ceiling leaves of the largest image."""
         if self.prunes:
-            return {"image": self.get_max_image_tokens()}
-        return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+            return {"image": most_tokens(self, self.get_max_image_tokens())}
+        return super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
 
 
-@MULTIMODAL_REGISTRY.register_processor(QwenPruning, info=QwenInfo, dummy_inputs=QwenDummies)
-class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL."""
+class PrunedQwen(Pruned):
+    """Mix-in for Qwen-VL's model classes. What goes to the decoder's first layers (deepstack) stands after a row."""
 
-    parts = staticmethod(qwen2_5_parts)
+    parts = staticmethod(qwen_parts)
     encoder_class = ServedPackedEncoder
+    visual: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         if Plan.of(vllm_config.model_config.hf_config) is not None:
@@ -144,7 +141,7 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> tuple[Any, ...]:
         """Places of images that come as embeddings, which are whole."""
         if self.plan is None:
-            return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)
+            return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
         grids = self._grids(image_input["image_grid_thw"])
         return tuple(
             with_places(image, width) for image, (_, width) in zip(image_embeds_split, grids, strict=True)
@@ -155,7 +152,7 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     ) -> tuple[torch.Tensor, int]:
         """Positions ``(3, tokens)`` before an image was seen, and what is added to those after the prompt."""
         if self.plan is None:
-            return super().get_mrope_input_positions(input_tokens, mm_features)
+            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
         ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         sizes = [feature.data["image_grid_thw"].data for feature in ordered]
         spans = [(feature.mm_position.offset, feature.mm_position.length) for feature in ordered]
@@ -169,7 +166,7 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     ) -> tuple[Any, torch.Tensor, int]:
         """Embeddings without their places, and positions with these."""
         if self.plan is None:
-            return super().recompute_mrope_positions(
+            return super().recompute_mrope_positions(  # type: ignore[misc]
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
             )
         pairs = [split_places(rows) for rows in multimodal_embeddings]
@@ -198,3 +195,37 @@ class PrunedQwen2_5(Pruned, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
         holes = stream.find_holes(features[None])
         check_counts((~holes).sum(-1).tolist(), kept)
         check_ranks_agree(holes, get_tensor_model_parallel_world_size())
+
+
+class Qwen2_5Info(QwenInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
+    """Qwen2.5-VL's limits."""
+
+
+class Qwen2_5Dummies(QwenDummies, qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder):
+    """Qwen2.5-VL's warm-up."""
+
+
+class Qwen2_5Pruning(QwenPruning, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+    """Qwen2.5-VL's processor."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen2_5Pruning, info=Qwen2_5Info, dummy_inputs=Qwen2_5Dummies)
+class PrunedQwen2_5(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""
+
+
+class Qwen3Info(QwenInfo, qwen3_vl.Qwen3VLProcessingInfo):
+    """Qwen3-VL's limits."""
+
+
+class Qwen3Dummies(QwenDummies, qwen3_vl.Qwen3VLDummyInputsBuilder):
+    """Qwen3-VL's warm-up."""
+
+
+class Qwen3Pruning(QwenPruning, qwen3_vl.Qwen3VLMultiModalProcessor):
+    """Qwen3-VL's processor."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen3Pruning, info=Qwen3Info, dummy_inputs=Qwen3Dummies)
+class PrunedQwen3(PrunedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
+    """Qwen3-VL."""

@@ -11,8 +11,10 @@ import torch
 
 from ..call.budget import Budget
 from ..call.encode_call import encoding
+from ..call.timing import Stopwatch
 from ..composition import Composition
-from ..contract.policy import Policy
+from ..contract.policy import Keep, Policy
+from ..contract.views import FeaturesView, TowerView
 from .towers import PackedParts, Parts
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -41,6 +43,7 @@ class ServedStage:
     Attributes:
         active: whether the tower prunes now.
         heads: of a tower layer, over all tensor-parallel ranks.
+        times: what policies took to choose in this block, in milliseconds, each a function that may wait for it.
     """
 
     active: bool = False
@@ -51,16 +54,31 @@ class ServedStage:
         alone = Composition((policy,), (policy,), Budget(ratio=1.0))
         super().__init__(parts.tower, parts.projector, alone, NoReceipt())  # type: ignore[call-arg]
         self.heads, self.gather = parts.heads, gather
+        self.times: list[Callable[[], float]] = []
 
     @contextmanager
     def keeping(self, units: int) -> Iterator[None]:
         """Within the block, the tower keeps this many units of each tile. Outside of it, it is a stock tower."""
-        self.active, self.budget = True, Budget(tokens=units)
+        self.active, self.budget, self.times = True, Budget(tokens=units), []
         try:
             with encoding(self.session, once=False):
                 yield
         finally:
             self.active = False
+
+    def ask_layer(self, number: int, view: TowerView, whole: bool) -> list[Keep]:
+        """What the policy answers after a tower layer, and how long it took."""
+        stopwatch = Stopwatch(view.hidden.device)
+        answers: list[Keep] = super().ask_layer(number, view, whole)  # type: ignore[misc]
+        self.times.append(stopwatch.stop())
+        return answers
+
+    def ask_final(self, view: FeaturesView, after_projector: bool | None = None) -> Keep | None:
+        """The same after the tower, and around the projector."""
+        stopwatch = Stopwatch(view.features.device)
+        answer: Keep | None = super().ask_final(view, after_projector)  # type: ignore[misc]
+        self.times.append(stopwatch.stop())
+        return answer
 
     def all_heads(self, states: torch.Tensor, head_size: int) -> torch.Tensor:
         """Queries, keys and values of the heads of all ranks, which have to agree on the tokens that stay.

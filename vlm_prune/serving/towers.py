@@ -79,20 +79,21 @@ def internvl_parts(model: Any, tiles: Tiles) -> Parts:
     return Parts(tower, stack, model.multi_modal_projector, vision.num_attention_heads)
 
 
-def qwen2_5_parts(model: Any, tiles: Tiles) -> PackedParts:
-    """Of vLLM's ``Qwen2_5_VLForConditionalGeneration``."""
+def qwen_parts(model: Any, tiles: Tiles) -> PackedParts:
+    """Of vLLM's ``Qwen2_5_VLForConditionalGeneration`` and ``Qwen3VLForConditionalGeneration``."""
     vision, module = model.config.vision_config, model.visual
     blocks, width = list(module.blocks), vision.hidden_size
+    windowed = hasattr(vision, "window_size")
     tower = PackedTower(
         module=module,
         layers=blocks,
         attentions=[block.attn.attn for block in blocks],
         merge=vision.spatial_merge_size,
         patch=(vision.temporal_patch_size, vision.patch_size),
-        window=vision.window_size // vision.spatial_merge_size // vision.patch_size,
-        deepstack=[],
+        window=vision.window_size // vision.spatial_merge_size // vision.patch_size if windowed else None,
+        deepstack=list(getattr(module, "deepstack_merger_list", ())),
         single_patches=False,
         width=width,
-        weights=4 * width**2 + 3 * width * vision.intermediate_size,
+        weights=4 * width**2 + (3 if windowed else 2) * width * vision.intermediate_size,
     )
     return PackedParts(tower, module.merger, vision.num_heads)
