@@ -70,6 +70,12 @@ def anatomy(model: Any) -> Anatomy:
             f"{METHODS[kinds[0]]}, so images reach the decoder in a way that is not known."
         )
     known = [kind for kind in kinds if tokens[kind] is not None]
+    # images of any size are not cut into tiles
+    sized = any(
+        "grid_thw" in name
+        for kind in kinds
+        for name in inspect.signature(getattr(base, METHODS[kind])).parameters
+    )
     if known != kinds and "image" not in known:
         raise ValueError("its config names no placeholder for images, such as image_token_id.")
     return Anatomy(
@@ -84,7 +90,7 @@ def anatomy(model: Any) -> Anatomy:
         decoder=decoder,
         decoder_layers=list(decoder.layers),
         image_tokens=tuple(dict.fromkeys(int(tokens[kind]) for kind in known)),  # type: ignore[arg-type]
-        tile="tile",
+        tile="image" if sized else "tile",
         mrope=hasattr(base, "get_rope_index"),
         computes_on=True,
     )

@@ -54,8 +54,8 @@ def prune(
             which policies over frames such as VidCom2 let frames share).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
         per: what the budget applies to: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
-            itself, as in the papers; or ``"image"``, all tiles of an image (or frames of a video) together. They
-            compete for it then, and tokens are chosen after the tower.
+            itself, as in the papers; or ``"image"`` (or ``"video"``, which is the same), all tiles of an image (or
+            frames of a video) together. They compete for it then, and tokens are chosen after the tower.
         config: policy, budget and settings, instead of all these: the ``model.pruning.config`` of another
             model, a JSON file with it, or a folder to which a pruned model was saved.
         settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each

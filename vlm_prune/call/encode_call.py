@@ -282,6 +282,7 @@ class Encoding:
         once: whether the method calls its tower once; further calls come from elsewhere.
         done: whether it has.
         nested: running calls of the tower inside its own call, which come from elsewhere.
+        ended: those tiles, once their features are complete.
     """
 
     owner: Any
@@ -291,6 +292,7 @@ class Encoding:
     call: EncodeCall | None = None
     done: bool = False
     nested: int = 0
+    ended: EncodeCall | None = None
 
     @property
     def mine(self) -> EncodeCall | None:

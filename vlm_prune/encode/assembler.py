@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from ..call import stream
 from ..call.assembly import Group, Packing
-from ..call.encode_call import RIDE, EncodeCall, Offer, encoding
+from ..call.encode_call import RIDE, EncodeCall, Offer, encoding, let_ride
 from ..call.forward_call import ForwardCall, current_forward
 from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
@@ -60,8 +61,12 @@ class FeatureMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
-        with encoding(self.encoder.session, forward=self._forward()):
-            return self.note(self.stock(*args, **kwargs), args, kwargs)
+        with encoding(self.encoder.session, forward=self._forward()) as under_way:
+            output = self.stock(*args, **kwargs)
+            # where the tower is a part of the stock one (Ovis2), its output is not the one that travels on
+            if under_way.ended is not None and isinstance(output, ModelOutput) and not hasattr(output, RIDE):
+                let_ride(output, under_way.ended)
+            return self.note(output, args, kwargs)
 
 
 class Assembler(FeatureMethod):
