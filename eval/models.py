@@ -23,6 +23,11 @@ def model_path(name: str) -> Path:
     Raises:
         ValueError: when there is no such model.
     """
+    if "/" in name:
+        raise ValueError(
+            f'{name!r} is no test model: vlm_prune.from_pretrained({name!r}, policy="flowcut") loads and prunes models '
+            f"of the hub and of folders (docs/checkpoints.md). Test models: {', '.join(MODELS)}."
+        )
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""

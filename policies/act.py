@@ -39,7 +39,7 @@ class ACT(Policy):
 
     A sink is a key, other than the prompt's first token, whose attention averages more than ``threshold`` over the rows
     of the prompt that see it; each head has its own. Sinks keep the share ``kept``, and the rest goes to all other keys
-    in proportion to what they have. A generated token's row is judged by itself, as in the released code.
+    in proportion to what they have. A generated token's row is handled separately, as in the released code.
 
     The paper first searches, head by head on a thousand samples, for those that gain by it, and leaves the others
     alone; which these are in a vision-language model is not published, and calibrating all of them, the default here,

@@ -2,7 +2,7 @@
 
 Follows ``encode_images``, ``effective_rank``, ``calculate_adaptive_tau`` and
 ``select_diverse_tokens_by_attention_and_distance`` of the released ``llava/model/llava_arch.py`` (paper section 4.3).
-Tokens are taken by falling CLS attention; each one taken strikes out all tokens that lie nearer to it than a threshold,
+Tokens are picked in order of CLS attention; each one picked suppresses all tokens nearer to it than a threshold,
 which grows with the token's rank, and faster in images whose tokens span more dimensions.
 """
 
@@ -45,7 +45,7 @@ def effective_rank(features: torch.Tensor, exact: bool = True) -> torch.Tensor:
 
 
 def _rank_of(gram: torch.Tensor, least: float) -> torch.Tensor:
-    # the solver raises where features overflowed; then any choice will do, and what is kept shows it
+    # the solver raises where features overflowed; any choice will do then, and the output shows the overflow
     singular = torch.linalg.eigvalsh(gram.nan_to_num(posinf=0.0, neginf=0.0)).clamp(min=least).sqrt()
     share = singular / (singular.sum(-1, keepdim=True) + 1e-12)
     return (-(share * (share + 1e-12).log()).sum(-1)).exp()
@@ -55,7 +55,7 @@ def rank_and_distance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """`effective_rank` and `cosine_distance` of features, ``(batch,)`` and ``(batch, tokens, tokens)``.
 
     Where there are as many channels as tokens, so that rounding raises no eigenvalue from zero, both come from one
-    matrix product in fp32: centring a Gram matrix is taking its row and column means off. Else the rank is exact.
+    matrix product in fp32: centring a Gram matrix subtracts its row and column means. Otherwise the rank is exact.
     """
     if features.shape[1] > features.shape[2] or features.dtype == torch.float64:
         return effective_rank(features), cosine_distance(features)
@@ -68,7 +68,7 @@ def rank_and_distance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def calibrate_erank(features: Iterable[torch.Tensor]) -> float:
-    """Mean effective rank over images: what ``AgilePruner(erank_avg=...)`` wants for a model.
+    """Mean effective rank over images: the ``erank_avg`` of `AgilePruner` for a model.
 
     Args:
         features: projected features of the unpruned model, each ``(units, channels)`` or ``(tiles, units, channels)``,
@@ -84,7 +84,7 @@ def calibrate_erank(features: Iterable[torch.Tensor]) -> float:
 
 
 def adaptive_tau(growth: torch.Tensor, units: int, step: float, limit: float) -> torch.Tensor:
-    """The distance below which the token of each rank strikes out others: fp64 ``(batch, units)``.
+    """The distance below which the token of each rank suppresses others: fp64 ``(batch, units)``.
 
     ``growth`` ``(batch,)`` is the image's effective rank over the average one. The threshold rises by ``step`` times
     that from rank to rank, up to ``limit``. Official: ``calculate_adaptive_tau`` (equation 6).
@@ -94,16 +94,16 @@ def adaptive_tau(growth: torch.Tensor, units: int, step: float, limit: float) ->
 
 
 def pick(order: torch.Tensor, distance: torch.Tensor, tau: torch.Tensor, keep: int) -> torch.Tensor:
-    """Walk down a ranking, striking out what is too near to a token taken: int64 ``(batch, keep)`` in taking order.
+    """Walk down a ranking, suppressing tokens too near to a picked one: int64 ``(batch, keep)`` in picking order.
 
-    Where nothing is left before ``keep`` tokens are taken, the best-ranked ones among those struck out fill up.
+    If candidates run out before ``keep`` tokens are picked, the best-ranked suppressed ones fill up.
     ``keep`` steps, none of which waits for the device.
 
     Args:
         order: int64 ``(batch, units)``, token numbers from the best to the worst.
         distance: ``(batch, units, units)``.
-        tau: ``(batch, units)``, by rank: the token of rank ``r`` strikes out those at ``distance < tau[:, r]``.
-        keep: tokens to take.
+        tau: ``(batch, units)``, by rank: the token of rank ``r`` suppresses those at ``distance < tau[:, r]``.
+        keep: tokens to pick.
     """
     batch, units = order.shape
     # the comparison is made in the dtype of the distances, as torch does for the Python floats of the released code
@@ -112,7 +112,7 @@ def pick(order: torch.Tensor, distance: torch.Tensor, tau: torch.Tensor, keep: i
     near = by_rank.gather(2, order[:, None].expand(-1, units, -1)) < radius
     rank = torch.arange(units, device=order.device)
     alive = torch.ones_like(order, dtype=torch.bool)
-    taken = alive.new_zeros(batch, units + 1)  # one column more, for rows in which nothing is alive
+    taken = alive.new_zeros(batch, units + 1)  # one extra column, for rows without candidates
     for _ in range(keep):
         best = torch.where(alive, rank, units).amin(-1, keepdim=True)
         taken.scatter_(1, best, True)
@@ -125,7 +125,7 @@ def pick(order: torch.Tensor, distance: torch.Tensor, tau: torch.Tensor, keep: i
 
 @dataclass(frozen=True)
 class AgilePruner(Policy):
-    """AgilePruner, after the projector (encode stage). The budget holds for each tile by itself.
+    """AgilePruner, after the projector (encode stage). The budget applies to each tile separately.
 
     Scores are the CLS attention of the feature layer; effective rank and cosine distances are those of projected
     features. The default mode differs from the released code in these points:
@@ -135,10 +135,10 @@ class AgilePruner(Policy):
     - Any number of tiles and of tokens per tile; the released code stops at two tiles, and prunes nothing if the
       budget is 576 or more.
     - Attention, distances and thresholds are fp32 or better, the rank fp64, and ties go to the earlier token; the
-      released code works in the model's dtype, where many scores are equal, and leaves their order to the device.
+      released code works in the model's dtype, where many scores tie, in an order that depends on the device.
 
     Where a pixel shuffle merges patches, a unit's score is the sum over its patches; without a CLS token the mean
-    query takes its place. The paper has no such model.
+    query is used. The paper has no such model.
 
     Attributes:
         erank_avg: mean effective rank of the model's images. The published 90 belongs to LLaVA-1.5 (CLIP-L/336);

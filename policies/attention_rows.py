@@ -1,8 +1,8 @@
-"""Row overwrite: recompute a few query rows of an attention call, edit them, and put them over the stock output.
+"""Row overwrite: recompute a few query rows of an attention call, edit them, and overwrite the stock output.
 
 Only the rows that a policy changes are computed in full; all others stay what the stock implementation (sdpa, flash,
 eager) returned. Grouped queries share their keys without repeating them, logits and softmax are fp32 or better, and
-the largest block is ``(batch, heads, rows, keys)`` for the rows asked about, never the whole map.
+the largest block is ``(batch, heads, rows, keys)`` for the requested rows, never the whole map.
 
 Rows are numbered among the queries of the call: int64 ``(batch, rows)``, so each sequence of a batch can have its own.
 """
@@ -74,7 +74,7 @@ def all_rows(view: ModulateView) -> torch.Tensor:
 
 
 def final_row(view: ModulateView) -> torch.Tensor:
-    """The number of each sequence's last row that is not padding: int64 ``(batch, 1)``. Asks nothing of the device."""
+    """The number of each sequence's last row that is not padding: int64 ``(batch, 1)``. No wait for the device."""
     rows = all_rows(view)
     if view.valid is None:
         return rows[:, -1:]
@@ -98,7 +98,7 @@ def real_rows(view: ModulateView) -> torch.Tensor:
 def rows_where(wanted: torch.Tensor, most: int | None = None) -> torch.Tensor:
     """The numbers of ``wanted`` rows, bool ``(batch, queries)``, as many as the fullest sequence has, at least one.
 
-    Others are filled up with rows that it does not want. Waits for the device, except where there is one query, or
+    Shorter sequences are filled up with other rows. Waits for the device, except where there is one query, or
     where ``most`` bounds their number.
     """
     width = min(most, wanted.shape[1]) if most is not None else wanted.shape[1]

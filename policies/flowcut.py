@@ -27,7 +27,7 @@ def information_score(
 
     All arguments and the result are ``(batch, tokens)``. Official: ``compute_score``.
     """
-    tiny = torch.finfo(attention.dtype).tiny  # CLS may spare nothing for the patches
+    tiny = torch.finfo(attention.dtype).tiny  # CLS may give the patches no attention
     share = attention / attention.sum(-1, keepdim=True).clamp(min=tiny)
     return (share + semantic / semantic.sum(-1, keepdim=True).clamp(min=tiny)) * magnitude
 
@@ -64,7 +64,8 @@ def drop_counts(
     """How many tokens each row drops at a layer with ``remaining`` layers to go. Official: ``adaptive_prune_ratio``.
 
     ``attention`` is ``(batch, tokens)`` with ``alive[b]`` real tokens in row ``b``. ``batch_max`` gives every row
-    the largest count of the batch, as the released code does; without it a row does not depend on its batch mates.
+    the largest count of the batch, as the released code does; without it a row does not depend on the rest of the
+    batch.
     """
     width = torch.tensor(alive, dtype=attention.dtype, device=attention.device)
     flatness = relative_entropy(attention, width.clamp(min=2))
@@ -83,7 +84,7 @@ class FlowCut(Policy):
     concentrated attention gives entropy 0 instead of NaN. For one image in fp32 both modes keep the same tokens.
 
     Where a pixel shuffle merges 2x2 patches, whole cells are scored (sum of their patches) and dropped; the paper
-    has no such model. Without a CLS token the mean query takes its place and the similarity term is left out, as in
+    has no such model. Without a CLS token the mean query is used instead and the similarity term is left out, as in
     the authors' Qwen2-VL code.
 
     Attributes:
@@ -105,7 +106,7 @@ class FlowCut(Policy):
             raise ValueError(f'compat={self.compat!r}: choose "official" or None')
 
     def for_family(self, family: str, mrope: bool) -> Policy:
-        """The released code has a variant of its own for Qwen2-VL."""
+        """The released code has a separate variant for Qwen2-VL."""
         policy = super().for_family(family, mrope)
         if self.compat is None:
             return policy
@@ -185,7 +186,7 @@ LAYER = 1
 
 
 def relevance_score(view: AttentionView, visual: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """How much the prompt's ``last`` row cares for each ``visual`` one, ``(batch, rows)``; 0 for text.
+    """How relevant each ``visual`` row is to the prompt's ``last`` one, ``(batch, rows)``; 0 for text.
 
     Its query with their keys and its value with their values, a softmax over visual rows each, shares of both added and
     weighted by the magnitude of the value. ``visual`` and ``last`` are bool ``(batch, rows)``; key heads may be shared.
@@ -262,8 +263,8 @@ class FlowCutQwen(FlowCut):
 class FlowCutNext(FlowCut):
     """FlowCut on LLaVA-NeXT as released (encode and prefill stage).
 
-    The budget is one of a whole image: half of it leaves the tower for every tile, padding is taken off, no newlines
-    are put in, and exactly the budget is left by the cut in the decoder, if there is more.
+    The budget applies to a whole image: half of it leaves the tower for every tile, padding is removed, no newlines are
+    inserted, and the cut in the decoder leaves exactly the budget, if there is more.
     """
 
     per_image: ClassVar[bool] = True

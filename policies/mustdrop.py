@@ -1,6 +1,7 @@
 """MustDrop: visual tokens merged in the tower, filtered in prefill, trimmed from the cache (arXiv 2411.10803).
 
-The pure functions are in ``window_merge.py`` and ``dual_attention.py``; which released files they follow is said there.
+The pure functions are in ``window_merge.py`` and ``dual_attention.py``; the released files that they follow are named
+there.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from ..contract.views import CacheView, FeaturesView, PrefillView, TowerView
 
 KEY, SIZE = "mustdrop_key", "mustdrop_size"
-"""Names under which the encode stage leaves, per token, 1 for the key set, and the patches that it stands for."""
+"""Names under which the encode stage stores, per token, 1 for the key set, and the number of merged patches."""
 
 
 @dataclass(frozen=True)
 class MustDrop(Policy):
     """MustDrop, in the tower, inside the decoder, and in its cache (encode, prefill and decode stage).
 
-    Encode: after the first vision layer, windows of alike patches become one token each; the tokens that CLS attends
+    Encode: after the first vision layer, windows of similar patches become one token each; the tokens that CLS attends
     to most in the layer after the consumed one form the *key set*, which survives everything. Prefill: after four
     decoder layers, tokens that the text after the image hardly attends to are dropped. Decode: tokens dropped in
     prefill leave the cache of the layers that had seen them.
@@ -42,13 +43,13 @@ class MustDrop(Policy):
     The default mode differs from the released code as follows. A wanted number of tokens is reached exactly, in four
     steps of equal share, ranked by the total attention from the text (the released thresholds were tuned per
     benchmark); windows are merged only as far as that number allows. Each image merges as many windows as it has alike
-    ones, not as many as the least alike of the batch, and a merged token stands where its window's last patch stood,
-    not in front of all others. Grids that the window does not divide keep their last rows and columns as they are.
+    ones, not as many as the least similar of the batch, and a merged token is placed at its window's last patch,
+    not before all others. Grids that the window does not divide keep their last rows and columns as they are.
     Each sequence of a batch is filtered by its own text, padding has no vote, and a prompt that ends with the image is
     judged by its last row. The layers scale with the decoder's depth. Positions are original ones.
 
     Where a pixel shuffle follows the tower, tokens are compared and merged after it, in ``unit_window`` windows,
-    and the key set is chosen among whole units; the paper has no such model. Without CLS the mean query stands in.
+    and the key set is chosen among whole units; the paper has no such model. Without CLS the mean query is used.
 
     Attributes:
         thresholds: (global, individual), or a name of `PUBLISHED_THRESHOLDS`, to filter by instead of the budget. They

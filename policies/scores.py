@@ -79,7 +79,7 @@ def attention_mass(
         voters: bool ``(batch, rows)``, the rows that pay. A sequence without voters gets zeros.
         width: how many voters the fullest sequence has; ``None`` waits for the device to find out.
     """
-    width = int(voters.sum(-1).max()) if width is None else width
+    width = max(1, int(voters.sum(-1).max())) if width is None else width
     index = (~voters).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
     votes = voters.gather(1, index)
     return kernels.attention_mass(view.query, view.key, index, votes, view.valid, view.scaling)

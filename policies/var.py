@@ -71,7 +71,7 @@ def redistribute(
     """Take the share ``move`` of every sink's attention and give it to the visual keys that are no sinks.
 
     They receive it in proportion to what they have, so a row still sums to 1. Only where ``selected`` (bool
-    ``(batch, heads, rows)``), and only where there is somebody to receive it. Other arguments as in `select_heads`.
+    ``(batch, heads, rows)``), and only where some token can receive it. Other arguments as in `select_heads`.
     Official: ``VARProcessor.attn_redist`` with ``p = 1 - move``.
     """
     receivers = visual & ~sinks
@@ -105,7 +105,7 @@ class VAR(Policy):
             those in which the prompt's first token, always a sink, is massive at that layer.
         first_layer: first decoder layer (0-based) to act in; ``None`` is the paper's 2, since sinks arise in the first
             two, or the last possible one in models of less than four layers.
-        compat: ``"official"`` follows the released code: phi has to exceed ``tau``, the last layer takes part, and a
+        compat: ``"official"`` follows the released code: phi must exceed ``tau``, the last layer takes part, and a
             layer without a visual sink is skipped. ``"paper"``: phi may equal ``tau``, the last layer is left alone,
             sinks in the text suffice. Neither repeats the released code's leak of sinks from one sample to the next.
     """

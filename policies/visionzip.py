@@ -70,9 +70,9 @@ def merge(
 
 @dataclass(frozen=True)
 class VisionZip(Policy):
-    """VisionZip, between tower and projector (encode stage). The budget holds for each tile by itself.
+    """VisionZip, between tower and projector (encode stage). The budget applies to each tile separately.
 
-    It differs from the released code in these points: a contextual token stands where its target stood, in raster
+    It differs from the released code in these points: a contextual token is placed at its target, in raster
     order, not after the dominant ones; scores and similarities are fp32 or better; ties go to the earlier token. The
     released code counts a CLS token among the dominant ones; it is counted here, too, where the model hands it on
     (``vision_feature_select_strategy="full"``), and all tokens are patches where it does not.

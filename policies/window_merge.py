@@ -1,7 +1,7 @@
 """Merging of alike neighbours: windows of a token grid whose vectors point the same way become one token.
 
 Used by MustDrop's encode stage. Computes what its released ``local_merge.py`` (``conditional_pooling``,
-``merge_wavg``) computes; each image of a batch is treated by itself, except in `batch_minimum`.
+``merge_wavg``) computes; each image of a batch is treated separately, except in `batch_minimum`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from vlm_prune.versions import CACHE, CHUNKS_BRING_IMAGES, cache_of
 
 from .models import LAYOUTS, fingerprint, make, peaky, prompt
 from .packed import packed_prompt, qwen3_moe
-from .policy_table import TABLE
+from .policy_table import IN_DECODER, TABLE
 from .policy_table import options as pruning
 
 POLICIES = {"uniform": {}, "fastv": {"k": 1}, "vhr": {"layers": (1, 2)}}
@@ -202,3 +202,15 @@ def test_packed_towers_and_decoders_work_on_flex_attention():
             with torch.no_grad(), pruned(model, **pruning(policy)):
                 logits[attention] = model(**batch.inputs).logits[real]
         torch.testing.assert_close(logits["flex_attention"], logits["sdpa"], atol=1e-4, rtol=1e-4, msg=policy)
+
+
+@pytest.mark.parametrize("policy", [name for name in IN_DECODER if name != "dyvte"])
+def test_prompts_of_images_alone(policy):
+    """Whoever asks the text asks the last row in its place, also where an earlier cut has dropped that."""
+    model, layouts = make("llava"), ([(-2,)], [(-1,), (-1,)], [(-2,), (3, -1, 2)])
+    with torch.no_grad(), pruned(model, **pruning(policy)):
+        for layout in layouts:
+            batch = prompt("llava", layout)
+            logits = model(**batch.inputs).logits[:, -1]
+            alone = torch.cat([model(**row.inputs).logits[:, -1] for row in batch.rows()])
+            torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)

@@ -265,7 +265,7 @@ def test_a_model_that_loses_its_holes_is_found_out(monkeypatch):
 
     monkeypatch.setattr(FeatureEncoder, "choose", smoothed)
     prune(model, "uniform", ratio=RATIO)
-    with pytest.raises(UnsupportedCallError, match="none is missing where the language model begins"):
+    with pytest.raises(UnsupportedCallError, match="none is missing at the decoder's entry"):
         model(**inputs)
 
 

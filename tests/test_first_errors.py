@@ -23,7 +23,9 @@ from vlm_prune import (
     prune,
     pruned,
 )
+from vlm_prune.eval import load_model
 from vlm_prune.policies.elsewhere import ELSEWHERE
+from vlm_prune.policies.flowcut import FlowCut
 from vlm_prune.registry import ALIASES
 
 NUMBERS = {
@@ -131,8 +133,8 @@ def test_a_config_alone_is_taken_by_all_three():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("ToMe", ["ToMe, which merges alike tokens", '"visionzip"']),
-        ("tome", ["ToMe, which merges alike tokens", "docs/contributing.md"]),
+        ("ToMe", ["ToMe, which merges similar tokens", '"visionzip"']),
+        ("tome", ["ToMe, which merges similar tokens", "docs/contributing.md"]),
         ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"snapkv"']),
         ("snap_kv", ['Did you mean "snapkv"?']),
         ("llava-prumerge", ['Did you mean "prumerge"?']),
@@ -147,6 +149,24 @@ def test_methods_of_the_field_that_are_not_here(name, words):
         model := make("llava"), PolicyError, f'policy="{name}" is not known.', *words, "Available: "
     ):
         prune(model, name)
+
+
+def test_a_method_that_is_not_here_is_not_taken_for_a_misspelt_one():
+    with pytest.raises(PolicyError) as caught:
+        prune(make("llava"), "fastervlm")
+    assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (lambda: load_model("llava-hf/llava-1.5-7b-hf"), "from_pretrained"),
+        (lambda: prune(make("llava"), FlowCut), r"such as FlowCut\(\)"),
+    ],
+)
+def test_what_to_give_instead(asked, words):
+    with pytest.raises(ValueError, match=words):
+        asked()
 
 
 def test_the_nearest_is_there():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from vlm_prune.registry import policy_class
 from vlm_prune.serving import image_embeds
 from vlm_prune.serving.encoder import ServedEncoder, live_rows
 from vlm_prune.serving.plan import Plan, check_served
+from vlm_prune.serving.requests import place_budget
 
 SERVED = (
     "agilepruner", "divprune", "dycoke", "fastvid", "flowcut", "holov", "pool", "random", "scope", "uniform", "vidcom2",
@@ -208,6 +210,48 @@ def test_a_request_may_bring_its_own_budget(request_, tokens):
 def test_a_bad_request_is_refused(bad):
     with pytest.raises(BudgetError):
         Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9)).asked(bad)
+
+
+def test_a_ceiling_bounds_what_requests_may_ask_for():
+    plan = Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9, ceiling={"ratio": 0.5}))
+    assert plan.most(36) == 18
+    assert plan.kept(plan.asked({"tokens": 18}), 36) == 18
+    for bad in ({"tokens": 19}, {"ratio": 0.6}):
+        with pytest.raises(BudgetError, match="keeps 18 of them at most"):
+            plan.asked(bad)
+    assert Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9)).most(36) == 36
+    assert (
+        str(plan)
+        == "flowcut keeps 9 of 36 tokens of each image; requests may ask for 0.5 of the tokens at most"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "word"),
+    [({"tokens": 8}, "within it"), ({"tokens": 99}, "36"), (0.5, "may ask for"), ({}, "may ask")],
+)
+def test_a_bad_ceiling_is_refused(ceiling, word):
+    with pytest.raises(BudgetError, match=word):
+        Plan.of(with_plan(shared("llava"), policy="flowcut", tokens=9, ceiling=ceiling))
+
+
+def test_a_budget_in_a_body_goes_where_the_processor_looks():
+    config = with_plan(shared("llava"), policy="flowcut", tokens=9)
+    request = SimpleNamespace(model_extra={"vlm_prune": {"tokens": 4}}, mm_processor_kwargs={"other": 1})
+    place_budget(request, config)
+    assert request.mm_processor_kwargs == {"other": 1, "vlm_prune": {"tokens": 4}}
+    for extra, options, word in (
+        ({"vlm_prune": {"tokens": 40}}, None, "36"),
+        ({"vlm_prune": {"tokens": 4}}, {"vlm_prune": {"tokens": 5}}, "one of them"),
+        ({}, {"vlm_prune": "all"}, "sets its own budget"),
+    ):
+        with pytest.raises(BudgetError, match=word):
+            place_budget(SimpleNamespace(model_extra=extra, mm_processor_kwargs=options), config)
+    plain = SimpleNamespace(model_extra={}, mm_processor_kwargs=None)
+    place_budget(plain, config)
+    assert plain.mm_processor_kwargs is None
+    with pytest.raises(UnsupportedCallError, match="does not prune"):
+        place_budget(request, shared("llava").config)
 
 
 def test_caches_can_tell_policies_settings_and_budgets_apart():

@@ -238,9 +238,9 @@ def policy_class(name: str) -> type[Policy]:
     if name not in POLICIES:
         load_plugins()
     if name not in POLICIES:
-        raise PolicyError(
-            f'policy="{name}" is not known. {load_entry(ELSEWHERE)(name)}{did_you_mean(name, POLICIES)}'
-        )
+        elsewhere = load_entry(ELSEWHERE)(name)
+        known = did_you_mean("" if elsewhere else name, POLICIES)
+        raise PolicyError(f'policy="{name}" is not known. {elsewhere}{known}')
     return load_entry(POLICIES[name])
 
 
@@ -288,7 +288,8 @@ def make_policies(policy: str | Policy | Sequence[Policy], settings: dict[str, A
             or not objects
             or not all(isinstance(p, Policy) for p in objects)
         ):
-            raise PolicyError(f'policy={policy!r}: give a name such as "flowcut", or policy objects.')
+            made = f", such as {policy.__name__}()" if isinstance(policy, type) else ""
+            raise PolicyError(f'policy={policy!r}: give a name such as "flowcut", or policy objects{made}.')
         if settings:
             raise PolicyError(f"{', '.join(settings)} given beside policy objects: set it on the object.")
         return _checked(tuple(objects))

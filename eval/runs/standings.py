@@ -88,6 +88,15 @@ JUDGED: dict[str, tuple[Judged, ...]] = {
         ),
     ),
     "amber_d": (Judged("accuracy", "accuracy", 1, _correct),),
+    # answers to one question are not independent: its image is drawn as a whole
+    "choice": (
+        Judged(
+            "answers",
+            "right answers",
+            1,
+            lambda r: (r["scores"]["correct"] / r["scores"]["orders"], 1 / r["scores"]["orders"]),
+        ),
+    ),
     "mme": (Judged("accuracy", "accuracy", 1, _correct),),
 }
 """By kind of task."""

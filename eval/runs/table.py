@@ -181,6 +181,10 @@ def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Lin
             ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval), ("F1 of no", "f1", _rate),
             *_verdicts("accuracy", "accuracy"),
         ),
+        "choice": (
+            ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval), ("answers", "answers", _rate),
+            *_verdicts("answers", "answers"),
+        ),
         "mme": (
             ("perception", "perception", "{:.0f}".format), ("cognition", "cognition", "{:.0f}".format),
             ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval),
@@ -217,7 +221,9 @@ def _cell(name: str, form: Callable[[Any], str]) -> Callable[[Line], str]:
 
 def _count(task: Task, line: Line) -> str:
     label, kind = task
-    what = {"speed": None, "chair": "captions", "amber_g": "descriptions"}.get(kind, "questions")
+    what = {"speed": None, "chair": "captions", "amber_g": "descriptions", "choice": "answers"}.get(
+        kind, "questions"
+    )
     count = line.get(COUNTS.get(kind, "") if label == kind and kind in COUNTS else f"n_{label}")
     if what is None or count is None:
         return ""

@@ -1,4 +1,4 @@
-"""What a run asks of its models: POPE, CHAIR, AMBER, MME, visual question answering, speed."""
+"""What a run asks of its models: POPE, CHAIR, AMBER, MME, multiple choice, visual question answering, speed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TaskEntry(Strict):
 
     @property
     def kind(self) -> str:
-        """pope, chair, amber_g, amber_d, mme, vqa or speed."""
+        """pope, chair, amber_g, amber_d, mme, choice, vqa or speed."""
         kind: str = self.task  # type: ignore[attr-defined]
         return kind
 
@@ -189,6 +189,24 @@ class MmeTask(TaskEntry):
         return self
 
 
+class ChoiceTask(TaskEntry):
+    """Multiple choice, as MMBench asks it. ``{question}`` stands for the question, its hint and its lettered options.
+
+    Attributes:
+        circular: ask once for each option, with the options moved on, and want all answers right.
+    """
+
+    task: Literal["choice"]
+    circular: bool = True
+    prompt: str = "{question}\nAnswer with the option's letter from the given choices directly."
+
+    @model_validator(mode="after")
+    def _rows(self) -> ChoiceTask:
+        _of_rows(self)
+        _asks(self)
+        return self
+
+
 def _of_rows(task: TaskEntry) -> None:
     """Raises where data are no rows of a benchmark."""
     if isinstance(task.data, ScenesData | CocoData):
@@ -228,6 +246,13 @@ class SpeedTask(TaskEntry):
 
 
 Task = Annotated[
-    PopeTask | ChairTask | AmberGenerativeTask | AmberQuestionsTask | MmeTask | VqaTask | SpeedTask,
+    PopeTask
+    | ChairTask
+    | AmberGenerativeTask
+    | AmberQuestionsTask
+    | MmeTask
+    | ChoiceTask
+    | VqaTask
+    | SpeedTask,
     Field(discriminator="task"),
 ]

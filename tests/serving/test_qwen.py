@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: a pruned engine answers as the pruned Hugging Face model does, whose tokens keep their places."""
+"""Qwen-VL: a pruned engine answers as the pruned Hugging Face model does, whose tokens keep their places."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from tests.serving.engines import ask, engine, expect, same, scene
 from tests.serving.qwen_prompts import ASKS, PLAN, TALL, WIDE, See
 
 POLICIES = ("agilepruner", "divprune", "flowcut", "pool", "random", "uniform", "visionzip")
+SLOW = ("agilepruner", "divprune", "random", "uniform")
+"""Act where others do; on Qwen3-VL, left to a long run."""
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+ALL = [
+    pytest.param(kind, policy, marks=[pytest.mark.slow] if kind == "qwen3_vl" and policy in SLOW else [])
+    for kind in ("qwen2_5_vl", "qwen3_vl")
+    for policy in POLICIES
+]
+
+
+@pytest.mark.parametrize(("folder", "policy"), ALL, indirect=["folder"])
 def test_every_policy_as_on_hugging_face(folder, policy):
     plan = {"policy": policy, "ratio": 0.25}
     # random draws by the bits of pixels, which are others in the last place if the tower normalises them

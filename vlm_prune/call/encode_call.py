@@ -283,6 +283,8 @@ class Encoding:
         done: whether it has.
         nested: running calls of the tower inside its own call, which come from elsewhere.
         ended: those tiles, once their features are complete.
+        recording: whether a graph is being recorded, so that the tiles are only left in ``ended``.
+        captured: whether a graph computed the tiles or why not, if the model is to capture its calls.
     """
 
     owner: Any
@@ -292,7 +294,9 @@ class Encoding:
     call: EncodeCall | None = None
     done: bool = False
     nested: int = 0
+    recording: bool = False
     ended: EncodeCall | None = None
+    captured: str | None = None
 
     @property
     def mine(self) -> EncodeCall | None:

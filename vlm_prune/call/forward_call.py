@@ -66,6 +66,7 @@ class ForwardCall:
         census: the result of `count`, once it was called.
         left: visual tokens of each sequence that are left so far; ``None`` until they are counted.
         wrapped: a cache whose layers the decoder temporarily sees as stock ones, and these layers.
+        captured: whether a graph computed the decoder or why not, if the model is to capture its calls.
         owner: the pruning that this forward belongs to.
     """
 
@@ -96,6 +97,7 @@ class ForwardCall:
     left: list[int] | None = None
     stopwatch: Stopwatch | None = None
     wrapped: tuple[Any, list[Any]] | None = None
+    captured: str | None = None
     owner: Any = None
 
     def holes(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -325,6 +327,16 @@ def resumed(call: ForwardCall | None) -> Iterator[None]:
         yield
         return
     token = _forwards.set((*_forwards.get(), call))
+    try:
+        yield
+    finally:
+        _forwards.reset(token)
+
+
+@contextmanager
+def calls_hidden() -> Iterator[None]:
+    """No forward is under way: hooks inside a part that is being recorded are to leave it as it is."""
+    token = _forwards.set(())
     try:
         yield
     finally:

@@ -144,8 +144,8 @@ class FeatureReader(FeatureMethod):
         if current_encoding(self.encoder.session) is not None:  # videos that are encoded as images are
             return self.stock(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
-        with encoding(self.encoder.session, forward=self._forward()):
-            output = self.stock(*args, **kwargs)
+        with encoding(self.encoder.session, forward=self._forward()) as under_way:
+            output = self._compute(under_way, args, kwargs)
             features = features_of(output)
             several = [features] if isinstance(features, torch.Tensor) else list(features)
             call, opened = self.encoder.choose({**given.pop("kwargs", {}), **given}, several)

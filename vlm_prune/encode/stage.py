@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from ..call.encode_call import EncodeCall, current_encode, current_encoding
+from ..call.receipt import TOWER_PART
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower, PackedTower, Tower
 from ..contract.policy import Keep, Policy
 from ..contract.views import FeaturesView, TowerView
 from ..errors import BudgetError, PolicyError, UnsupportedCallError
 from ..sites import Site
+from .captured import CapturedTower
 
 
 class EncodeStage:
@@ -23,6 +25,7 @@ class EncodeStage:
         asked: the policies to ask after each tower layer.
         observes: whether policies of later stages observe the tower without dropping anything in it.
         sites: attention sites to close when the model is unpruned.
+        capture: what captures feature methods, or why nothing can; ``None`` if nothing is to.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class EncodeStage:
             (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
         )
         self.sites: list[Site] = []
+        self.capture: CapturedTower | str | None = None
 
     def under_way(self) -> EncodeCall | None:
         """The tiles being encoded for this model now, if any."""
@@ -172,10 +176,14 @@ class EncodeStage:
 
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and register it with its forward, if any."""
-        self.session.publish(call.receipt)
         under_way = current_encoding(self.session)
         if under_way is not None:
             under_way.ended = call
+            if under_way.recording:
+                return
+            if under_way.captured is not None:
+                call.receipt.captured[TOWER_PART] = under_way.captured
+        self.session.publish(call.receipt)
         if under_way is not None and under_way.forward is not None:
             under_way.forward.add_encoded(call)
 

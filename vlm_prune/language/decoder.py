@@ -21,7 +21,7 @@ from ..cache.storage import check_cache
 from ..call import stream
 from ..call.deepstack import Deepstack, shorten
 from ..call.forward_call import RESUME, ForwardCall, current_forward, next_forward
-from ..call.receipt import JoinedReceipt
+from ..call.receipt import DECODER_PART, JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
 from ..errors import UnsupportedCallError
@@ -362,6 +362,8 @@ class Decoder:
         for number, encoded in enumerate(call.encoded):
             encoded.receipt.record_prefill(len(output.last_hidden_state), length, counts, weight)
             encoded.receipt.trace = call.trace(number)
+            if call.captured is not None:
+                encoded.receipt.captured[DECODER_PART] = call.captured
             encoded.receipt._prefill_ms = call.stopwatch.stop() if call.stopwatch else None
         if len(call.encoded) > 1 and call.owner is not None:
             call.owner.publish(JoinedReceipt.of([encoded.receipt for encoded in call.encoded]))
