@@ -1,7 +1,7 @@
-"""Any model that puts image features into the rows of placeholders: its parts are found by reading the model.
+"""Any model that puts image features into the rows of placeholders: its parts are found by inspecting the model.
 
 Such a model has a method that encodes images (``get_image_features``), placeholders in ``input_ids`` whose number its
-config names, and a decoder that is called with ``inputs_embeds``. Nothing is known of its tower.
+config names, and a decoder that is called with ``inputs_embeds``. Its tower is unknown.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def calls_method(kind: type, method: str) -> bool:
 def find_decoder(model: Any, base: Any) -> Any:
     """The stack of layers that is called with ``inputs_embeds``."""
     decoder = model.get_decoder()
-    for _ in range(3):  # a language model with a head of its own has it one or two modules further in
+    for _ in range(3):  # a language model with its own head has it one or two modules further in
         if isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             break
         inner = decoder.get_decoder()
@@ -152,7 +152,7 @@ def find_decoder(model: Any, base: Any) -> Any:
 
 
 def placeholder(config: Any, kind: str) -> int | None:
-    """The number in ``input_ids`` that stands for a row of features of this ``kind``."""
+    """The token id in ``input_ids`` that is the placeholder for features of this ``kind``."""
     for name in IDS:
         found = getattr(config, name.format(kind), None)
         if isinstance(found, int):

@@ -195,7 +195,7 @@ def ignore_visual_labels(model: Any, collator: Callable[[Any], Any]) -> IgnoreVi
 
 
 def _refuse_beside(config: Any, given: Mapping[str, bool]) -> None:
-    """Raise if any argument is given beside ``config``."""
+    """Raise if any argument is given in addition to ``config``."""
     if names := [name for name, there in given.items() if there]:
         raise PolicyError(
             f"config={config!r} holds policy, budget and settings: give nothing beside it ({', '.join(names)} given)."

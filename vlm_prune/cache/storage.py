@@ -37,7 +37,7 @@ BOTH = _stock(
 LINEAR = _stock("LinearAttentionCacheLayerMixin")
 KNOWN = (*PLAIN, *SLIDING, *INDEXED, *STATE, *NOTHING, *BOTH)
 """Kinds of layers a decoder may have: full attention, windows of either form (sliding and chunked), attention with an
-indexer, linear attention, none of its own, and linear attention beside another."""
+indexer, linear attention, none, and linear attention together with another."""
 
 
 def is_known(kind: type) -> bool:

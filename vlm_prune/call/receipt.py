@@ -36,7 +36,7 @@ class Receipt:
         decoder_tokens: rows that each decoder layer computed in prefill.
         tower_size: channels of the tower, and elements of one of its layers' matrices.
         stand_in: what was used instead of a CLS token that the policy needs and the tower lacks.
-        kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
+        kv_bytes: storage of the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
         captured: of a model with ``capture=True``, for each part of the call "captured", or "eager: " and why.
         guide_flops: operations of the second pass over the prompt that guided decoding compares with, part of `flops`.

@@ -247,7 +247,7 @@ class Family:
         title: its display name.
         cls: whether its vision tower has a CLS token.
         resizes: whether the grid of large images, and of videos, is resized after the projector.
-        frames: whether it hands on frames of videos like tiles of images, so that nobody knows which form a video.
+        frames: whether it hands on frames of videos like tiles of images, so that it is unknown which form a video.
     """
 
     title: str
