@@ -26,6 +26,7 @@ class TowerState:
             in the same order.
         valid: bool ``(tiles, alive)``, the real units where tiles keep different numbers.
         attention: the inputs of the layer's attention, until its policy is asked.
+        earlier: the same of layers that a later one is judged with, see `TowerView`.
         carry: ``(tiles, alive)``, what policies stored for later.
         consumed: a copy of the state after each layer whose output is consumed.
         real: bool ``(tiles, alive patches)``, those that are no padding, where a tower is told; ``None`` elsewhere.
@@ -38,9 +39,11 @@ class TowerState:
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     attention: AttentionView | None = None
+    earlier: dict[int, AttentionView] = field(default_factory=dict)
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     consumed: dict[int, TowerState] = field(default_factory=dict)
     real: torch.Tensor | None = None
+    _masked: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def whole(self) -> bool:
@@ -69,10 +72,23 @@ class TowerState:
         """``valid`` of each token of the sequence, CLS included: bool ``(tiles, tokens)``."""
         if self.valid is None:
             return None
-        return pad(self.valid.repeat_interleave(self.merge**2, dim=1), (self.cls, 0), value=True)
+        if self._masked is None or self._masked[0] is not self.valid:  # many layers ask between two cuts
+            self._masked = self.valid, self._valid_tokens(self.valid)
+        return self._masked[1]
+
+    def _valid_tokens(self, valid: torch.Tensor) -> torch.Tensor:
+        if self.merge > 1:
+            valid = valid.repeat_interleave(self.merge**2, dim=1)
+            if self.slots is not None:
+                valid = torch.empty_like(valid).scatter_(1, self.slots.flatten(1), valid)
+        return pad(valid, (self.cls, 0), value=True) if self.cls else valid
 
     def cut(self, hidden: torch.Tensor, keep: Keep) -> torch.Tensor:
         """Keep the chosen units of ``hidden`` ``(tiles, CLS + patches, channels)``, and what belongs to them."""
+        if keep.still:
+            self.valid = keep.valid
+            return hidden
+        self.earlier = {}
         index, per_unit = keep.index, self.merge**2
         if per_unit > 1:
             if self.slots is None:
@@ -109,7 +125,7 @@ class TowerState:
         for name, x in self.carry.items():
             x = x if self.valid is None else x.masked_fill(~self.valid, 0)
             full = x.new_zeros(len(x), units).scatter(1, self.units, x)
-            carried[name] = pad(full, (extra, 0)).flatten()
+            carried[name] = (pad(full, (extra, 0)) if extra else full).flatten()
         return carried
 
     def _behind_cls(self, index: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class EncodeStage:
     """The policies of a composition that look at a tower, and the layers after which they do.
 
     Attributes:
-        asked: the policies to ask after each tower layer.
+        asked: the policies to ask after each tower layer. Where there are none, a later one wants to have seen it.
         observes: whether policies of later stages observe the tower without dropping anything in it.
         sites: attention sites to close when the model is unpruned.
         capture: what captures feature methods, or why nothing can; ``None`` if nothing is to.
@@ -44,6 +44,10 @@ class EncodeStage:
             for layer in policy.tower_layers(tower.feature_layer):
                 if layer < len(tower.layers):
                     self.asked.setdefault(layer, []).append(policy)
+        for policy in self.policies:
+            for layer in policy.watched_layers(tower.feature_layer):
+                if layer < len(tower.layers):
+                    self.asked.setdefault(layer, [])
         self.observes = any(
             (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
         )

@@ -25,6 +25,7 @@ from ..call.receipt import DECODER_PART, JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
 from ..errors import UnsupportedCallError
+from ..kernels import numbers
 from ..versions import cache_of
 from .drafts import join, split
 from .entry import Entry
@@ -221,7 +222,7 @@ class Decoder:
         length = embeds.shape[1]
         if self.counts and mask is not None and mask.dim() == 2:
             return (mask.long().cumsum(-1) * mask - 1)[:, -length:]
-        return torch.arange(logical, logical + length, device=embeds.device)[None]
+        return numbers(logical + length, embeds.device)[None, logical:]
 
     def _unwrap(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> None:
         """Show stock cache layers to a decoder whose indexers query their length.
@@ -267,25 +268,27 @@ class Decoder:
         batch, length, _ = embeds.shape
         logical = int(past.get_seq_length()) if past is not None else 0
         now = None if mask is None else mask[:, -length:].bool()
-        positions, padding = kwargs.get("position_ids"), None
+        positions, given = kwargs.get("position_ids"), None
         if positions is None:
             positions = self._numbers(embeds, mask, logical)
-            padding = None if mask is None or self.counts else (mask.cumsum(-1) == 0).sum(-1)
+            given = None if self.counts else mask
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
-        alive = ~call.holes(embeds) if holes else None
+        gone = call.holes(embeds) if holes else None
+        alive = None if gone is None else ~gone
         if choosing and self.entry is not None:
             chosen, embeds = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
+            gone = None
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if alive is not None:
             overflow = embeds[..., 0].isnan() & alive if batch > 1 and holes else None
             call.count(live, alive, overflow)
         rows = Rows(
             length=length,
-            order=torch.arange(length, device=embeds.device).expand(batch, -1),
+            order=numbers(length, embeds.device).expand(batch, -1),
             positions=positions,
             mask=now,
-            padding=padding,
+            given=given,
         )
         if inside:
             rows = call.mark_visual(rows)
@@ -295,7 +298,8 @@ class Decoder:
                 self._note_deepstack(call, kwargs, kwargs["visual_pos_masks"], list(features))
             return rows
 
-        census, gone = call.count(), ~alive if self.positions == "compact" else None
+        census = call.count()
+        gone = None if self.positions != "compact" else ~alive if gone is None else gone
         if logical and not census.even and forgets(self.module.config):
             raise UnsupportedCallError(
                 f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "
