@@ -298,6 +298,7 @@ class Encoding:
         once: whether the method calls its tower once; further calls come from elsewhere.
         done: whether it has.
         nested: running calls of the tower inside its own call, which come from elsewhere.
+        ended: those tiles, once their features are complete.
         recording: whether a graph is being recorded, so that the tiles are only left in ``ended``.
         captured: whether a graph computed the tiles or why not, if the model is to capture its calls.
     """

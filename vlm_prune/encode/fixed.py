@@ -22,7 +22,7 @@ from ..call.forward_call import check_rows
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import Tower
-from ..contract.policy import Keep
+from ..contract.policy import Keep, Policy
 from ..contract.views import AttentionView, FeaturesView, TowerView
 from ..errors import PruningError, UnsupportedCallError, UnsupportedModelError
 from ..kernels import gather_rows, numbers, to_device
@@ -43,16 +43,39 @@ On an H200 the host takes about 480 us to launch a layer of CLIP-L/336, and the 
 class Encoder(EncodeStage):
     """All hooks of the encode stage for one model and one policy.
 
+    ``front`` is the part of the projector that takes units, if it is not the projector itself.
+
     Attributes:
         still: whether shapes are kept inside the tower whatever `STILL` says, as recording a call needs; ``None``
             leaves it to that rule.
+
+    Raises:
+        UnsupportedModelError: a policy asks of tower or projector what it cannot do.
     """
 
     still: bool | None = None
 
-    def __init__(self, tower: Tower, projector: nn.Module, composition: Composition, session: Any):
+    def __init__(
+        self,
+        tower: Tower,
+        projector: nn.Module,
+        composition: Composition,
+        session: Any,
+        front: nn.Module | None = None,
+    ):
         super().__init__(tower, projector, composition, session)
-        self.tower = tower
+        self.tower, self.front = tower, front or projector
+        for policy in self.policies:
+            if tower.resizing is None and type(policy).tower_grid is not Policy.tower_grid:
+                raise UnsupportedModelError(
+                    f"{policy.name} shows the vision tower a smaller image, and that of {session.family} takes one "
+                    "size only. Choose a policy that drops tokens, such as uniform, or pool, which averages them."
+                )
+            if policy.calls_projector and front is not None:
+                raise UnsupportedModelError(
+                    f"{policy.name} calls the projector on features of its own, and that of {session.family} also "
+                    "puts patches together. Choose a policy that chooses among features, such as divprune."
+                )
 
     def install(self, handles: list[Any]) -> None:
         """Register hooks and attention sites; what must be undone goes to ``handles`` and `sites` at once."""
@@ -69,7 +92,7 @@ class Encoder(EncodeStage):
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
         self._check_attention(UnsupportedModelError)
-        handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
+        handles.append(self.front.register_forward_pre_hook(self.enter_projector))
         handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
 
     # --- inside the tower ---
@@ -111,6 +134,8 @@ class Encoder(EncodeStage):
             if merge > 1:
                 slots = stream.unit_patches(patches, merge, pixels.device).expand(len(pixels), -1, -1)
             call.state = TowerState(patches, int(self.tower.has_cls), merge, units, slots)
+            mask = kwargs.get(self.tower.patch_mask) if self.tower.patch_mask else None
+            call.state.real = None if mask is None else mask.flatten(1)
         shapes = (policy.tower_grid(grid, targets[0]) for policy in self.policies if not call.whole)
         small = next((shape for shape in shapes if shape is not None), None)
         if small is not None and self.tower.resizing:
@@ -121,7 +146,7 @@ class Encoder(EncodeStage):
         if small is None:
             return None
         pixels = self._shrink(call, small)
-        kwargs = {**kwargs, **self.tower.resizing}
+        kwargs = {**kwargs, **(self.tower.resizing or {})}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
     def _keeps_shapes(self, device: torch.device, call: EncodeCall) -> bool:
@@ -162,7 +187,7 @@ class Encoder(EncodeStage):
         (height, width), merge, device = call.pixels.shape[-2:], state.merge, call.pixels.device
         (rows, columns), *_ = call.grids
         places = to_device(grid_places((rows, columns), small), device)
-        state.units = places.expand(call.tiles, -1)
+        state.units, state.real = places.expand(call.tiles, -1), None
         if state.slots is not None:
             slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)
             state.slots = slots.expand(call.tiles, -1, -1)
@@ -194,7 +219,7 @@ class Encoder(EncodeStage):
                 state.attention = seen
             else:
                 state.earlier[layer] = seen
-        return valid
+        return valid if state.real is None or (valid is None and state.whole) else state.attended()
 
     def _state(self) -> TowerState | None:
         call = self.under_way()
@@ -296,6 +321,10 @@ class Encoder(EncodeStage):
         if call is None:
             return None
         features: torch.Tensor = args[0]
+        if features.dim() == 4:  # units on their grid
+            features = features.flatten(1, 2)
+        if (entry := self.composition.entry) is not None and entry.reads_tower:
+            call.entering = features[:, call.extra :]
         rows = self._choose(call, features, after_projector=False)
         if call.keeps is None:
             return None
@@ -387,9 +416,10 @@ class Encoder(EncodeStage):
             self.forget()
         if output is None:
             return None
+        if output.dim() == 4:
+            output = output.flatten(1, 2)
         rows = self._choose(call, output, after_projector=True)
-        if (entry := self.composition.entry) is not None:
-            call.entering = args[0][:, call.extra :] if entry.reads_tower else None
+        if self.composition.entry is not None:
             self._offer(call, output)
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None

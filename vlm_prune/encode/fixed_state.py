@@ -29,6 +29,7 @@ class TowerState:
         earlier: the same of layers that a later one is judged with, see `TowerView`.
         carry: ``(tiles, alive)``, what policies stored for later.
         consumed: a copy of the state after each layer whose output is consumed.
+        real: bool ``(tiles, alive patches)``, those that are no padding, where a tower is told; ``None`` elsewhere.
     """
 
     grid: tuple[int, int]
@@ -41,7 +42,21 @@ class TowerState:
     earlier: dict[int, AttentionView] = field(default_factory=dict)
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     consumed: dict[int, TowerState] = field(default_factory=dict)
+    real: torch.Tensor | None = None
     _masked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether no patch was cut, so that masks of stock code fit."""
+        return self.units.shape[1] * self.merge**2 == self.grid[0] * self.grid[1]
+
+    def attended(self) -> torch.Tensor | None:
+        """The tokens that may be attended after a cut, CLS included: bool ``(tiles, tokens)``; ``None`` if all may."""
+        if self.real is None:
+            return self.valid_tokens()
+        valid = self.valid_tokens()
+        real = pad(self.real, (self.cls, 0), value=True)
+        return real if valid is None else real & valid
 
     def follow(self, device: torch.device) -> None:
         """Move to the device of the next layer's output, where a tower is spread over devices."""
@@ -50,6 +65,7 @@ class TowerState:
         self.units = self.units.to(device)
         self.slots = None if self.slots is None else self.slots.to(device)
         self.valid = None if self.valid is None else self.valid.to(device)
+        self.real = None if self.real is None else self.real.to(device)
         self.carry = {name: x.to(device) for name, x in self.carry.items()}
 
     def valid_tokens(self) -> torch.Tensor | None:
@@ -80,6 +96,8 @@ class TowerState:
             index = self.slots.gather(1, index[..., None].expand(-1, -1, per_unit)).flatten(1)
             kept = torch.arange(index.shape[1], device=index.device).view(1, -1, per_unit)
             self.slots = kept.expand(len(index), -1, -1)
+        if self.real is not None:
+            self.real = self.real.gather(1, index)
         self.units = self.units.gather(1, keep.index)
         self.carry = {name: x.gather(1, keep.index) for name, x in self.carry.items()}
         self.valid = keep.valid

@@ -82,7 +82,9 @@ class PackedEncoder(EncodeStage):
         pixels: torch.Tensor = given["hidden_states"]
         sizes = given["grid_thw"].tolist()  # stock code waits for them too
         grids = self.tower.grids(sizes)
-        targets = [self.budget.units(rows * columns) for rows, columns in grids]
+        targets = self.frame_targets(
+            [rows * columns for rows, columns in grids], [frames for frames, *_ in sizes]
+        )
         call = EncodeCall(
             grids=grids,
             targets=targets,
