@@ -23,7 +23,7 @@ from .errors import PolicyError
 from .registry import did_you_mean, registered_name
 
 FILE = "vlm_prune.json"
-"""Name of the file beside a pruned model's weights."""
+"""Name of the file next to a pruned model's weights."""
 
 VERSION = 1
 KEYS = ("version", "policy", "tokens", "ratio", "per", "capture", "settings", "similarity", "about")
