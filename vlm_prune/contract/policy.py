@@ -117,6 +117,13 @@ class Policy:
         """
         return ()
 
+    def watched_layers(self, feature_layer: int) -> Collection[int]:
+        """Further vision layers whose attention `encode` finds in ``view.earlier`` at the next layer of `tower_layers`.
+
+        Layers between two cuts can so be scored together.
+        """
+        return ()
+
     def encode(self, view: TowerView) -> Keep | None:
         """After a vision layer: which units go on. ``None`` keeps all of them."""
         raise NotImplementedError(f"{self.name} names tower layers but does not encode")
