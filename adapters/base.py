@@ -1,4 +1,4 @@
-"""What an adapter says about a model: the engine's contract, under the name that other projects import it by."""
+"""What an adapter says about a model: the engine's contract, under its public import name."""
 
 from ..contract.anatomy import Anatomy, Arrangement, Family, FeatureCall, PackedTower, Tower
 

@@ -12,7 +12,7 @@ CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
 
 def clip_like_tower(base: Any, config: Any, family: str, keeps_cls: bool) -> Tower:
-    """The CLIP or SigLIP tower of a LLaVA-like model. ``keeps_cls``: it hands on what CLS is, if there is one."""
+    """The CLIP or SigLIP tower of a LLaVA-like model. ``keeps_cls``: it passes CLS on, if there is one."""
     tower, vision = base.vision_tower, config.vision_config
     if vision.model_type not in CLS:
         raise ValueError(

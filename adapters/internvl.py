@@ -7,7 +7,7 @@ from typing import Any
 from ..contract.anatomy import Anatomy, Family, Tower, feature_layers, square
 
 FAMILIES = {"internvl": Family("InternVL", frames=True)}
-"""Those that the matrix shows."""
+"""Families in the README's matrix."""
 
 
 def anatomy(model: Any) -> Anatomy:

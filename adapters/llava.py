@@ -1,6 +1,6 @@
 """LLaVA-1.5 and VipLLaVA: a CLIP tower (SigLIP works too), one tile per image, and any Llama-like decoder.
 
-With another tower, such as Pixtral's, only what leaves it is known.
+With another tower, such as Pixtral's, only its output is used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from . import features
 from .clip_tower import CLS, clip_like_tower
 
 FAMILIES = {"llava": Family("LLaVA-1.5"), "vipllava": Family("VipLLaVA")}
-"""Those that the matrix shows."""
+"""Families in the README's matrix."""
 
 
 def anatomy(model: Any) -> Anatomy:

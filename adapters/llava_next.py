@@ -1,7 +1,7 @@
 """LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: images cut into tiles of any resolution, and videos.
 
-What stands between projector and language model (the grid of tiles, the padding taken off again, newlines, resizing) is
-the stock models' own code here too: it is handed to the engine as `Arrangement.pack`.
+What happens between projector and language model (the grid of tiles, removing padding, newlines, resizing) remains the
+stock models' own code: the engine gets it as `Arrangement.pack`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FAMILIES = {
     "llava_next_video": Family("LLaVA-NeXT-Video"),
     "llava_onevision": Family("LLaVA-OneVision", cls=False, resizes=True),
 }
-"""Those that the matrix shows."""
+"""Families in the README's matrix."""
 
 
 def next_anatomy(model: Any) -> Anatomy:

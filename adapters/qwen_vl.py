@@ -16,7 +16,7 @@ FAMILIES = {
     "qwen2_5_vl": Family("Qwen2.5-VL", cls=False),
     "qwen3_vl": Family("Qwen3-VL", cls=False),
 }
-"""Those that the matrix shows."""
+"""Families in the README's matrix."""
 
 
 def anatomy(model: Any) -> Anatomy:

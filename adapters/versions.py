@@ -7,7 +7,7 @@ from typing import Any
 
 
 def consumed_layers(config: Any) -> int | list[int] | tuple[int, ...]:
-    """``config.vision_feature_layer``, which VipLLaVA called by a name of its own in 5.19."""
+    """``config.vision_feature_layer``, which VipLLaVA named differently in 5.19."""
     return getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
 
 

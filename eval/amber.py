@@ -72,13 +72,18 @@ class Words:
         return {*self.relations, *(word for words in self.relations.values() for word in words)}
 
 
-def plain_nouns(text: str) -> list[str]:
-    """Every word of a text in its singular. AMBER looks at the ones it knows, whatever part of speech they are.
+def plain_nouns(known: Collection[str]) -> Nouns:
+    """Every word that is ``known``, as it is written or in its singular, whatever part of speech it is.
 
-    >>> plain_nouns("Two men feed the horses.")
-    ['two', 'man', 'feed', 'the', 'horse', '.']
+    >>> plain_nouns({"man", "horse", "grass"})("Two men feed the horses, not the grass.")
+    ['man', 'horse', 'grass']
     """
-    return [singular(token) for token in tokenise(text.lower())]
+
+    def nouns(text: str) -> list[str]:
+        words = [token if token in known else singular(token) for token in tokenise(text.lower())]
+        return [word for word in words if word in known]
+
+    return nouns
 
 
 def nltk_nouns() -> Nouns:
@@ -107,8 +112,8 @@ def nltk_nouns() -> Nouns:
     return nouns
 
 
-def read_words(relations: Path, safe: Path | None = None, nouns: Nouns = plain_nouns) -> Words:
-    """AMBER's words from its files, ``relation.json`` and ``safe_words.txt``.
+def read_words(relations: Path, safe: Path | None = None, nouns: Nouns | None = None) -> Words:
+    """AMBER's words from its files, ``relation.json`` and ``safe_words.txt``; ``nouns`` are `plain_nouns` by default.
 
     Raises:
         ValueError: the relations are no mapping of lists.
@@ -117,7 +122,10 @@ def read_words(relations: Path, safe: Path | None = None, nouns: Nouns = plain_n
     if not isinstance(found, dict) or not all(isinstance(words, list) for words in found.values()):
         raise ValueError(f"{relations}: a JSON object of lists is needed, AMBER's relation.json")
     lines = [] if safe is None else safe.read_text(encoding="utf-8").split("\n")
-    return Words(found, nouns, [line.strip() for line in lines if line.strip()])
+    right = [line.strip() for line in lines if line.strip()]
+    if nouns is None:
+        nouns = plain_nouns(Words(found, list).known)
+    return Words(found, nouns, right)
 
 
 def read_annotations(path: Path) -> dict[str, Row]:

@@ -1,4 +1,4 @@
-"""What a policy is: the engine's contract, under the name that policies of other projects import it by."""
+"""What a policy is: the engine's contract, under its public import name."""
 
 from ..contract.policy import Keep, Place, Policy, Positions, ScorerPolicy, SelectPolicy
 

@@ -1,4 +1,4 @@
-"""Baselines that any method has to beat: nothing, chance, and an even grid."""
+"""Baselines that any method must beat: no pruning, random choice, and an even grid."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from ..contract.policy import Keep, Place, ScorerPolicy, SelectPolicy
 from ..contract.views import FeaturesView
-from ..kernels import to_device
+from ..kernels import planned, to_device
 from .settings import check_whole
 
 
 def uniform_index(grid: tuple[int, int], keep: int) -> list[int]:
     """``keep`` cells spread evenly over a ``(rows, columns)`` grid, as raster numbers in ascending order.
 
-    As many grid rows as give square meshes are used, each holding its share of the cells at even distances.
+    The number of grid rows is chosen for square meshes; each row has its share of the cells at even distances.
     """
     height, width = grid
     rows = min(height, keep, max(round((keep * height / width) ** 0.5), -(-keep // width), 1))
@@ -31,8 +31,8 @@ def uniform_index(grid: tuple[int, int], keep: int) -> list[int]:
 def random_ranking(content_key: torch.Tensor, units: int, seed: int) -> torch.Tensor:
     """A pseudo-random score per unit, ``(batch, units)`` int64, that depends on the seed and the tile's pixels alone.
 
-    A tile draws the same tokens alone and in any batch, on any device, without a word to the host: the numbers come
-    from integer mixing (the finaliser of splitmix64) of content, unit number and seed.
+    A tile draws the same tokens alone and in any batch, on any device, without a transfer from the host: the numbers
+    come from integer mixing (the finaliser of splitmix64) of content, unit number and seed.
     """
 
     def mix(x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Identity(SelectPolicy):
 
 @dataclass(frozen=True)
 class Random(ScorerPolicy):
-    """Keeps tokens drawn by lot after the tower (encode stage).
+    """Keeps tokens drawn at random after the tower (encode stage).
 
     Attributes:
         seed: changes the draw. The same image always draws the same tokens, whatever else is in the batch.
@@ -76,7 +76,7 @@ class Random(ScorerPolicy):
         check_whole(self, "seed")
 
     def score(self, view: FeaturesView) -> torch.Tensor:
-        """Each token's lot."""
+        """A pseudo-random number for each token."""
         return random_ranking(view.content_key, view.features.shape[1], self.seed)
 
 
@@ -90,5 +90,8 @@ class Uniform(SelectPolicy):
 
     def select(self, view: FeaturesView) -> Keep:
         """The same grid for every tile."""
-        index = to_device(uniform_index(view.grid, view.target), view.features.device)
+        grid, target, device = view.grid, view.target, view.features.device
+        index = planned(
+            ("uniform", grid, target, device), lambda: to_device(uniform_index(grid, target), device)
+        )
         return Keep(index.expand(len(view.features), -1))

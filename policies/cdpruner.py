@@ -3,7 +3,7 @@ arXiv 2506.10967).
 
 Follows ``encode_images`` of the released ``llava/model/llava_arch.py`` and ``CLIPVisionTower.forward`` of its
 ``clip_encoder.py``. Two tokens are alike by the cosine of their projected features; tokens that matter to the question
-stretch the volume which a set of tokens spans, and the set is grown greedily by volume (Chen et al. 2018, "fast greedy
+enlarge the volume that a set of tokens spans, and the set is grown greedily by volume (Chen et al. 2018, "fast greedy
 MAP inference").
 """
 
@@ -20,7 +20,7 @@ from ..contract.views import EntryView
 from .settings import check_choice
 
 NOTHING = 1e-5
-"""Share of the first gain below which what a token adds is rounding noise of fp32."""
+"""Share of the first gain below which a token's gain is fp32 rounding noise."""
 
 
 def text_windows(ids: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,17 +55,18 @@ def relevance(
     least_alike: bool = True,
     joint: bool = False,
 ) -> torch.Tensor:
-    """How much each token matters to the question, from about 0 to 1: fp32 or better ``(tiles, units)``.
+    """The relevance of each token to the question, from about 0 to 1: fp32 or better ``(tiles, units)``.
 
     The mean over the text rows of the cosine with them, stretched to the range from 0 to 1, plus a little.
 
     Args:
         image_embeds: ``(tiles, units, width)``, in a space shared with the text.
         text_embeds: ``(rows, width)`` of one question, or ``(tiles, rows, width)``.
-        text_valid: bool ``(tiles, rows)``, rows that count; ``None`` if all do. Without any, all tokens matter alike.
+        text_valid: bool ``(tiles, rows)``, rows that count; ``None`` if all do. Without any, all tokens are equally
+        relevant.
         least_alike: take the *negative* cosine, as the released code does: in CLIP's space, patches that show what the
             question names are the least like it (the authors, issue 14).
-        joint: stretch all tiles by one range, as the released code does, instead of each by its own.
+        joint: normalise all tiles by one range, as the released code does, instead of each by its own range.
     """
     dtype = torch.promote_types(image_embeds.dtype, torch.float32)
     image = nn.functional.normalize(image_embeds.to(dtype), dim=-1)
@@ -88,20 +89,20 @@ def relevance(
 def greedy_volume(
     features: torch.Tensor, quality: torch.Tensor, keep: int, official: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grow a set of tokens by the volume that it spans: int64 ``(batch, keep)`` in picking order, and each one's gain.
+    """Grow a set of tokens by the volume that it spans: int64 ``(batch, keep)`` in picking order, and the gain of each.
 
-    The kernel of the point process is ``quality_i * cosine_ij * quality_j``. The gain of a token is what is left of its
-    squared length beside those already picked; the largest one is picked, of equals the earlier. Once no gain is left,
-    which happens beyond the rank of ``features``, tokens are taken by falling quality. None is picked twice. Only the
-    rows of the kernel that belong to picked tokens are computed, fp32 or better; ``keep`` steps, none of which waits
-    for the device.
+    The kernel of the point process is ``quality_i * cosine_ij * quality_j``. The gain of a token is its
+    squared length orthogonal to those already picked; the largest one is picked, ties go to the earlier token. Once no
+    gain is left, which happens beyond the rank of ``features``, tokens are picked in order of quality. None is picked
+    twice. Only the rows of the kernel that belong to picked tokens are computed, fp32 or better; ``keep`` steps, none
+    of which waits for the device.
 
     Args:
         features: ``(batch, units, channels)``.
         quality: ``(batch, units)``, not negative.
         keep: tokens to pick, up to ``units``.
         official: divide by norms in the dtype of ``features``, and as they are. Without it, in fp32 or better, and a
-            row of zeros is alike to none.
+            row of zeros is similar to none.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     if official:
@@ -137,22 +138,22 @@ def greedy_volume(
 
 @dataclass(frozen=True)
 class CDPruner(SelectPolicy):
-    """CDPruner, at the decoder's entry, where the question is known. The budget holds for each tile by itself.
+    """CDPruner, at the decoder's entry, where the question is known. The budget applies to each tile separately.
 
-    The released code compares patches and question by CLIP's two towers, of which a LLaVA checkpoint holds one; no code
-    was released for other models. Here relevance is the cosine of projected tokens with the embeddings of the text
-    rows after the image, as third parties do; `relevance` and `patch_embeds` are there for CLIP's own. The decoder's
+    The released code compares patches and question by CLIP's two towers, of which a LLaVA checkpoint contains one; no
+    code was released for other models. Here relevance is the cosine of projected tokens with the embeddings of the text
+    rows after the image, as third parties do; `relevance` and `patch_embeds` also work with CLIP's own. The decoder's
     embeddings are not CLIP's space, so tokens *most* like the question count as relevant, as the paper has it.
 
     It differs from the released code in these points, too:
 
     - Exactly the budget is kept. Beyond the rank of the features, with a feature row of zeros, or where all tokens
-      matter alike, the released code divides by zero and then keeps fewer tokens; here tokens are taken by relevance
-      once none adds anything, such a row adds nothing, and equal relevance is the plain point process.
-    - Relevance is stretched within each tile, so that a tile keeps the same tokens in any batch. The released code
-      takes minimum and maximum over all tiles of a call, strangers in a batch included.
-    - Each image goes by the question in its own sequence; the released code takes one for all. A prompt without a
-      question is no error but the plain point process.
+      are equally relevant, the released code divides by zero and then keeps fewer tokens; here tokens are picked by
+      relevance once none adds volume, such a row adds none, and equal relevance gives the plain point process.
+    - Relevance is normalised within each tile, so that a tile keeps the same tokens in any batch. The released code
+      takes minimum and maximum over all tiles of a call, including other sequences of the batch.
+    - Each image uses the question in its own sequence; the released code uses one for all. A prompt without a
+      question gives the plain point process instead of an error.
     - Norms are taken in fp32.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Greedy coverage: pick the tokens that, together, stand for as much as possible of what they are compared with."""
+"""Greedy coverage: pick the tokens that together best cover what they are compared with."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def greedy_cover(
     combine: Combine = "multi",
     candidates: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick tokens by how much they add to the cover: int64 ``(batch, keep)`` in picking order, and ``(batch, rows)``.
+    """Pick tokens by what they add to the coverage: int64 ``(batch, keep)`` in picking order, and ``(batch, rows)``.
 
-    The cover of a row starts at 0 and is the largest ``worth`` in it of any token picked. A token's gain is the sum,
-    over all rows, of what it would raise the cover by; of equal gains the earlier token is picked, and none twice.
+    The coverage of a row starts at 0 and is the largest ``worth`` in it of any picked token. A token's gain is the sum,
+    over all rows, of how much it would raise the coverage; ties go to the earlier token, and none is picked twice.
     ``keep`` steps in the dtype of ``worth``, each of which reads it once; none waits for the device.
 
     Args:

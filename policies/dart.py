@@ -2,7 +2,7 @@
 
 Follows ``DART.forward`` and ``get_retained_image_token`` of the authors' EPIC repository
 (``llava/model/language_model/dart/modeling_llama_self.py``). Some visual and some text tokens with large keys are the
-pivots; each in turn takes the visual tokens that are least like it, out of those that are left.
+pivots; each in turn picks the visual tokens least similar to it among those that are left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def key_norms(key: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """L1 norm of each row's keys over all heads: ``(batch, heads, rows, head_dim)`` to ``(batch, rows)``.
 
-    Heads that are shared count once; repeating them for the queries would scale all norms alike. ``dtype`` defaults to
+    Shared heads count once; repeating them for the queries would only scale all norms. ``dtype`` defaults to
     fp32, or fp64 for fp64 inputs.
     """
     key = key.to(dtype or torch.promote_types(key.dtype, torch.float32))
@@ -32,11 +32,11 @@ def key_norms(key: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tens
 
 
 def pivots(norms: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` rows of largest norm: int64 ``(batch, count)`` by falling norm, and bool, which of them there are.
+    """The ``count`` rows of largest norm: int64 ``(batch, count)`` by descending norm, and bool, which of them exist.
 
     Args:
         norms: ``(batch, rows)``.
-        among: bool ``(batch, rows)``; where it has fewer than ``count`` rows, the last entries are no pivots.
+        among: bool ``(batch, rows)``; where it has fewer than ``count`` rows, the last entries are not pivots.
         count: rows wanted.
     """
     order = norms.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)[:, :count]
@@ -45,13 +45,13 @@ def pivots(norms: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torch.
 
 
 def shares(count: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """How many tokens each pivot takes, so that ``count`` are kept in all: int64 ``(batch, pivots)``.
+    """How many tokens each pivot picks, so that ``count`` are kept in all: int64 ``(batch, pivots)``.
 
-    Image pivots are kept themselves. What does not divide evenly goes to the first pivots, one each.
+    Image pivots are kept themselves. The remainder goes to the first pivots, one each.
 
     Args:
         count: int64 ``(batch,)``.
-        image, text: bool ``(batch, ...)``, which pivots there are, True ones in front.
+        image, text: bool ``(batch, ...)``, which pivots exist, True ones first.
     """
     there = torch.cat([image, text], 1)
     rest, number = (count - image.sum(-1)).clamp(min=0)[:, None], there.sum(-1, keepdim=True).clamp(min=1)
@@ -67,7 +67,7 @@ def released_share(reduction_ratio: float, visual: int, pivots: int) -> int:
 def released_order(rows: list[int]) -> list[int]:
     """The order in which the released code has pivots choose: that of a Python set of their ``rows``.
 
-    They go in as image pivots by falling norm, then text pivots.
+    They are inserted as image pivots by descending norm, then text pivots.
     """
     return list(set(rows))
 
@@ -79,12 +79,12 @@ def least_alike(
     candidates: torch.Tensor,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """What the pivots take, each in its turn, of what is left: bool ``(batch, rows)``.
+    """The rows that the pivots pick, each in turn among those left: bool ``(batch, rows)``.
 
     Args:
         state: ``(batch, rows, channels)``, the normed output of a layer.
         order: int64 ``(batch, pivots)``, rows in the order in which they choose.
-        count: int64 ``(batch, pivots)``, how many each takes; fewer where fewer are left.
+        count: int64 ``(batch, pivots)``, how many each picks; fewer where fewer are left.
         candidates: bool ``(batch, rows)``.
         dtype: of the cosines; ``None`` for fp32 or better.
     """
@@ -105,18 +105,18 @@ def least_alike(
 class DART(Policy):
     """DART, inside the decoder (prefill stage), after `k` layers.
 
-    The DART repository itself could not be read: the code followed is the class of that name which the same authors
-    ship in EPIC. The two are known to differ in how many tokens a pivot takes, and that rule of DART's is second-hand
-    (a copy of its file, and the numbers in its README): 192, 128 and 64 tokens there keep 196, 132 and 68.
+    The DART repository itself was not available: the code followed is the class of that name which the same authors
+    ship in EPIC. The two are known to differ in how many tokens a pivot takes, and DART's rule is known only
+    second-hand (a copy of its file, and the numbers in its README): 192, 128 and 64 tokens there keep 196, 132 and 68.
 
     The default mode differs from it in these points:
 
-    - Exactly the budget is kept: what the division among the pivots leaves over goes to the first of them, one each.
-    - Each sequence of a batch chooses for itself, by its own text, and padding takes no part; the released code applies
-      what sequence 0 chose to all, and norms there depend on padding in front. Images may stand anywhere, and several
+    - Exactly the budget is kept: the remainder of the division among pivots goes to the first of them, one each.
+    - Each sequence of a batch chooses separately, by its own text, and padding is ignored; the released code applies
+      the choice of sequence 0 to all, and its norms depend on padding on the left. Images may be anywhere, and several
       are pruned together.
-    - Pivots choose in falling order of their norms, image pivots first; the released order is that of a Python set.
-    - Where fewer rows than `text_pivots` follow the image, those are the text pivots; the released code stops there.
+    - Pivots choose in descending order of norm, image pivots first; the released order is that of a Python set.
+    - Where fewer rows than `text_pivots` follow the image, those are the text pivots; the released code raises there.
     - Cosines and norms are fp32 or better. In half precision the cosines of the released code are often tied at the
       cut.
 
@@ -125,8 +125,8 @@ class DART(Policy):
         image_pivots: visual tokens that are pivots, and kept.
         text_pivots: tokens after the image that are pivots.
         compat: ``"official"`` reproduces the released code for one sequence: order of a set, cosines in the model's
-            dtype, and ``budget // pivots`` tokens for each pivot beside the image pivots, which may be a few more or
-            less than the budget. Waits for the device to learn the row numbers.
+            dtype, and ``budget // pivots`` tokens for each pivot in addition to the image pivots, which may be a few
+            more or less than the budget. Waits for the device to learn the row numbers.
     """
 
     name: ClassVar[str] = "dart"
@@ -161,7 +161,7 @@ class DART(Policy):
         return None if self.compat == "official" else target
 
     def prefill(self, view: PrefillView) -> torch.Tensor:
-        """Keep the image pivots and what all pivots take."""
+        """Keep the image pivots and what all pivots pick."""
         if view.attention is None:
             raise RuntimeError(
                 f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
@@ -189,7 +189,7 @@ class DART(Policy):
 
 
 def _as_released(order: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Pivots in their `released_order`, each sequence for itself, filled up with row 0."""
+    """Pivots in their `released_order`, per sequence, filled up with row 0."""
     rows = []
     for pivots_of, real in zip(order.tolist(), there.tolist(), strict=True):
         in_turn = released_order([row for row, ok in zip(pivots_of, real, strict=True) if ok])

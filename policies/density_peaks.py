@@ -1,7 +1,7 @@
-"""Clusters of tokens around density peaks, and one token for each: what SparseVLM makes of tokens it drops.
+"""Clusters of tokens around density peaks, with one token for each: how SparseVLM recycles dropped tokens.
 
 Follows ``cluster_and_merge`` of its released ``llava/model/language_model/utils.py`` (Rodriguez and Laio, 2014), but
-without the noise that breaks ties there: of equals the first one wins.
+without the noise that breaks ties there: ties go to the first one.
 """
 
 from __future__ import annotations

@@ -17,23 +17,24 @@ from .scores import cosine_distance
 
 
 def max_min_diverse(distance: torch.Tensor, keep: int) -> torch.Tensor:
-    """Take the token farthest from all taken so far, again and again: int64 ``(batch, keep)`` in taking order.
+    """Repeatedly pick the token farthest from all picked so far: int64 ``(batch, keep)`` in picking order.
 
-    The first one is the token whose nearest neighbour is farthest away. Of equals the earliest is taken. ``keep``
+    The first one is the token whose nearest neighbour is farthest away. Ties go to the earliest. ``keep``
     steps, none of which waits for the device.
 
     Args:
         distance: ``(batch, units, units)``, symmetric.
-        keep: tokens to take, up to ``units``.
+        keep: tokens to pick, up to ``units``.
     """
     units = distance.shape[1]
     itself = torch.eye(units, dtype=torch.bool, device=distance.device)
     latest = distance.masked_fill(itself, torch.inf).amin(-1).argmax(-1, keepdim=True)
-    taken, gap = [latest], torch.full_like(distance[:, 0], torch.inf)
+    # -inf stays through every minimum to come, so nothing is taken twice, duplicates of a token included
+    rows = distance.masked_fill(itself, -torch.inf)
+    taken, gap = [latest], None
     for _ in range(keep - 1):
-        gap = torch.minimum(gap, distance.gather(1, latest[..., None].expand(-1, -1, units)).squeeze(1))
-        # -inf stays through every minimum to come, so nothing is taken twice, duplicates of a token included
-        gap.scatter_(1, latest, -torch.inf)
+        row = rows.gather(1, latest[..., None].expand(-1, -1, units)).squeeze(1)
+        gap = row if gap is None else torch.minimum(gap, row)
         latest = gap.argmax(-1, keepdim=True)
         taken.append(latest)
     return torch.cat(taken, dim=1)
@@ -41,11 +42,11 @@ def max_min_diverse(distance: torch.Tensor, keep: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DivPrune(SelectPolicy):
-    """DivPrune, after the projector (encode stage), by cosine distance. The budget holds for each tile by itself.
+    """DivPrune, after the projector (encode stage), by cosine distance. The budget applies to each tile separately.
 
     It differs from the released code in two points: distances are fp32 or better whatever the model's dtype; and a
-    token is never taken twice. The released code can do so where only duplicates of taken tokens are left, and then
-    keeps fewer tokens than asked for.
+    token is never picked twice. The released code can do so where only duplicates of picked tokens are left, and then
+    keeps fewer tokens than requested.
     """
 
     name: ClassVar[str] = "divprune"

@@ -32,8 +32,8 @@ def dual_attention_filter(
 ) -> torch.Tensor:
     """Tokens that the text attends to, together or by one word: bool ``(batch, rows)``.
 
-    A token goes if its share of all ``total`` attention on visual rows is below ``global_share`` and its ``peak`` is
-    below ``individual``. Official: ``dual_attention_filter``.
+    A token is dropped if its share of all ``total`` attention on visual rows is below ``global_share`` and its ``peak``
+    is below ``individual``. Official: ``dual_attention_filter``.
     """
     mass = total.masked_fill(~visual, 0).sum(-1, keepdim=True)
     return visual & ~((total < global_share * mass) & (peak < individual))

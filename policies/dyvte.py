@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 class DyVTE(Policy):
     """DyVTE, inside the decoder (prefill stage).
 
-    After each layer of the prefill a trained gate looks at the text after the image; where it says so, the sequence
-    goes on without its visual tokens. The cache of the layers before keeps them. There is no budget: how much is saved
-    is the gates' choice, and of ``ratio=`` and ``tokens=`` only "all" is heeded.
+    After each layer of the prefill a trained gate looks at the text after the image; where it decides so, the sequence
+    goes on without its visual tokens. The cache of the earlier layers keeps them. There is no budget: the gates decide
+    how much is saved, and ``ratio=`` and ``tokens=`` only matter where they mean "all".
 
-    The default mode differs from the released code as follows. Visual and text rows are known by themselves, not by
-    fixed places (35 and 576). Each sequence of a batch decides for itself, whatever its batch mates do. A single text
-    row stands for its own mean. The gate after the last layer, where nothing is left to save, is not asked. Random
+    The default mode differs from the released code as follows. Visual and text rows are known exactly, not by
+    fixed positions (35 and 576). Each sequence of a batch decides separately. A single text
+    row is its own mean. The gate after the last layer, where nothing is left to save, is not asked. Random
     gates are refused: the authors ship none, and with random ones most models leave at layer 0. New tokens of a
     sequence that left at layer e see the image in the layers up to e only; long captions depend on that.
 

@@ -1,4 +1,4 @@
-"""Well-known methods of the field that are not among the policies, and the policy that comes nearest to each."""
+"""Well-known methods of the field that are not among the policies, and the closest policy for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 _KINDS: dict[str, tuple[str, str, str]] = {
     # kind: what methods of it do, the nearest policy, the methods' names
     "merge": (
-        "merges alike tokens",
+        "merges similar tokens",
         "visionzip",
         "ToMe ToFu FOLDER PACT",
     ),

@@ -37,7 +37,7 @@ def exit_features(hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 def gate_logits(features: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     """Scores for going on and for leaving, ``(batch, 2)``, of features ``(batch, inputs)``.
 
-    ``weights`` are ``(width, inputs)`` and ``(2, width)``; a low-rank gate has ``(rank, inputs)`` in front, and
+    ``weights`` are ``(width, inputs)`` and ``(2, width)``; a low-rank gate has ``(rank, inputs)`` first, and
     ``(width, rank)``. No biases; the GELU is the exact one.
     """
     *first, last = weights
@@ -56,7 +56,7 @@ def exit_labels(
 
     Args:
         full: logits ``(batch, answer, vocabulary)`` at the rows that predict the answer.
-        masked: the same with visual tokens out of sight after the layer in question.
+        masked: the same with visual tokens masked after the layer in question.
         targets: the answer's ids ``(batch, answer)``; negative ones fill up shorter answers.
         first_id: smallest id that counts. The released code overlooks id 0: give 1 to follow it.
 

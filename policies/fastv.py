@@ -1,6 +1,6 @@
 """FastV: half of the image is enough after layer 2 (Chen et al., ECCV 2024, arXiv 2403.06764).
 
-Follows the released ``modeling_llama.py``: in front of decoder layer ``k`` visual tokens are ranked by the attention
+Follows the released ``modeling_llama.py``: before decoder layer ``k`` visual tokens are ranked by the attention
 that the prompt's last row paid them in the layer before. (The paper's text speaks of the mean over all rows; the
 authors' code takes the last one.)
 """
@@ -24,8 +24,8 @@ class FastV(ScorerPolicy):
     """FastV, inside the decoder (prefill stage), and the baseline of most of its successors.
 
     The released code drops a share R of the tokens; ``ratio=`` is 1 - R. It differs from this in that row 0 of a batch
-    decides for all rows, and that the image must stand at a configured place. Tokens dropped in prefill stay dropped,
-    as in its KV-cache variant; the original ranks them anew with every generated token.
+    decides for all rows, and that the image must be at a configured position. Tokens dropped in prefill stay dropped,
+    as in its KV-cache variant; the original ranks them again with every generated token.
 
     Attributes:
         k: decoder layers that see all visual tokens; the cut follows the last of them. The published settings are

@@ -1,4 +1,4 @@
-"""H2O: heavy hitters, the rows that got most attention so far, stay in the KV cache (Zhang et al., NeurIPS 2023,
+"""H2O: heavy hitters, the rows that received most attention so far, stay in the KV cache (Zhang et al., NeurIPS 2023,
 arXiv 2306.14048)."""
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class H2O(KeepsByHead):
-    """H2O, in the KV cache (decode stage): each KV head keeps the visual rows that got most attention.
+    """H2O, in the KV cache (decode stage): each KV head keeps the visual rows that received most attention.
 
-    What all rows of the prompt pay to a row is summed up, in each layer and each KV head by itself; the visual rows
-    with most of it are the heavy hitters and stay. Earlier rows are seen by more rows, so the sum leans towards the
-    start of the image. The prefill sees the whole image, so the first word of the answer is the unpruned model's.
+    The attention that a row receives from all rows of the prompt is summed, in each layer and each KV head separately;
+    the visual rows with most of it are the heavy hitters and stay. Earlier rows are seen by more rows, so the sum leans
+    towards the start of the image. The prefill sees the whole image, so the first token of the answer is that of the
+    unpruned model.
 
-    Paper's definition, not run against released code. It differs in that it is about visual rows alone, and all text
-    stays, which takes the place of the paper's recent tokens. No visual row comes while decoding, so a budget that
-    holds after the prefill holds from then on: no row has to leave for those that the answer brings, and attention
-    is not summed up further. Heads that share keys are judged together, by their mean; the paper has no such models.
+    Paper's definition, not run against released code. It differs in that only visual rows are evicted, and all text
+    stays, which takes the place of the paper's recent tokens. Decoding adds no visual rows, so a budget that
+    holds after the prefill holds from then on: no row is evicted for those of the answer, and attention is not
+    accumulated further. Heads that share keys are scored together, by their mean; the paper has no such models.
 
     Attributes:
-        positions: has no effect, since what stays in a cache keeps the positions that it was computed with.
+        positions: has no effect, since cached rows keep the positions that they were computed with.
     """
 
     name: ClassVar[str] = "h2o"

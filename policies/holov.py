@@ -1,4 +1,4 @@
-"""HoloV: a budget per stretch of the image, so that no bright spot takes it all (Zou et al., NeurIPS 2025,
+"""HoloV: a budget per region of the image, so that no salient spot takes it all (Zou et al., NeurIPS 2025,
 arXiv 2510.02912).
 
 Follows the released ``llava/model/utils.py`` and ``qwen-model-HoloV/utils.py``. The tokens, in raster order, are split
@@ -67,7 +67,7 @@ def released_scores(features: torch.Tensor, attention: torch.Tensor, table: torc
     cosine = (x @ x.mT * (1 - itself)).float()
     others = (size - 1).clamp(min=1)[:, None]
     mean = cosine.sum(-1) / others
-    # the zero that stands for a token itself takes part, those that fill up a short run do not
+    # the zero of a token with itself counts, those that pad a short run do not
     spread = (cosine - mean[..., None]).square().where(real[:, None], 0).sum(-1).where(real, 0) / others
     paid = by_run(attention, table) * 1000
     scale = paid.abs().sum(-1) / size / (spread.sum(-1) / size + EPS)
@@ -76,7 +76,7 @@ def released_scores(features: torch.Tensor, attention: torch.Tensor, table: torc
 
 
 def quotas(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """How many of ``keep`` tokens each run is due: int64 like ``scores`` ``(batch, runs)``.
+    """How many of ``keep`` tokens each run gets: int64 like ``scores`` ``(batch, runs)``.
 
     In proportion to the scores, rounded down; what is left over goes one by one to the runs of largest share.
     """
@@ -87,7 +87,7 @@ def quotas(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def within_size(due: torch.Tensor, scores: torch.Tensor, size: torch.Tensor, keep: int) -> torch.Tensor:
-    """``due`` ``(batch, runs)`` where no run takes more than it has: the surplus goes to those with room.
+    """``due`` ``(batch, runs)`` limited to the size of each run: the surplus goes to runs with room.
 
     The run of highest score is filled up first. Sums to ``keep`` in every row, if there are as many tokens.
     ``size`` is int64 ``(runs,)``.
@@ -101,7 +101,7 @@ def within_size(due: torch.Tensor, scores: torch.Tensor, size: torch.Tensor, kee
 
 
 def ranked(attention: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The tokens of each run by falling attention, int64 ``(batch, runs, longest)``; shorter runs end with -1."""
+    """The tokens of each run by descending attention, int64 ``(batch, runs, longest)``; shorter runs end with -1."""
     padded = by_run(attention, table).masked_fill(table < 0, -torch.inf)
     order = padded.argsort(dim=-1, descending=True, stable=True)
     return table.expand(len(order), -1, -1).gather(2, order)
@@ -110,13 +110,13 @@ def ranked(attention: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def choose(attention: torch.Tensor, runs: int, keep: int) -> torch.Tensor:
     """The kept tokens, ascending: int64 ``(batch, keep)``, from attention ``(batch, tokens)``.
 
-    Of a tile without attention (all zero, or NaN) all runs are due the same.
+    In a tile without attention (all zero, or NaN) all runs get the same.
     """
     attention = attention.nan_to_num(nan=0.0, posinf=0.0)
     table = run_table(attention.shape[1], runs, attention.device)
     scores = mean_scores(attention, table)
     scores = torch.where(scores.sum(-1, keepdim=True) > 0, scores, 1.0)
-    # attention summed over many tokens is no longer large beside `EPS`
+    # attention summed over many tokens is no longer large compared with `EPS`
     scores = scores / scores.sum(-1, keepdim=True)
     due = within_size(quotas(scores, keep), scores, (table >= 0).sum(-1), keep)
     number = ranked(attention, table)
@@ -131,8 +131,8 @@ def choose_as_released(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kept tokens in the released order, their rows, and the scores of the runs.
 
-    Run by run, by falling attention within one (a run of which all stay is in raster order). What a run is due beyond
-    its size is lost: places at the end then hold -1, and rows of zeros.
+    Run by run, by descending attention within one (a run of which all stay is in raster order). What exceeds the size
+    of a run is lost: places at the end then hold -1, and rows of zeros.
 
     Args:
         features: ``(batch, tokens, channels)``.
@@ -155,7 +155,7 @@ def choose_as_released(
 
 @dataclass(frozen=True)
 class HoloV(Policy):
-    """HoloV, after the projector (encode stage). The budget holds for each tile by itself.
+    """HoloV, after the projector (encode stage). The budget applies to each tile separately.
 
     The released score of a run contains the variance of its tokens' similarities, but divided by its own mean over the
     run: it scales all runs alike and decides nothing, and inside a run attention alone does. So what is released, and
@@ -163,10 +163,10 @@ class HoloV(Policy):
 
     The default mode differs from the released code in these points:
 
-    - What a run is due beyond its size goes to the other runs, that of highest score first. The released code feeds the
+    - What exceeds the size of a run goes to the other runs, highest score first. The released code feeds the
       language model rows of zeros in its place.
-    - Tokens stay in raster order; the released code orders those of a run by falling attention.
-    - Runs of a single token weigh what others do, not a thousandth of it.
+    - Tokens stay in raster order; the released code orders those of a run by descending attention.
+    - Runs of a single token have the same weight as others, not a thousandth of it.
     - Without attention (all zero, or NaN) the runs share the budget evenly; the released code keeps too few tokens, or
       none.
     - The similarities, which decide nothing, are not computed.
@@ -174,7 +174,7 @@ class HoloV(Policy):
     The paper speaks of crops; released are stretches of the raster, whose ends do not fall on the ends of lines. The
     released Qwen2.5-VL code prunes a block that is shifted by one token, with scores in the order of the tower's
     windows; neither is reproduced. Its number of runs follows ``1024 / 576 * tokens / kept``, which is 16 at 64 of 576
-    tokens. Without CLS the mean query takes its place; where a pixel shuffle merges patches, a unit's score is the
+    tokens. Without CLS the mean query is used; where a pixel shuffle merges patches, a unit's score is the
     sum over its patches.
 
     Attributes:
@@ -216,5 +216,7 @@ class HoloV(Policy):
         units = view.features.shape[1]
         mask = torch.zeros(len(kept), units + 1, dtype=torch.bool, device=kept.device)
         mask.scatter_(1, kept.where(kept >= 0, units), True)
-        index = (~mask[:, :units]).to(torch.int8).argsort(dim=-1, stable=True)[:, : view.target]
+        index = (
+            mask[:, :units].view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : view.target]
+        )
         return Keep(index.sort(dim=-1).values, rows=rows)

@@ -1,4 +1,4 @@
-"""VFlowOpt's importance of visual tokens: attention paid by the tokens that draw most, and entropy of the pixels."""
+"""VFlowOpt's importance of visual tokens: attention paid by the tokens that receive most, and entropy of the pixels."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def mean_attention(view: AttentionView, queries: torch.Tensor) -> torch.Tensor:
 
 
 def calibrated_attention(view: AttentionView, t: float, fallback: bool = True) -> torch.Tensor:
-    """Attention paid by the tokens that draw more than ``t`` times the mean themselves: ``(batch, patches)``.
+    """Attention paid by the tokens that receive more than ``t`` times the mean themselves: ``(batch, patches)``.
 
-    Where no token draws that much, the one that draws most stands for them; ``fallback=False`` gives NaN there, as
+    Where no token receives that much, the one that receives most is used; ``fallback=False`` gives NaN there, as
     the released code does (``SigLipEncoderLayer.forward``).
     """
     first = int(view.has_cls)
@@ -51,7 +51,7 @@ def calibrated_attention(view: AttentionView, t: float, fallback: bool = True) -
 def wrapped_grey(pixels: torch.Tensor) -> torch.Tensor:
     """Grey levels as VFlowOpt's released code gets them: int64 ``(batch, height, width)`` from 0 to 255.
 
-    ``pixels`` ``(batch, 3, height, width)`` are normalised, and taken for bytes as they are: 255 times the value,
+    ``pixels`` ``(batch, 3, height, width)`` are normalised, and converted to bytes as they are: 255 times the value,
     truncated, negatives wrapping around modulo 256. With a mean and standard deviation of 0.5, bytes v and v + 128
     come out alike. The product is formed in the dtype of ``pixels``, as a model in half precision would.
     """
@@ -81,7 +81,7 @@ def patch_entropy(grey: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     high, wide = height // rows, width // columns
     cut = grey[:, : rows * high, : columns * wide].reshape(len(grey), rows, high, columns, wide)
     levels = cut.transpose(2, 3).reshape(-1, high * wide)
-    # not bincount, which asks the device for the largest level
+    # not bincount, which waits for the device to find the largest level
     count = torch.zeros(len(levels), 256, device=grey.device)
     count = count.scatter_add(1, levels, torch.ones_like(levels, dtype=count.dtype))
     share = count / (high * wide)

@@ -1,8 +1,8 @@
 """MMTok: tokens that cover both the question and the image (ICLR 2026, arXiv 2508.18264).
 
 Follows ``mm_coverage_selection`` of the released ``mmtok/core/semantic_selector.py``. Each word of the question, and
-each token of the image, spreads one unit over the tokens by a softmax of cosines; tokens are picked one by one so that
-the largest share which a picked token has of each grows most.
+each token of the image, spreads a total of 1 over the tokens by a softmax of cosines; tokens are picked one by one so
+that the largest share of any picked token, summed over all of these, grows most.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def multimodal_cover(
         text_valid: bool ``(batch, words)``; ``None`` if all count.
         candidates: bool ``(batch, units)``, tokens that may be picked, for instance those that show more than padding.
             The others still take part in the softmax, as in the released code. ``None`` for all.
-        alpha: weight of the image beside the text.
+        alpha: weight of the image relative to the text.
         text_temperature, image_temperature: of the two softmaxes.
         official: see `spread`.
     """
@@ -84,7 +84,7 @@ def multimodal_cover(
 
 @dataclass(frozen=True)
 class MMTok(SelectPolicy):
-    """MMTok, at the decoder's entry, where the question is known. The budget holds for each tile by itself.
+    """MMTok, at the decoder's entry, where the question is known. The budget applies to each tile separately.
 
     It differs from the released code in these points:
 
@@ -93,7 +93,7 @@ class MMTok(SelectPolicy):
       counts here.
     - Features are normalised in fp32, where a row of zeros in half precision does no harm, and never more tokens are
       picked than there are candidates. The released code picks the first token again and again in both cases.
-    - Tiles of several images, and of a batch, go by the question in their own sequence each; the released code takes
+    - Tiles of several images, and of a batch, use the question in their own sequence; the released code takes
       one image.
     - Patches that show nothing but padding may be picked; stock processors crop instead of padding. The functions take
       `candidates`.
@@ -103,7 +103,7 @@ class MMTok(SelectPolicy):
     finished features is known of a model, tokens are alike by these.
 
     Attributes:
-        alpha: weight of covering the image beside covering the text.
+        alpha: weight of covering the image relative to covering the text.
         text_temperature: of the softmax over tokens for each word; ``None`` is the released 0.02, on Qwen 0.01.
         image_temperature: of the softmax over tokens for each token.
         compat: ``"official"`` normalises in the model's dtype.

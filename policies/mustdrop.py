@@ -1,10 +1,12 @@
 """MustDrop: visual tokens merged in the tower, filtered in prefill, trimmed from the cache (arXiv 2411.10803).
 
-The pure functions are in ``window_merge.py`` and ``dual_attention.py``; which released files they follow is said there.
+The pure functions are in ``window_merge.py`` and ``dual_attention.py``; the released files that they follow are named
+there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -27,14 +29,14 @@ if TYPE_CHECKING:
     from ..contract.views import CacheView, FeaturesView, PrefillView, TowerView
 
 KEY, SIZE = "mustdrop_key", "mustdrop_size"
-"""Names under which the encode stage leaves, per token, 1 for the key set, and the patches that it stands for."""
+"""Names under which the encode stage stores, per token, 1 for the key set, and the number of merged patches."""
 
 
 @dataclass(frozen=True)
 class MustDrop(Policy):
     """MustDrop, in the tower, inside the decoder, and in its cache (encode, prefill and decode stage).
 
-    Encode: after the first vision layer, windows of alike patches become one token each; the tokens that CLS attends
+    Encode: after the first vision layer, windows of similar patches become one token each; the tokens that CLS attends
     to most in the layer after the consumed one form the *key set*, which survives everything. Prefill: after four
     decoder layers, tokens that the text after the image hardly attends to are dropped. Decode: tokens dropped in
     prefill leave the cache of the layers that had seen them.
@@ -42,13 +44,13 @@ class MustDrop(Policy):
     The default mode differs from the released code as follows. A wanted number of tokens is reached exactly, in four
     steps of equal share, ranked by the total attention from the text (the released thresholds were tuned per
     benchmark); windows are merged only as far as that number allows. Each image merges as many windows as it has alike
-    ones, not as many as the least alike of the batch, and a merged token stands where its window's last patch stood,
-    not in front of all others. Grids that the window does not divide keep their last rows and columns as they are.
+    ones, not as many as the least similar of the batch, and a merged token is placed at its window's last patch,
+    not before all others. Grids that the window does not divide keep their last rows and columns as they are.
     Each sequence of a batch is filtered by its own text, padding has no vote, and a prompt that ends with the image is
     judged by its last row. The layers scale with the decoder's depth. Positions are original ones.
 
     Where a pixel shuffle follows the tower, tokens are compared and merged after it, in ``unit_window`` windows,
-    and the key set is chosen among whole units; the paper has no such model. Without CLS the mean query stands in.
+    and the key set is chosen among whole units; the paper has no such model. Without CLS the mean query is used.
 
     Attributes:
         thresholds: (global, individual), or a name of `PUBLISHED_THRESHOLDS`, to filter by instead of the budget. They
@@ -159,6 +161,18 @@ class MustDrop(Policy):
             raise ValueError(f"layers={self.layers}: this decoder has the layers 0 to {depth - 1}")
         return list(self.layers)
 
+    def left(
+        self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
+    ) -> int | None:
+        """This step's share of the budget, if the key set surely fits into it. Thresholds decide by what they see."""
+        if self.limits is not None or not tiles:
+            return None
+        steps = self.prefill_layers(depth)
+        share = min(target / max(entered, 1), 1.0)
+        count = round(entered * share ** ((steps.index(layer) + 1) / len(steps)))
+        keys = sum(math.ceil(units * self.key_ratio) for units, _ in tiles)
+        return count if count >= keys else None
+
     def evicted_layers(self, depth: int) -> Collection[int]:
         """All layers from the first cut on, as in the released code."""
         return range(self.prefill_layers(depth)[0], depth) if self.trim_cache else ()
@@ -173,12 +187,15 @@ class MustDrop(Policy):
         keys = visual & (view.carry[KEY] > 0) if KEY in view.carry else torch.zeros_like(visual)
         voters = view.text
         voters = voters | (last_row(view.valid, visual) & ~voters.any(-1, keepdim=True))
-        total, peak = attention_mass(view.recorded, voters)
+        most = view.most_text()
+        total, peak = attention_mass(view.recorded, voters, None if most is None else max(most, 1))
         if self.limits is None:
-            steps = self.prefill_layers(view.depth)
-            count = step_count(view.initial, view.target, steps.index(view.layer) + 1, len(steps))
-            ranked = total.masked_fill(keys, torch.inf)
-            return ~visual | top_mask(ranked, torch.maximum(count, keys.sum(-1)), visual)
+            count = view.left
+            if count is None:
+                steps = self.prefill_layers(view.depth)
+                count = step_count(view.initial, view.target, steps.index(view.layer) + 1, len(steps))
+                count = torch.maximum(count, keys.sum(-1))
+            return ~visual | top_mask(total.masked_fill(keys, torch.inf), count, visual)
         keep = dual_attention_filter(total, peak, visual, *self.limits) | keys | ~visual
         if self.compat == "official":
             return keep

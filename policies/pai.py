@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class PAI(Policy):
     """PAI, on attention logits of the row that predicts the next token, and on the logits (modulate and guide stage).
 
-    All visual tokens are lifted alike, by all heads of the layers from ``first_layer`` on. A second pass over the
-    prompt without its images, with a KV cache of its own, says what the text alone would: that counts against a token.
+    All visual tokens are lifted equally, by all heads of the layers from ``first_layer`` on. A second pass over the
+    prompt without its images, with a separate KV cache, gives the logits of the text alone, which are subtracted.
     Decoding takes two forwards a token, the second of them short.
 
     Attributes:
@@ -35,7 +35,7 @@ class PAI(Policy):
         beta: tokens less than ``beta`` times as likely as the likeliest are left out; the released code has 0.1.
         first_layer: first decoder layer (0-based) to lift in; ``None`` is the paper's 2, or the last one in models of
             less than three layers.
-        end_layer: first decoder layer not to lift in any more; ``None`` lifts to the last.
+        end_layer: first decoder layer after the last lifted one; ``None`` lifts to the last.
         boost_prefill: whether the first new token is affected too, as in the paper. With both parts switched on, as in
             its commands, the released code skips it.
     """

@@ -69,7 +69,7 @@ class Pool(Policy):
     """Averages neighbouring tokens on an even grid between tower and projector (encode stage).
 
     Exactly the wanted number of tokens per tile; where it is no product of two even divisions, bands of the grid hold
-    cells of slightly different size. A pooled token stands in the middle of its cell.
+    cells of slightly different size. A pooled token is placed in the middle of its cell.
     """
 
     name: ClassVar[str] = "pool"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def question_rows(view: PrefillView) -> torch.Tensor:
-    """Text behind the last visual token, bool ``(batch, rows)``; the last row of a prompt that ends with its image."""
+    """Text after the last visual token, bool ``(batch, rows)``; the last row of a prompt that ends with its image."""
     text = view.text
     return text | (last_row(view.valid, view.visual) & ~text.any(-1, keepdim=True))
 
@@ -32,7 +32,7 @@ def attention_blocks(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Attention that ``asking`` rows pay, some rows at a time, and which keys these see.
 
-    Causal over all valid keys, in fp32 or better: ``(batch, heads, some, keys)``, rows that nobody asked for zeroed,
+    Causal over all valid keys, in fp32 or better: ``(batch, heads, some, keys)``, rows that were not requested zeroed,
     and bool ``(batch, some, keys)``. Keys of earlier turns come first.
 
     Args:

@@ -80,7 +80,7 @@ def with_spread(taken: torch.Tensor, already: int, count: int) -> torch.Tensor:
 
 def ordered(kept: torch.Tensor) -> torch.Tensor:
     """Kept tokens, then the rest, both ascending: int64 like ``kept`` bool ``(batch, tokens)``."""
-    return (~kept).to(torch.int8).argsort(dim=-1, stable=True)
+    return kept.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)
 
 
 def released_order(first: torch.Tensor, units: int) -> torch.Tensor:
@@ -95,7 +95,7 @@ def released_order(first: torch.Tensor, units: int) -> torch.Tensor:
 def released_first(attention: torch.Tensor, top_k: int, grid: range) -> torch.Tensor:
     """The kept tokens as the released code orders them: int64 ``(batch, kept)``.
 
-    By falling attention, then those of the ``grid`` of regular places.
+    By falling attention, then those of the ``grid`` of regular positions.
     """
     first = attention.topk(top_k, dim=-1).indices
     places = torch.arange(grid.start, grid.stop, grid.step, device=first.device)
@@ -158,21 +158,21 @@ class PruMerge(Policy):
 
     - The budget decides how many tokens are kept; the extra token is one of them. A budget of one token leaves out the
       extra one. With `plus`, half of them are the best by attention and half lie at even distances among the others.
-      With `adaptive` each image decides, by itself: the released code pools the images of a batch, and stops at a
+      With `adaptive` each image decides separately: the released code pools the images of a batch, and stops at a
       second one with `plus`.
     - `plus` counts its grid in the tokens that there are, and no token is kept twice. Released are 576, of which the
       last is never on the grid. Without outliers one token is kept; the released code keeps none, or stops.
     - Fewer than 33 tokens have as many neighbours as there are; the released code stops.
-    - Tokens stay in raster order, and the extra one stands where the best of the tokens stood that are not kept. The
-      released order is by falling attention, then the grid, then the extra one.
+    - Tokens stay in raster order, and the extra one is placed at the best token that is not kept. The
+      released order is by descending attention, then the grid, then the extra one.
     - Scores and similarities are fp32 or better. Budgets of all tokens merge nothing.
 
     The released code reads CLIP-L's last layer, which is the one after the consumed layer; here it is that one, or the
-    consumed one where none follows. Without CLS the mean query takes its place; where a pixel shuffle merges patches, a
+    consumed one where none follows. Without CLS the mean query is used; where a pixel shuffle merges patches, a
     unit's score and key are sums over its patches.
 
     Attributes:
-        plus: keep tokens at regular places beside those that CLS attends to (PruMerge+).
+        plus: keep tokens at regular positions in addition to those that CLS attends to (PruMerge+).
         adaptive: keep as many tokens as have outstanding attention, instead of a budget, of which only "all" counts
             then. With `plus` as many more as three times that number, about. The released code has both on.
         compat: ``"official"`` reproduces the released code; a budget is one token more than its ``reduction_ratio``

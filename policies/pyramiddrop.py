@@ -1,6 +1,6 @@
 """PyramidDrop: fewer visual tokens from stage to stage of the decoder (Xing et al., CVPR 2025, arXiv 2410.17247).
 
-Follows ``pdrop_rank_drop`` of the released ``llava/model/modeling_llama_pdrop.py``: in front of a decoder layer,
+Follows ``pdrop_rank_drop`` of the released ``llava/model/modeling_llama_pdrop.py``: before a decoder layer,
 tokens are ranked by the attention that the prompt's last row pays them *in that layer*, and cut.
 """
 
@@ -25,7 +25,7 @@ STAGES = 4
 
 
 def scaled_layers(depth: int) -> tuple[int, ...]:
-    """The decoder layers in front of which the released cuts fall, 8, 16 and 24 of 32, in another decoder.
+    """The decoder layers before which the released code cuts, 8, 16 and 24 of 32, in another decoder.
 
     Raises:
         ValueError: the decoder has a single layer.
@@ -74,7 +74,7 @@ class PyramidDrop(Policy):
     - With multimodal RoPE tokens keep their positions.
 
     Attributes:
-        layers: decoder layers, 0-based, in front of which tokens are dropped; ``None`` scales the released ones.
+        layers: decoder layers, 0-based, before which tokens are dropped; ``None`` scales the released ones.
         ratios: shares of the image's tokens that go on at each cut, to be given instead of a budget; rounded down. Of
             the budget only "all" counts then.
         compat: ``"official"`` averages attention over heads in the model's dtype, and takes the released ratios where
@@ -107,7 +107,7 @@ class PyramidDrop(Policy):
             or list(ratios) != sorted(ratios, reverse=True)
         ):
             raise ValueError(
-                f"ratios={ratios!r}: give falling shares from 1 to 0, such as (0.5, 0.25, 0.125)"
+                f"ratios={ratios!r}: give descending shares from 1 to 0, such as (0.5, 0.25, 0.125)"
             )
         if layers is not None and ratios is not None and len(layers) != len(ratios):
             raise ValueError(f"layers={layers!r} and ratios={ratios!r}: give one ratio per layer")
@@ -120,7 +120,7 @@ class PyramidDrop(Policy):
         ratios = self._shares
         if ratios is not None and len(ratios) != len(layers):
             raise ValueError(
-                f"ratios={ratios}: a decoder of depth {depth} is cut in front of layers {layers}, give one ratio each"
+                f"ratios={ratios}: a decoder of depth {depth} is cut before layers {layers}, give one ratio each"
             )
         return [layer - 1 for layer in layers]
 

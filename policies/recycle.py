@@ -30,7 +30,7 @@ class Cells:
     def of(cls, grids: list[tuple[int, int]], side: float, device: torch.device | str = "cpu") -> Cells:
         """Cells of ``side`` x ``side`` tokens; ``side`` need not be whole.
 
-        ``grids`` are (rows, columns) of token grids that stand one after another and share no cells.
+        ``grids`` are (rows, columns) of token grids that follow one another and share no cells.
         """
         numbers: list[int] = []
         count = 0
@@ -119,7 +119,7 @@ def recycle(
 ) -> Keep:
     """Make one token of the tokens of lowest score in each cell; all others stay as they are.
 
-    The merged token stands where the one of highest score in its group stood.
+    The merged token is placed at the token of highest score in its group.
 
     Args:
         features: ``(batch, tokens, channels)``.

@@ -35,7 +35,7 @@ def salient_cover(
         alpha: exponent of the saliency.
         combine: whether a token's gain in coverage is multiplied by its saliency or added to it.
         official: work in the dtype of ``features`` and divide by norms as they are, as the released code does. Without
-            it, all is fp32 or better, a row of zeros is alike to none, and a tile without saliency is covered evenly.
+            it, all is fp32 or better, a row of zeros is similar to none, and a tile without saliency is covered evenly.
     """
     if official:
         unit = features / features.norm(dim=-1, keepdim=True)
@@ -49,7 +49,7 @@ def salient_cover(
 
 @dataclass(frozen=True)
 class SCOPE(Policy):
-    """SCOPE, between tower and projector (encode stage). The budget holds for each tile by itself.
+    """SCOPE, between tower and projector (encode stage). The budget applies to each tile separately.
 
     It differs from the released code in these points:
 
@@ -61,7 +61,7 @@ class SCOPE(Policy):
 
     A second implementation in the released tree, on projected features inside the prompt, is not what is followed here.
     Where a pixel shuffle merges patches, a unit's saliency is the sum over its patches, and coverage that of merged
-    features; without CLS the mean query takes its place. Where tiles become images before tokens are chosen,
+    features; without CLS the mean query is used. Where tiles become images before tokens are chosen,
     coverage is that of projected features. The paper has no such model.
 
     Attributes:

@@ -45,7 +45,7 @@ def sink_score(hidden: torch.Tensor, dims: torch.Tensor) -> torch.Tensor:
     """phi of each token, as VAR calls it: largest magnitude in ``dims`` over the root mean square, ``(batch, tokens)``.
 
     ``hidden`` ``(batch, tokens, channels)`` is a decoder layer's input before its norm; ``dims`` ``(batch, n)`` int64
-    may differ between sequences, negative numbers stand for no dimension. Never exceeds ``sqrt(channels)``.
+    may differ between sequences, negative numbers mean no dimension. Never exceeds ``sqrt(channels)``.
     Official: ``DimProspector``.
     """
     index = dims.clamp(min=0)[:, None].expand(-1, hidden.shape[1], -1)

@@ -30,13 +30,13 @@ class SnapKV(KeepsByHead):
     """SnapKV, in the KV cache (decode stage): each KV head keeps the visual rows that the prompt's end looks at.
 
     The last rows of the prompt are an observation window. What they attend to, summed over the window and pooled over
-    neighbouring rows so that clusters stay together, ranks the visual rows, in each layer and each KV head by itself.
-    The prefill sees the whole image, so the first word of the answer is the unpruned model's.
+    neighbouring rows so that clusters stay together, ranks the visual rows, in each layer and each KV head separately.
+    The prefill sees the whole image, so the first token of the answer is that of the unpruned model.
 
     Paper's definition, not run against released code. It differs in these points:
 
-    - It is about visual rows alone, and all text stays. The window is the text behind the image, at most `window` rows
-      of it; a prompt that ends with its image is judged by its last row.
+    - Only visual rows are evicted, and all text stays. The window is the text after the image, at most `window` rows
+      of it; for a prompt that ends with its image it is the last row.
     - Text counts as zero in the pooling, so that what text is attended to does not spread to its neighbours.
     - Heads that share keys vote together, by their mean; the paper has no such models.
 
@@ -44,7 +44,7 @@ class SnapKV(KeepsByHead):
         window: rows of the observation window, at most.
         kernel: rows to pool over, an odd number; 1 for none.
         pooling: ``"mean"`` or ``"max"``.
-        positions: has no effect, since what stays in a cache keeps the positions that it was computed with.
+        positions: has no effect, since cached rows keep the positions that they were computed with.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -59,7 +59,7 @@ class SnapKV(KeepsByHead):
         check_choice(self, pooling=("mean", "max"))
         if self.kernel % 2 == 0:
             raise ValueError(
-                f"kernel={self.kernel}: choose an odd number, so that a row has as many neighbours on both sides"
+                f"kernel={self.kernel}: choose an odd number, so that a row has equally many neighbours on both sides"
             )
 
     def observe(self, view: PrefillView) -> torch.Tensor:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..contract.views import AttentionView, PrefillView
 
 RATER, PLACE = "sparsevlm_rater", "sparsevlm_place"
-"""Names under which it is noted, per row, whether it rates, and at which position of the sequence it stands."""
+"""Names under which a row's role as a rater and its position in the sequence are stored."""
 
 UNITS = 576
 """Visual tokens of an image in the released tables."""
@@ -146,8 +146,8 @@ class SparseVLM(Policy):
     - Tables are scaled to any number of tokens, and interpolated between budgets; the layers scale with depth.
     - A cut whose count there already is drops nothing; the released code then merges one token with itself and moves it
       after the others.
-    - A merged token stands where its cluster's centre stood; the released code puts them after all others.
-    - Densities have no noise, which breaks ties by lot in the released code. Of equals the first one wins.
+    - A merged token is placed at its cluster's centre; the released code appends them after all others.
+    - Densities have no noise, which breaks ties at random in the released code. Ties go to the first one.
     - Each sequence of a batch is rated by its own words, padding has no vote, and several images compete. A prompt that
       ends with the image is rated by its last row; where all words are alike, all rate.
     - Resemblance is computed in fp32 or better; it may overflow in half precision.

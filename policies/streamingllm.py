@@ -30,13 +30,13 @@ class StreamingLLM(ScorerPolicy):
     The prefill sees the whole image; then every layer's cache keeps the first `sinks` visual rows, and of the others
     the last ones, as many as the budget allows. It looks at no content, which makes it the baseline of cache methods.
 
-    Paper's definition, not run against released code. It differs in that it is about visual rows alone, and all text
+    Paper's definition, not run against released code. It differs in that only visual rows are evicted, and all text
     stays: so the window does not move on while the answer grows, as it would over a whole sequence. Rows keep the
     positions they had; the paper counts positions inside the cache.
 
     Attributes:
         sinks: first visual rows that stay; the paper keeps four tokens. A smaller budget keeps the first ones of them.
-        positions: has no effect, since what stays in a cache keeps the positions that it was computed with.
+        positions: has no effect, since cached rows keep the positions that they were computed with.
     """
 
     name: ClassVar[str] = "streamingllm"

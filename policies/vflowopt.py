@@ -9,6 +9,7 @@ searches the settings that suit a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import inf, isqrt
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -44,21 +45,21 @@ class VFlowOpt(Policy):
     """VFlowOpt, after the projector and inside the decoder (encode and prefill stage).
 
     The budget is the paper's: the share of visual tokens that a decoder layer computes, averaged over all layers. A
-    little more than that enters the decoder, less leaves it. In stage 1 each tile is pruned by itself, in stages 2 and
+    little more than that enters the decoder, less leaves it. In stage 1 each tile is pruned separately, in stages 2 and
     3 all visual tokens of a prompt together. For CLIP the row and the column of CLS are left out of the map; where a
     pixel shuffle merges patches, their mean counts.
 
     The default differs from the released code:
     - budgets are exact; there, recycled tokens come on top, and a budget that the second cut cannot use up lapses;
-    - where no token passes the threshold ``t``, the one that draws most attention stands in; there, the map is NaN;
+    - where no token passes the threshold ``t``, the one that receives most attention is used; there, the map is NaN;
     - weights of recycling are neither negative nor NaN;
-    - all layers are causal; there, the layer in front of the first cut is not, because sdpa asked for its attention
+    - all layers are causal; there, the layer before the first cut is not, because sdpa asked for its attention
       map computes it without the mask;
     - where a budget is smaller than the number of cells, cells grow;
     - entropy is that of the true pixels.
 
     Attributes:
-        t: by how much the attention that a token draws has to exceed the mean, as a factor, for the token to take part
+        t: the factor by which the attention that a token receives must exceed the mean for the token to take part
             in the calibration. Depends on the tower: the published values are for SigLIP's attention sinks.
         alpha: weight of patch entropy in the map, may be negative. 0, as published, leaves it out.
         m: side of the cells for recycling, in tokens, need not be whole. ``None`` drops without recycling.
@@ -137,7 +138,7 @@ class VFlowOpt(Policy):
         if self.compat == "official":
             if bool(scores.isnan().any()):
                 raise ValueError(
-                    f'no token draws more than t={self.t} times the mean attention, for which compat="official" '
+                    f'no token receives more than t={self.t} times the mean attention, for which compat="official" '
                     "has no map: choose a smaller t, or leave compat out"
                 )
             if self.m is not None:
@@ -187,7 +188,7 @@ class VFlowOpt(Policy):
         return first, second
 
     def prefill_layers(self, depth: int) -> tuple[int, ...]:
-        """The layers in front of the two cuts."""
+        """The layers before the two cuts."""
         return tuple(sorted({cut - 1 for cut in self.cuts(depth) if cut}))
 
     def left(
@@ -200,10 +201,7 @@ class VFlowOpt(Policy):
         if wanted >= units:
             return entered
         known = len(tiles) * self._entering(wanted, units)
-        count = self._counts(
-            torch.tensor([known]), torch.tensor([float(len(tiles) * wanted)]).double(), layer, depth
-        )
-        return int(count) + entered - known
+        return _count(self, known, len(tiles) * wanted, layer, depth) + entered - known
 
     def _counts(self, entered: torch.Tensor, average: torch.Tensor, layer: int, depth: int) -> torch.Tensor:
         """Tokens that go on after ``layer``, of ``entered``, if the layers are to hold ``average`` of them."""
@@ -222,14 +220,16 @@ class VFlowOpt(Policy):
             view.carry[AVERAGE] > 0
         )  # a CLS row that counts as a visual token has no importance
         others = (view.visual & ~known).sum(-1)
+        if view.left is not None:
+            return top_mask(view.carry[MAP], view.left - others, known) | ~known
         entered = view.initial - others
-        # every token carries the same number, so the mean over those still there stands for all that entered
+        # every token carries the same number, so the mean over those still present is that over all that entered
         each = (view.carry[AVERAGE] * known).double().sum(-1) / known.sum(-1).clamp(min=1)
         count = self._counts(entered, (each * entered).round(), view.layer, view.depth)
         return top_mask(view.carry[MAP], count, known) | ~known
 
     def modulate_layers(self, depth: int) -> tuple[int, ...]:
-        """For ``compat="official"``: the layer in front of the first cut."""
+        """For ``compat="official"``: the layer before the first cut."""
         return self.prefill_layers(depth)[:1] if self.compat == "official" else ()
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
@@ -244,6 +244,12 @@ class VFlowOpt(Policy):
             view.query, key, value, mask, scale=view.scaling
         )
         return seen.transpose(1, 2)
+
+
+@cache
+def _count(policy: VFlowOpt, known: int, wanted: int, layer: int, depth: int) -> int:
+    """`VFlowOpt._counts` of one prompt: the same in every call."""
+    return int(policy._counts(torch.tensor([known]), torch.tensor([float(wanted)]).double(), layer, depth))
 
 
 def _check(policy: VFlowOpt) -> None:

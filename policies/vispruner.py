@@ -31,12 +31,13 @@ def drop_alike(order: torch.Tensor, similar: Similarity, keep: int, stable: bool
     """The tokens left once all but ``keep`` are dropped: int64 ``(batch, keep)``, in the order of the last round.
 
     Each round drops `PER_ROUND` of the tokens at even places, those whose nearest token at an odd place is nearest;
-    the others at even places go to the front, by falling similarity, the odd ones after them. So who meets whom in the
-    next round depends on all rounds before. The number of rounds is known beforehand: nothing waits for the device.
+    the others at even positions go to the front, by descending similarity, the odd ones after them. So which tokens
+    meet in the next round depends on all rounds before. The number of rounds is known beforehand: nothing waits for the
+    device.
 
     Args:
         order: int64 ``(batch, tokens)``, in the order in which the first round takes them.
-        similar: tells how alike tokens are.
+        similar: says how similar tokens are.
         keep: tokens to leave, up to all.
         stable: of equals drop the earlier one; else leave that to torch, as the released code does.
     """
@@ -77,7 +78,7 @@ def as_released(features: torch.Tensor) -> Similarity:
 def choose(
     attention: torch.Tensor, features: torch.Tensor, keep: int, share: float, official: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Important and diverse tokens: int64 ``(batch, a)`` by falling attention and ``(batch, keep - a)``.
+    """Important and diverse tokens: int64 ``(batch, a)`` by descending attention and ``(batch, keep - a)``.
 
     Args:
         attention: ``(batch, tokens)``.
@@ -95,7 +96,7 @@ def choose(
 
 @dataclass(frozen=True)
 class VisPruner(Policy):
-    """VisPruner, between tower and projector (encode stage). The budget holds for each tile by itself.
+    """VisPruner, between tower and projector (encode stage). The budget applies to each tile separately.
 
     The default mode differs from the released code in these points:
 
@@ -109,7 +110,7 @@ class VisPruner(Policy):
       to LLaVA-NeXT as five tiles whatever its shape, and leaves out newlines and the trimming of padding.
 
     One changed token can change half of the diverse ones, as every drop moves all later rounds: compare results, not
-    places. Without CLS the mean query takes its place; where a pixel shuffle merges patches, a unit's score is the sum
+    places. Without CLS the mean query is used; where a pixel shuffle merges patches, a unit's score is the sum
     over its patches, and the merged features are compared. The paper has no such model.
 
     Attributes:

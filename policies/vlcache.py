@@ -56,7 +56,7 @@ def layer_counts(density: torch.Tensor, held: torch.Tensor, total: torch.Tensor)
     first = held.clamp(max=1)
     room, weight = (held - first).double(), density.double().clamp(min=1e-12)
     rest = (total - first.sum(-1)).clamp(min=0).double().minimum(room.sum(-1))[:, None]
-    # layers fill up in the order of what they hold over their weight, and the others share what is left; taking too
+    # layers fill up in order of size over weight, and the others share what is left; taking too
     # many or too few of them for full gives them less, so the right level is the highest
     order = (room / weight).argsort(dim=-1)
     weights, rooms = weight.gather(1, order), room.gather(1, order)
@@ -72,20 +72,20 @@ def layer_counts(density: torch.Tensor, held: torch.Tensor, total: torch.Tensor)
 class VLCache(KeepsByHead):
     """VL-Cache, in the KV cache (decode stage): layers whose attention is less sparse keep more visual rows.
 
-    The text behind the image asks. In each layer the share of its attention that is not negligible, against the largest
-    entry of its row, is that layer's density, and the layers share the budget by it. Within a layer each KV head keeps
-    the visual rows that this text attends to most. The budget holds on average over the layers.
+    The text after the image is the query. In each layer the share of its attention that is not negligible, relative to
+    the largest entry of its row, is that layer's density, and the layers share the budget by it. Within a layer each KV
+    head keeps the visual rows that this text attends to most. The budget holds on average over the layers.
 
     Paper's definition, not run against released code. It differs in these points:
 
-    - It is about visual rows alone, and all text stays, which takes the place of the paper's recent tokens.
+    - Only visual rows are evicted, and all text stays, which takes the place of the paper's recent tokens.
     - Every layer keeps one visual row at least, where the paper has one in a hundred; what is more than a layer holds
       goes to the others, where the paper cuts it off.
-    - A prompt that ends with its image is judged by its last row. Heads that share keys vote together, by their mean.
+    - For a prompt that ends with its image, its last row is used. Heads that share keys vote together, by their mean.
 
     Attributes:
         threshold: share of the largest entry of a row below which an entry of the attention map is negligible.
-        positions: has no effect, since what stays in a cache keeps the positions that it was computed with.
+        positions: has no effect, since cached rows keep the positions that they were computed with.
     """
 
     name: ClassVar[str] = "vlcache"

@@ -69,7 +69,7 @@ def sensitive_and_diverse(
     Args:
         features: ``(batch, units, width)``, projected.
         scores: ``(batch, units)``; if all are equal, distance alone decides.
-        keep: tokens to take, up to ``units``.
+        keep: tokens to pick, up to ``units``.
         official: work in the inputs' dtype, as the released code does. Without it, in fp32 or better.
     """
     if not official:
@@ -92,22 +92,24 @@ def sensitive_and_diverse(
 
 @dataclass(frozen=True)
 class ZOOPrune(Policy):
-    """ZOO-Prune, between tower and projector (encode stage). The budget holds for each tile by itself.
+    """ZOO-Prune, between tower and projector (encode stage). The budget applies to each tile separately.
 
     The released functions were read and checked as a transcription by hand, from commits that differ between its
     LLaVA-1.5 and LLaVA-NeXT files; what is followed may not be its newest state.
 
     The default mode differs from the released code in these points:
 
-    - Directions are drawn from a seed, so that an image keeps the same tokens every time. The released code draws anew
+    - Directions are drawn from a seed, so that an image keeps the same tokens every time. The released code draws new
+      ones
       with each call.
     - Sensitivity is measured in fp32, with an fp32 copy of the projector's weights where these are neither quantised
       nor offloaded. In half precision most of such a small push is rounded away.
     - It is measured through the whole projector, as the LLaVA-1.5 file does. The LLaVA-NeXT file takes one of low rank,
       made before weights are loaded, so perhaps of random weights; `low_rank` is there for it.
-    - Each tile of a batch is scored and chosen from by itself; the released LLaVA-1.5 code applies tile 0's choice to
+    - Each tile of a batch is scored and pruned separately; the released LLaVA-1.5 code applies tile 0's choice to
       all. Newlines are never candidates, and base tiles never lose a place to them.
-    - A feature row of zeros is at distance 1 from all, and a tile whose scores are all equal goes by distance alone, in
+    - A feature row of zeros is at distance 1 from all, and in a tile whose scores are all equal distance alone decides,
+      in
       any model.
 
     Where patches are merged into one token, what enters the projector for it is pushed as a whole.

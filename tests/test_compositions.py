@@ -90,7 +90,7 @@ def test_two_policies_of_the_encode_stage_are_refused(first, second):
     before = fingerprint(model)
     with pytest.raises(PolicyError, match=f"{first} and {second} both drop tokens in the encode stage"):
         prune(model, f"{first}+{second}")
-    with pytest.raises(PolicyError, match="can stand in a composition once"):
+    with pytest.raises(PolicyError, match="can appear in a composition only once"):
         prune(model, "vhr+vhr")
     assert fingerprint(model) == before
 

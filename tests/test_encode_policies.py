@@ -11,7 +11,6 @@ from tests.reference_encode import ENCODE as OF_TILES
 from tests.reference_encode import agilepruner_units, seen
 from tests.reference_video import OF_IMAGES
 from vlm_prune import pruned
-from vlm_prune.contract.policy import Policy
 from vlm_prune.encode.shrink import grid_places, shrink
 from vlm_prune.policies.agilepruner import AgilePruner, calibrate_erank
 from vlm_prune.policies.pooling import Downsample, smaller_grid
@@ -125,9 +124,6 @@ def test_calibration_takes_what_a_model_gives():
         assert 1 < together < 32
 
 
-@pytest.mark.skipif(
-    not hasattr(Policy, "tower_grid"), reason="the engine does not resize a tower's input yet"
-)
 @pytest.mark.parametrize("keep", [4, 6, 9])
 @families
 def test_downsampling_is_the_stock_tower_on_a_smaller_image(family, keep):

@@ -241,6 +241,8 @@ tasks:
   - {task: speed, label: own speed, data: *own, rounds: 1, prompts: 2}
   - {task: amber_g, data: *own, annotations: FOLDER/shown.json, relations: FOLDER/relation.json, max_new_tokens: 8}
   - {task: amber_d, data: *own, annotations: FOLDER/questions.json, max_new_tokens: 2}
+  - {task: choice, data: {jsonl: FOLDER/choice.jsonl}, max_new_tokens: 2}
+  - {task: judged, judge: "tests.test_runs_data:length", data: *own, max_new_tokens: 2}
   - {task: mme, data: {jsonl: FOLDER/mme.jsonl}, max_new_tokens: 2}
 output: OUTPUT
 """
@@ -265,6 +267,8 @@ def test_every_kind_of_task_over_two_processes(tmp_path):
     (tmp_path / "questions.json").write_text(json.dumps(asked))
     (tmp_path / "relation.json").write_text(json.dumps({"dog": ["puppy"], "cat": []}))
     pairs = [{**row, "answer": answer, "category": "count"} for row in rows for answer in ("yes", "no")]
+    lettered = [{**row, "answer": "A", "A": "a dog", "B": "a cat"} for row in rows]
+    (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, lettered)))
     (tmp_path / "mme.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     text = EVERY_KIND.replace("ROWS", str(path)).replace("FOLDER", str(tmp_path))
     in_two_processes(tmp_path, tmp_path / "two", text)
@@ -272,7 +276,7 @@ def test_every_kind_of_task_over_two_processes(tmp_path):
     assert not alone.failed
     found = RunFolder(tmp_path / "two").rows()
     assert {row["kind"] for row in found} == KINDS
-    assert len(found) == 11
+    assert len(found) == 13
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert [*RunFolder(tmp_path / "two").times()] == [row["cell"] for row in found if row["kind"] == "speed"]
 

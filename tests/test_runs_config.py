@@ -48,7 +48,7 @@ def test_examples_cover_the_published_models_and_budgets():
         "SmolVLM2-2.2B-Instruct",
     }
     kinds = {task.kind for config in found.values() for task in config.tasks}
-    assert kinds == {"pope", "chair", "amber_g", "amber_d", "mme", "vqa", "speed"}
+    assert kinds == {"pope", "chair", "amber_g", "amber_d", "mme", "choice", "vqa", "speed"}
     assert found["llava-1.5"].tokens == [192, 128, 64]
     assert found["llava-next"].tokens == [128, 64, 32]
 

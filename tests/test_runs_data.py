@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tests.processors import llava_next, llava_onevision, qwen2_vl
 from vlm_prune import pruned
+from vlm_prune.eval.choice import read_choice
 from vlm_prune.eval.measure import prompt_text
 from vlm_prune.eval.models import load_model, model_path
 from vlm_prune.eval.runs import RunFolder, run
@@ -415,8 +416,8 @@ AMBER_D = "{task: amber_d, data: {jsonl: ROWS, images: IMAGES}, annotations: TRU
 
 def record_of(sample: Sample, answer: str) -> dict:
     return {
-        "id": sample.id, "split": sample.split, "label": sample.label, "answer": answer, "scores": {},
-        "image": {"path": sample.picture.digest}, "tokens": 4, "visual_tokens": 16,
+        "id": sample.id, "split": sample.split, "label": sample.label, "question": sample.question,
+        "answer": answer, "scores": {}, "image": {"path": sample.picture.digest}, "tokens": 4, "visual_tokens": 16,
     }  # fmt: skip
 
 
@@ -507,3 +508,77 @@ def test_other_labels_for_popes_questions(images, tmp_path):
     assert [(s.id, s.label) for s in found] == [("1", "yes"), ("2", "no"), ("4", "yes")]
     with pytest.raises(ValueError, match="give one for each"):
         samples("{task: pope, data: {jsonl: ROWS, images: IMAGES}, labels: [OTHER, OTHER]}", **where)
+
+
+def test_multiple_choice_in_a_run(images, tmp_path):
+    """All answers to a question have to be right, whatever the order of its options."""
+    folder, _ = images
+    rows = [
+        {"index": 5, "image": "1.png", "category": "colour", "question": "Which?", "hint": "Look.",
+         "A": "red", "B": "blue", "C": "green", "D": "nan", "answer": "B"},
+        {"index": 6, "image": "2.png", "category": "count", "question": "How many?", "hint": None,
+         "A": "one", "B": "two", "C": None, "D": None, "answer": "A"},
+    ]  # fmt: skip
+    where = {"ROWS": write_lines(tmp_path / "mmbench.jsonl", rows), "IMAGES": folder}
+    text = "{task: choice, data: {jsonl: ROWS, images: IMAGES}}"
+    found = samples(text, **where)
+    assert [s.id for s in found] == [*(f"colour/5#{n}" for n in range(3)), "count/6#0", "count/6#1"]
+    assert found[1].question == (
+        "Look.\nWhich?\nA. blue\nB. green\nC. red\nAnswer with the option's letter from the given choices directly."
+    )
+    assert [s.label["letter"] for s in found] == ["B", "A", "C", "A", "B"]
+    _, row = scored(text, found, ["B", "A.", "blue", "A", "A"], **where)
+    assert row["metrics"] == {
+        "accuracy": 0.5, "answers": 0.8, "colour_accuracy": 1.0, "count_accuracy": 0.0,
+    }  # fmt: skip
+    plain = "{task: choice, circular: false, data: {jsonl: ROWS, images: IMAGES}}"
+    assert [s.id for s in samples(plain, **where)] == ["colour/5#0", "count/6#0"]
+    write_lines(tmp_path / "mmbench.jsonl", [{**rows[0], "answer": "D"}])
+    with pytest.raises(ValueError, match="the letter of one of its 3 options"):
+        samples(text, **where)
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"), ("(B)", "B"), ("B. blue", "B"), ("The answer is C", "C"), ("blue", "B"), ("It's blue.", "B"),
+        ("A", "A"), ("A blue ball on grass", "B"), ("A. a ball that is red", "A"), ("A or B", ""), ("red or blue", ""),
+        ("", ""), ("E", ""), ("ABC", ""),
+    ],
+)  # fmt: skip
+def test_letters_of_answers(answer, letter):
+    assert read_choice(answer, ["red", "blue", "green"]) == letter
+
+
+def length(question: str, answer: str, reference: list[str]) -> float:
+    """A judge for the test: how many words of the reference an answer has, up to 6."""
+    assert question
+    return float(min(6, len(set(answer.split()) & set(reference[0].split()))))
+
+
+def no_number(question: str, answer: str, reference: list[str]) -> str:
+    return "good"
+
+
+def test_answers_rated_by_a_judge(images, tmp_path):
+    folder, _ = images
+    rows = [
+        {
+            "id": n,
+            "image": f"{n}.png",
+            "question": "What?",
+            "answer": "a b c d",
+            "category": ("one", "two")[n % 2],
+        }
+        for n in range(3)
+    ]
+    where = {"ROWS": write_lines(tmp_path / "mmhal.jsonl", rows), "IMAGES": folder}
+    text = "{task: judged, judge: tests.test_runs_data:length, data: {jsonl: ROWS, images: IMAGES}}"
+    found = samples(text, **where)
+    records, row = scored(text, found, ["a b c d", "a", "a b c"], **where)
+    assert [record["scores"]["rating"] for record in records] == [4, 1, 3]
+    assert row["metrics"] == {"rating": 8 / 3, "bad": 1 / 3, "one_rating": 3.5, "two_rating": 1.0}
+    with pytest.raises(ValueError, match="rated sample one/0 'good': a number is needed"):
+        scored(text.replace("length", "no_number"), found, ["a", "a", "a"], **where)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        samples(text.replace("length", "nobody"), **where)

@@ -133,7 +133,7 @@ BAD_CONFIGS = {
     "unknown setting": ({"policy": "uniform", "settings": {"sed": 1}}, ["sed", "positions"]),
     "budget among settings": (
         {"policy": "uniform", "settings": {"tokens": 3}},
-        ["tokens", "beside settings"],
+        ["tokens", "next to settings"],
     ),
     "settings of another": ({"policy": "flowcut+vhr", "settings": {"alpha": 2}}, ["alpha", "by policy"]),
 }

@@ -30,6 +30,8 @@ class _Default(str):
     __slots__ = ()
 
 
+BESIDE = ("policy", "tokens", "ratio", "per", "capture")
+"""Arguments of `prune` that are no settings of a policy."""
 FLOWCUT, TILE = _Default("flowcut"), _Default("tile")
 
 
@@ -40,6 +42,7 @@ def prune(
     tokens: int | None = None,
     ratio: float | None = None,
     per: str = TILE,
+    capture: bool = False,
     config: Mapping[str, Any] | str | Path | None = None,
     **settings: Any,
 ) -> Model:
@@ -54,8 +57,10 @@ def prune(
             which policies over frames such as VidCom2 let frames share).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
         per: what the budget applies to: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
-            itself, as in the papers; or ``"image"``, all tiles of an image (or frames of a video) together. They
-            compete for it then, and tokens are chosen after the tower.
+            itself, as in the papers; or ``"image"`` (or ``"video"``, which is the same), all tiles of an image (or
+            frames of a video) together. They compete for it then, and tokens are chosen after the tower.
+        capture: compute vision tower and prefill by CUDA graphs, recorded when a shape is first seen, where that can be
+            done; what runs eagerly and why is in the receipt. See docs/performance.md.
         config: policy, budget and settings, instead of all these: the ``model.pruning.config`` of another
             model, a JSON file with it, or a folder to which a pruned model was saved.
         settings: fields of the policy, such as ``compat="official"`` for FlowCut. For a composition, a dict for each
@@ -69,12 +74,15 @@ def prune(
     """
     if config is not None:
         given = {"tokens": tokens is not None, "ratio": ratio is not None, "per": per is not TILE}
+        given["capture"] = capture
         _refuse_beside(config, {"policy": policy is not FLOWCUT, **given, **dict.fromkeys(settings, True)})
         return prune(model, **load_config(config))
     if getattr(model, "pruning", None) is not None:
         raise StateError(
             f"This model is pruned already ({model.pruning.name}). Call unprune(model) first."  # type: ignore[union-attr]
         )
+    if not isinstance(capture, bool):
+        raise PolicyError(f"capture={capture!r}: True or False is needed.")
     policies = make_policies(policy, settings)
     check_hookable(model)
     stock = stock_model(model)
@@ -84,7 +92,7 @@ def prune(
 
     try:
         composition = Composition.fit(policies, anatomy, tokens, ratio, per)
-        pruning = Pruning(stock, anatomy, composition, None if model is stock else model)
+        pruning = Pruning(stock, anatomy, composition, None if model is stock else model, capture)
     except PruningError:
         raise
     except ValueError as error:  # a policy that does not fit this model
@@ -123,6 +131,7 @@ def from_pretrained(
     tokens: int | None = None,
     ratio: float | None = None,
     per: str = TILE,
+    capture: bool = False,
     config: Mapping[str, Any] | str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -134,6 +143,7 @@ def from_pretrained(
         tokens: its budget, see `prune`.
         ratio: its budget, see `prune`.
         per: what the budget applies to, see `prune`.
+        capture: whether calls are captured, see `prune`.
         config: another config, instead; see `prune`.
         kwargs: for ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
@@ -145,20 +155,19 @@ def from_pretrained(
     from transformers import AutoModelForImageTextToText  # lists all families of transformers
 
     given = {"tokens": tokens is not None, "ratio": ratio is not None, "per": per is not TILE}
+    given["capture"] = capture
     if config is not None:
         _refuse_beside(config, {"policy": policy is not None, **given})
         chosen = load_config(config)
     elif policy is None:
         if any(given.values()):
-            raise PolicyError("tokens=, ratio= and per= are the budget of a policy: give policy= too.")
+            raise PolicyError("tokens=, ratio=, per= and capture= go with a policy: give policy= too.")
         path = locate(path, kwargs.get("subfolder", ""))
         chosen = load_config(find_config(path, kwargs))
     else:
-        chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per}
+        chosen = {"policy": policy, "tokens": tokens, "ratio": ratio, "per": per, "capture": capture}
     # a mistake in them must be found before a large model is loaded
-    make_policies(
-        chosen["policy"], {k: v for k, v in chosen.items() if k not in ("policy", "tokens", "ratio", "per")}
-    )
+    make_policies(chosen["policy"], {k: v for k, v in chosen.items() if k not in BESIDE})
     path = locate(path, kwargs.get("subfolder", ""))
     with missing_models(path):
         model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)
@@ -186,7 +195,7 @@ def ignore_visual_labels(model: Any, collator: Callable[[Any], Any]) -> IgnoreVi
 
 
 def _refuse_beside(config: Any, given: Mapping[str, bool]) -> None:
-    """Raise if any argument is given beside ``config``."""
+    """Raise if any argument is given in addition to ``config``."""
     if names := [name for name, there in given.items() if there]:
         raise PolicyError(
             f"config={config!r} holds policy, budget and settings: give nothing beside it ({', '.join(names)} given)."

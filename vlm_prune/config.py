@@ -6,8 +6,8 @@
      "settings": {"flowcut": {"positions": "compact", "compat": null}, "vhr": {"alpha": 2.0}}}
 
 ``settings`` are the fields of a single policy, or each policy's name with its fields; ``tokens`` or ``ratio`` is the
-budget, ``per`` what it applies to. Only ``policy`` is required. ``vlm-prune tune`` adds ``similarity`` and ``about``
-for people to read.
+budget, ``per`` what it applies to; ``capture`` is true if calls are captured. Only ``policy`` is required.
+``vlm-prune tune`` adds ``similarity`` and ``about`` for people to read.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .errors import PolicyError
 from .registry import did_you_mean, registered_name
 
 FILE = "vlm_prune.json"
-"""Name of the file beside a pruned model's weights."""
+"""Name of the file next to a pruned model's weights."""
 
 VERSION = 1
-KEYS = ("version", "policy", "tokens", "ratio", "per", "settings", "similarity", "about")
+KEYS = ("version", "policy", "tokens", "ratio", "per", "capture", "settings", "similarity", "about")
 
 
-def to_config(composition: Composition) -> dict[str, Any]:
+def to_config(composition: Composition, capture: bool = False) -> dict[str, Any]:
     """Policies and budget as a JSON-compatible dict, with every field.
 
     Raises:
@@ -48,6 +48,7 @@ def to_config(composition: Composition) -> dict[str, Any]:
     if composition.owner is not None:
         kept = {"ratio": budget.ratio} if budget.tokens is None else {"tokens": budget.tokens}
         kept |= {"per": "image"} if budget.joint else {}
+    kept |= {"capture": True} if capture else {}
     settings = fields if len(fields) > 1 else fields[names[0]]
     return {"version": VERSION, "policy": "+".join(names), **kept, "settings": settings}
 
@@ -83,9 +84,11 @@ def load_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             "needed."
         )
     for name in settings:
-        if name in ("model", "policy", "tokens", "ratio", "per", "config"):
+        if name in ("model", "policy", "tokens", "ratio", "per", "capture", "config"):
             raise PolicyError(f"{where}: {name} belongs next to settings, not in them.")
-    budget = {name: config[name] for name in ("tokens", "ratio", "per") if config.get(name) is not None}
+    budget = {
+        name: config[name] for name in ("tokens", "ratio", "per", "capture") if config.get(name) is not None
+    }
     return {
         "policy": config["policy"],
         **budget,

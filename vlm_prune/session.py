@@ -10,20 +10,24 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .call.encode_call import ride_of
 from .call.forward_call import ForwardCall, begin_forward, current_forward, end_forward, forget_calls
 from .call.receipt import MEAN_QUERY, Receipt
 from .call.rows import Rows
+from .capture.graphs import Graphs
 from .composition import Composition
 from .config import to_config
-from .contract.anatomy import Anatomy, FeatureTower, PackedTower
+from .contract.anatomy import Anatomy, FeatureTower, PackedTower, Tower
 from .contract.stages import Stages
 from .encode.assembler import FEATURE_METHODS, Assembler, FeatureMethod
+from .encode.captured import CapturedTower
 from .encode.features import FeatureEncoder
 from .encode.fixed import Encoder
 from .encode.packed import PackedEncoder
 from .errors import StateError, UnsupportedCallError
+from .language.captured import CapturedPrefill
 from .language.checks import TOKEN_TYPES, brings_features, check_chunk, check_forward, count_placeholders
 from .language.decoder import Decoder
 from .language.drafts import expect_drafts, take_drafts
@@ -56,6 +60,7 @@ class Pruning:
         anatomy: Anatomy,
         composition: Composition,
         wrapper: nn.Module | None = None,
+        capture: bool = False,
     ):
         check_unshared(anatomy)
         self._model, self._wrapper, self._anatomy, self._composition = model, wrapper, anatomy, composition
@@ -63,6 +68,7 @@ class Pruning:
         self._receipts: weakref.WeakKeyDictionary[threading.Thread, Receipt] = weakref.WeakKeyDictionary()
         self._live_rows: weakref.WeakKeyDictionary[threading.Thread, Rows] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
+        self.graphs = Graphs() if capture else None
 
         tower, projector = anatomy.tower, cast(nn.Module, anatomy.projector)
         self._encoder: Encoder | PackedEncoder | FeatureEncoder
@@ -71,10 +77,10 @@ class Pruning:
         elif isinstance(tower, PackedTower):
             self._encoder = PackedEncoder(tower, projector, composition, self)
         else:
-            self._encoder = Encoder(tower, projector, composition, self)
+            self._encoder = Encoder(tower, projector, composition, self, anatomy.front)
         if anatomy.features:
             self._encoder.check_shared()
-        deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
+        deepstack = 0 if isinstance(tower, Tower) else len(tower.deepstack)
         check_decoder(anatomy.decoder, composition.positions)
         masks = mask_maker(model)
         layers = DecoderLayers(
@@ -146,7 +152,8 @@ class Pruning:
                 else f"tokens={self.budget.tokens}"
             )
             kept += f" per {per}"
-        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(self.acts)}>"
+        captured = ", captured" if self.graphs is not None else ""
+        return f"<Pruning: {self.name} on {self.family}, {kept}, stages {', '.join(self.acts)}{captured}>"
 
     @property
     def acts(self) -> Stages:
@@ -165,7 +172,7 @@ class Pruning:
         Raises:
             PolicyError: a policy object is of a class that is not registered, or has a setting that is no plain value.
         """
-        return to_config(self._composition)
+        return to_config(self._composition, self.graphs is not None)
 
     def _install(self) -> None:
         base = self._anatomy.base
@@ -195,6 +202,22 @@ class Pruning:
         self._decoder.install(self._handles)
         if self._layers is not None:
             self._layers.install(self._handles)
+        if self.graphs is not None:
+            self._capture(self.graphs)
+
+    def _capture(self, graphs: Graphs) -> None:
+        """Compute by graphs what can be."""
+        tower, own = self._anatomy.tower, {h.id for h in self._handles if isinstance(h, RemovableHandle)}
+        if isinstance(self._encoder, Encoder):
+            roots = [cast(Any, tower).module, cast(nn.Module, self._anatomy.projector)]
+            self._encoder.capture = CapturedTower(graphs, self, roots, cast(Any, self._anatomy.base), own)
+        elif isinstance(self._encoder, PackedEncoder):
+            self._encoder.capture = "the tower packs images of any size into one sequence"
+        else:
+            self._encoder.capture = "only what leaves the feature method is known of this family"
+        why_not = None if self._layers is None else f"{self.name} acts between the decoder's layers"
+        decoder = self._anatomy.decoder
+        self._handles.append(CapturedPrefill(decoder, graphs, self, own, why_not))
 
     def _claim(self) -> None:
         for module in _hooked(self._anatomy):
@@ -213,6 +236,8 @@ class Pruning:
         for site in sites:
             site.close()
         self._handles.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         self._encoder.sites = []
         if self._layers is not None:
             self._layers.sites = []
@@ -345,7 +370,8 @@ def _hooked(anatomy: Anatomy) -> list[nn.Module]:
     tower, decoder = anatomy.tower, [anatomy.base, anatomy.decoder, *anatomy.decoder_layers]
     if isinstance(tower, FeatureTower) or anatomy.projector is None:
         return decoder
-    return [*decoder, anatomy.projector, tower.module, *tower.layers, *tower.attentions]
+    front = [] if anatomy.front is None else [anatomy.front]
+    return [*decoder, anatomy.projector, *front, tower.module, *tower.layers, *tower.attentions]
 
 
 def check_unshared(anatomy: Anatomy) -> None:

@@ -30,7 +30,9 @@ class Call:
 
     Times are medians in milliseconds, ratios are medians of the ratios round by round. The *oracle* is the stock tower
     and then the stock language model handed as few rows as `uniform` leaves: no pruned call of that budget has less to
-    do. ``counts`` are of one run.
+    do. ``counts`` are of one run; of a captured call its operations are those of an eager one, since nobody sees them
+    in a graph. ``captured`` is what the receipt says of captured parts, ``None`` of an eager call; captured calls of
+    "none" are those of the stock model, and ``wall_over_captured`` is over these.
     """
 
     policy: str
@@ -43,6 +45,8 @@ class Call:
     counts: Counts
     peak_bytes: int
     peak_over_oracle: float
+    captured: dict[str, str] | None = None
+    wall_over_captured: float | None = None
 
     def json(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -55,8 +59,12 @@ def budget_of(policy: str, tokens: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def calls(subject: Subject, policies: Sequence[str], tokens: int, rounds: int, device: str) -> Iterator[Call]:
+def calls(
+    subject: Subject, policies: Sequence[str], tokens: int, rounds: int, device: str, capture: bool = False
+) -> Iterator[Call]:
     """Measure the stock model's call, then that of each of ``policies``; the stock model takes part in every round.
+
+    With ``capture`` calls are captured (`vlm_prune.prune`), those of the stock model first and in every round.
 
     Of calls of one prompt that are shorter than `SHORT` the shortest of three counts in each round.
     """
@@ -69,11 +77,19 @@ def calls(subject: Subject, policies: Sequence[str], tokens: int, rounds: int, d
 
     least = peak_bytes(oracle, device)
 
-    def one(policy: str, kept: int, times: dict[str, Times], found: Counts, peak: int) -> Call:
+    def one(
+        policy: str,
+        kept: int,
+        times: dict[str, Times],
+        found: Counts,
+        peak: int,
+        captured: dict[str, str] | None = None,
+    ) -> Call:
         ours = times.get("ours", times["dense"])
         return Call(
             policy, subject.batch, kept, ours.median, ours.spread, ours.over(times["dense"]),
-            ours.over(times["oracle"]), found, peak, peak / least,
+            ours.over(times["oracle"]), found, peak, peak / least, captured,
+            ours.over(times["captured"]) if captured and "captured" in times else None,
         )  # fmt: skip
 
     first = interleaved({"oracle": oracle}, 1)["oracle"].median
@@ -82,13 +98,20 @@ def calls(subject: Subject, policies: Sequence[str], tokens: int, rounds: int, d
     stock = {"dense": whole, "oracle": shortest(oracle, repeats)}
     times = interleaved(stock, rounds)
     yield one("dense", subject.visual, times, counts(subject.call, device), peak_bytes(subject.call, device))
-    for policy in policies:
-        options = budget_of(policy, tokens)
+    more: dict[str, Any] = {"capture": True} if capture else {}
+    for policy in ("none", *(name for name in policies if name != "none")) if capture else policies:
+        budget = budget_of(policy, tokens)
+        options = {**budget, **more}
         prune(subject.model, policy, **options)
         try:
             subject.call()
+            receipt: Any = subject.model.pruning.receipt
+            captured = dict(receipt.captured) if capture else None
             found, peak = counts(subject.call, device), peak_bytes(subject.call, device)
         finally:
             unprune(subject.model)
-        times = interleaved({"ours": subject.under(policy, options, whole, warm=1), **stock}, rounds)
-        yield one(policy, tokens if options else subject.visual, times, found, peak)
+        taking_turns = {"ours": subject.under(policy, options, whole, warm=1), **stock}
+        if capture:
+            taking_turns["captured"] = subject.under("none", more, whole, warm=1)
+        times = interleaved(taking_turns, rounds)
+        yield one(policy, tokens if budget else subject.visual, times, found, peak, captured)

@@ -51,6 +51,9 @@ def bench(
             "--calls/--parts", help="Whole calls alone, or their parts too; --calls with the preset host."
         ),
     ] = None,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="Capture the calls, those of the stock model too; with --calls.")
+    ] = False,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -93,6 +96,15 @@ def bench(
         raise typer.BadParameter(
             "the bounds of a CPU are on the parts: leave out --calls", param_hint="--require"
         )
+    if capture and not only_calls:
+        raise typer.BadParameter("whole calls are captured: add --calls", param_hint="--capture")
+    if capture and (require or not on_gpu):
+        why = (
+            "there are no bounds on captured calls: leave out --require"
+            if on_gpu
+            else "this needs --device cuda"
+        )
+        raise typer.BadParameter(why, param_hint="--capture")
     asked = policy or (EVERYDAY if only_calls else ["uniform", "flowcut"])
     with plain_errors():
         for name in asked:
@@ -120,7 +132,7 @@ def bench(
                 yield from speed(some, asked, budgets, rounds, device, answer)
                 continue
             for kept in budgets:
-                yield from calls(some, asked, kept, rounds, device)
+                yield from calls(some, asked, kept, rounds, device, capture)
 
     found: list[Row | Call] = []
     with plain_errors():  # such as a budget that the model cannot have

@@ -49,9 +49,10 @@ def table(rows: Sequence[Row]) -> Table:
 def calls_table(calls: Sequence[Call]) -> Table:
     """One line a policy and batch: the whole call. Columns of the device are there where there is one."""
     device = ["device ms", "launches", "waits"] if any(c.counts.device_ms is not None for c in calls) else []
+    graphs = ["over captured stock", "captured"] if any(c.captured is not None for c in calls) else []
     shown = Table(
-        "whole call", "batch", "tokens", "wall ms", "over stock", "over oracle", *device, "operations", "reads",
-        "peak MiB", "over oracle", box=SIMPLE_HEAD,
+        "whole call", "batch", "tokens", "wall ms", "over stock", "over oracle", *graphs, *device, "operations",
+        "reads", "peak MiB", "over oracle", box=SIMPLE_HEAD,
     )  # fmt: skip
     for call in calls:
         seen = call.counts
@@ -63,6 +64,7 @@ def calls_table(calls: Sequence[Call]) -> Table:
             f"{call.wall_ms:.1f} ±{call.wall_spread:.0%}",
             f"{call.wall_over_dense:.2f}",
             f"{call.wall_over_oracle:.2f}",
+            *(_captured(call) if graphs else ()),
             *map(str, on_device),
             str(seen.operations),
             str(seen.reads),
@@ -70,6 +72,13 @@ def calls_table(calls: Sequence[Call]) -> Table:
             f"{call.peak_over_oracle:.2f}",
         )
     return shown
+
+
+def _captured(call: Call) -> list[str]:
+    """Its time over that of the captured stock call, and which parts of it were captured."""
+    parts = [part for part, how in (call.captured or {}).items() if how == "captured"]
+    over = "" if call.wall_over_captured is None else f"{call.wall_over_captured:.2f}"
+    return [over, " and ".join(parts)]
 
 
 def bounds_table(bounds: Sequence[Bound]) -> Table:

@@ -27,6 +27,7 @@ class Cell:
     """One combination, with the samples that it asks.
 
     Attributes:
+        capture: whether calls are captured, which changes times and not what is answered beyond rounding.
         skipped: why samples are not asked, one line each, where ``on_bad_image`` says so.
     """
 
@@ -37,11 +38,13 @@ class Cell:
     samples: list[Sample]
     name: str
     skipped: tuple[str, ...] = ()
+    capture: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What `prune` takes beside the policy; ``gates: shipped`` stands for the gates trained for the model."""
-        return {**_resolved(self.entry.settings, self.model.model), **self.budget}
+        captured = {"capture": True} if self.capture else {}
+        return {**_resolved(self.entry.settings, self.model.model), **self.budget, **captured}
 
     def about(self) -> dict[str, Any]:
         """The part of its row that is known beforehand."""
@@ -112,7 +115,7 @@ def build_cells(config: RunConfig) -> list[Cell]:
                 kept = "-".join(f"{name}-{value}" for name, value in budget.items())
                 parts = (model.name, entry.name, kept, task.name, _digest(figures)[:8])
                 name = ".".join(re.sub(r"[^\w.+-]+", "_", part)[-60:] for part in parts if part)
-                found.append(Cell(model, entry, budget, task, samples, name))
+                found.append(Cell(model, entry, budget, task, samples, name, capture=config.capture))
     return found
 
 

@@ -95,6 +95,7 @@ class RunConfig(Strict):
         ratios: budgets: shares of the visual tokens to keep.
         tokens: budgets: tokens to keep per image, or per tile where images are cut into tiles.
         per: ``image``: budgets are of all tiles of an image together, where the model allows it.
+        capture: whether vision tower and prefill are computed by CUDA graphs, where they can be.
         tasks: a list of tasks.
         seed: of scenes and of images and questions that are drawn.
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
@@ -111,6 +112,7 @@ class RunConfig(Strict):
     ratios: list[Ratio] = Field([])
     tokens: list[Count] = Field([])
     per: Per = "tile"
+    capture: bool = False
     tasks: Annotated[list[Task], Field(min_length=1)]
     seed: int = 2026
     batch_size: Count = 16

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.eval import choice
 from vlm_prune.eval.amber import DIMENSIONS, read_annotations
 from vlm_prune.eval.chair import CaptionReader, Vocabulary, coco_truth, read_image_ids, sample_image_ids
 from vlm_prune.eval.coco import ImageId, image_id, instance_objects, other_names
@@ -23,6 +24,8 @@ from vlm_prune.eval.runs.tasks import (
     AmberGenerativeTask,
     AmberQuestionsTask,
     ChairTask,
+    ChoiceTask,
+    JudgedTask,
     MmeTask,
     PopeTask,
     SpeedTask,
@@ -43,7 +46,8 @@ class Sample:
         picture: the image.
         question: what is asked, without the chat template.
         label: "yes" or "no" (pope, amber_d, mme), the objects in the image (chair), those and the objects that are
-            imagined there (amber_g), accepted answers (vqa), nothing (speed).
+            imagined there (amber_g), the right letter and the options (choice), accepted answers (vqa, judged),
+            nothing (speed).
     """
 
     id: str
@@ -131,6 +135,9 @@ def _scene_questions(scenes: list[Scene], split: str, seed: int) -> list[dict[st
 
 
 def _of_table(task: Task, rows: Iterable[Row]) -> Iterator[Sample]:
+    if isinstance(task, ChoiceTask):
+        yield from _choices(task, rows)
+        return
     label_of = _labels(task)
     counts: Counter[str] = Counter()
     for row in rows:
@@ -146,11 +153,27 @@ def _of_table(task: Task, rows: Iterable[Row]) -> Iterator[Sample]:
         yield Sample(name, split, row.picture(), asked(task, question), label)
 
 
+def _choices(task: ChoiceTask, rows: Iterable[Row]) -> Iterator[Sample]:
+    for row in rows:
+        options = row.options()
+        letter = row.need("answer", str).strip().upper()
+        if letter not in choice.LETTERS[: len(options)] or len(letter) != 1:
+            raise ValueError(
+                f"{row.where}: answer {letter!r}, the letter of one of its {len(options)} options is needed"
+            )
+        right = choice.LETTERS.index(letter)
+        for number, (order, place) in enumerate(choice.rotations(options, right, task.circular)):
+            question = choice.asked(row.need("question", str), order, row.hint())
+            name = f"{row.split}/{row.id}#{number}" if row.split else f"{row.id}#{number}"
+            label = {"letter": choice.LETTERS[place], "options": order}
+            yield Sample(name, row.split, row.picture(), asked(task, question), label)
+
+
 def _labels(task: Task) -> Callable[[Row], tuple[str, Any] | None]:
     """What is true of a row, and its split; ``None`` leaves the row out."""
     if isinstance(task, ChairTask):
         return lambda row: (row.split, row.need("objects", list))
-    if isinstance(task, VqaTask):
+    if isinstance(task, VqaTask | JudgedTask):
         return lambda row: (row.split, row.answers())
     if isinstance(task, PopeTask) and task.labels:
         return _relabelled(task)

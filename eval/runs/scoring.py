@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from vlm_prune.eval.amber import (
     AmberResult,
     Words,
     nltk_nouns,
-    plain_nouns,
     read_description,
     read_words,
     read_yes_no,
@@ -19,6 +19,7 @@ from vlm_prune.eval.amber import (
     score_questions,
 )
 from vlm_prune.eval.chair import CaptionReader, score_captions
+from vlm_prune.eval.choice import circular_accuracy, read_choice
 from vlm_prune.eval.mme import mme_scores, read_answer
 from vlm_prune.eval.pope import RATES, mean_rates, parse_answer, score_pope
 from vlm_prune.eval.runs.folder import Record
@@ -27,6 +28,8 @@ from vlm_prune.eval.runs.tasks import (
     AmberGenerativeTask,
     AmberQuestionsTask,
     ChairTask,
+    ChoiceTask,
+    JudgedTask,
     MmeTask,
     PopeTask,
     SpeedTask,
@@ -35,6 +38,7 @@ from vlm_prune.eval.runs.tasks import (
 )
 from vlm_prune.eval.tiny.metrics import bootstrap
 from vlm_prune.eval.vqa import METRICS, normalised
+from vlm_prune.registry import load_entry
 
 WORDS = {True: "yes", False: "no", None: None}
 SPEED = ("kv_bytes", "kv_bytes_dense", "flops", "flops_dense")
@@ -48,7 +52,7 @@ class Scorer:
         self._reader: CaptionReader | None = caption_reader(task) if isinstance(task, ChairTask) else None
         self._words: Words | None = None
         if isinstance(task, AmberGenerativeTask):
-            nouns = nltk_nouns() if task.nouns == "nltk" else plain_nouns
+            nouns = nltk_nouns() if task.nouns == "nltk" else None
             self._words = read_words(task.relations, task.safe, nouns)
 
     def judge(self, record: Record) -> Record:
@@ -75,10 +79,28 @@ class Scorer:
         elif isinstance(task, AmberQuestionsTask):
             said = read_yes_no(answer, task.parser)
             scores = {"said": said, "correct": said == label.capitalize()}
+        elif isinstance(task, ChoiceTask):
+            said = read_choice(answer, label["options"])
+            scores = {"said": said, "correct": said == label["letter"], "orders": len(label["options"])}
+            scores["orders"] = scores["orders"] if task.circular else 1
+        elif isinstance(task, JudgedTask):
+            scores = {"rating": self._rating(task, record), "good": task.good}
         elif isinstance(task, MmeTask):
             said = read_answer(answer)
             scores = {"said": said, "correct": said == label}
         return {**record, "scores": scores}
+
+    def _rating(self, task: JudgedTask, record: Record) -> float:
+        """What the judge says.
+
+        Raises:
+            ValueError: that is no number.
+        """
+        rate = load_entry(task.judge)
+        rating = rate(question=record["question"], answer=record["answer"], reference=record["label"])
+        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+            raise ValueError(f"{task.judge} rated sample {record['id']} {rating!r}: a number is needed")
+        return float(rating)
 
     def _caption(self, caption: str, objects: list[str]) -> dict[str, Any]:
         (score,) = score_captions([(0, caption)], {0: objects}, self._reader, samples=0).captions
@@ -104,6 +126,10 @@ class Scorer:
             scored = _amber_questions(records)
         elif isinstance(task, MmeTask):
             scored = _mme(records)
+        elif isinstance(task, ChoiceTask):
+            scored = _choice(records)
+        elif isinstance(task, JudgedTask):
+            scored = _judged(records)
         else:
             assert isinstance(task, SpeedTask)
             scored = {"metrics": {name: _mean(r["scores"][name] for r in records) for name in SPEED}}
@@ -211,6 +237,43 @@ def _mme(records: Sequence[Record]) -> dict[str, Any]:
         "metrics": {**mme_scores(rows), "accuracy": _mean(r["scores"]["correct"] for r in records)},
         "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))},
     }
+
+
+def _choice(records: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy of whole questions, and of answers; intervals over images, in which questions are whole."""
+    right: dict[str, dict[str, list[bool]]] = {}
+    for record in records:
+        question = record["id"].rpartition("#")[0]
+        right.setdefault(record["split"], {}).setdefault(question, []).append(record["scores"]["correct"])
+    every = {name: answers for questions in right.values() for name, answers in questions.items()}
+    metrics = {
+        "accuracy": circular_accuracy(every),
+        "answers": _mean(r["scores"]["correct"] for r in records),
+    }
+    if len(right) > 1:
+        metrics |= {f"{split}_accuracy": circular_accuracy(questions) for split, questions in right.items()}
+    whole = {name: all(answers) for name, answers in every.items()}
+    first = [record for record in records if record["id"].endswith("#0")]
+    counts = _by_image(first, lambda record: [whole[record["id"].rpartition("#")[0]], 1])
+    return {"metrics": metrics, "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))}}
+
+
+def _judged(records: Sequence[Record]) -> dict[str, Any]:
+    splits: dict[str, list[float]] = {}
+    for record in records:
+        splits.setdefault(record["split"], []).append(record["scores"]["rating"])
+    bad = _mean(r["scores"]["rating"] < r["scores"]["good"] for r in records)
+    metrics = {"rating": _mean(r["scores"]["rating"] for r in records), "bad": bad}
+    if len(splits) > 1:
+        metrics |= {f"{split}_rating": _mean(ratings) for split, ratings in splits.items()}
+    counts = _by_image(
+        records, lambda r: [r["scores"]["rating"], r["scores"]["rating"] < r["scores"]["good"], 1]
+    )
+    intervals = {
+        "rating": list(bootstrap(counts, lambda t: t[0] / t[2])),
+        "bad": list(bootstrap(counts, lambda t: t[1] / t[2])),
+    }
+    return {"metrics": metrics, "intervals": intervals}
 
 
 def _vqa(records: Sequence[Record]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Columns(Strict):
     """Which columns hold what; the first of the usual names that a data set has, unless given.
 
     Attributes:
-        id: question_id, questionId or id; default the row's number.
+        id: question_id, questionId, id or index; default the row's number.
         image: image, image_path, image_id, file_name or image_source; a path below ``images``, or the image itself.
         question: question, text or query.
         answer: label, answer or answers; for VQA a list of accepted answers, or of VQAv2's mappings with ``answer``.

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.eval.choice import LETTERS
 from vlm_prune.eval.pope_questions import SPLITS
 from vlm_prune.eval.records import read_records
 from vlm_prune.eval.runs.images import Picture
 from vlm_prune.eval.runs.sources import Columns, DiskData, HubData, JsonlData
 
 USUAL = {
-    "id": ("question_id", "questionId", "id"),
+    "id": ("question_id", "questionId", "id", "index"),
     "image": ("image", "image_path", "image_id", "file_name", "image_source"),
     "question": ("question", "text", "query"),
     "answer": ("label", "answer", "answers"),
@@ -82,6 +83,23 @@ class Row:
         if not found or any(one is None or isinstance(one, list) for one in found):
             raise ValueError(f"{self.where}: an answer or a list of them is needed, got {str(value)[:80]!r}")
         return [str(one) for one in found]
+
+    def options(self) -> list[str]:
+        """The options of a multiple choice: columns A, B, C ... as MMBench has them, or a list in ``options``."""
+        listed = self.values.get("options", self.values.get("choices"))
+        if not isinstance(listed, list):
+            listed = [self.values.get(letter) for letter in LETTERS]
+        found = [str(one) for one in listed if one is not None and str(one).lower() not in ("", "nan")]
+        if not 2 <= len(found) <= len(LETTERS):
+            raise ValueError(
+                f"{self.where}: {len(found)} options; columns A, B, ... or a list in the column options are needed"
+            )
+        return found
+
+    def hint(self) -> str:
+        """What comes before a question of a multiple choice; empty if nothing does."""
+        value = self.values.get("hint")
+        return "" if value is None or str(value).lower() == "nan" else str(value)
 
 
 def table_rows(data: JsonlData | DiskData | HubData) -> Iterator[Row]:

@@ -13,6 +13,9 @@ from .survivors import DecoderTrace, Units, tile_units
 Segments = Callable[[], "list[list[int]]"]
 """Reads sequence lengths from the device, where a packed tower has them."""
 
+TOWER_PART, DECODER_PART = "vision tower", "language model"
+"""The parts of a call that can be captured."""
+
 MEAN_QUERY = "attention of the mean query"
 """What `policies.scores.global_attention` uses where there is no CLS token."""
 
@@ -29,12 +32,15 @@ class Receipt:
         targets: visual tokens wanted of each tile.
         positions: the policy's rule for RoPE positions.
         tower_tokens: tokens that each tower layer computed for the largest tile, CLS included.
+        tower_masked: whether tokens that the tower dropped were masked in its layers, and computed all the same: faster
+            where the host is the slower one (`encode.fixed.STILL`).
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
         tower_size: channels of the tower, and elements of one of its layers' matrices.
         stand_in: what was used instead of a CLS token that the policy needs and the tower lacks.
-        kv_bytes: storage behind the KV cache after prefill, ``None`` if no cache was used.
+        kv_bytes: storage of the KV cache after prefill, ``None`` if no cache was used.
         kv_bytes_dense: what it would hold without pruning.
+        captured: of a model with ``capture=True``, for each part of the call "captured", or "eager: " and why.
         guide_flops: operations of the second pass over the prompt that guided decoding compares with, part of `flops`.
         guide_kv_bytes: storage behind that pass's KV cache, beside `kv_bytes`.
     """
@@ -51,6 +57,7 @@ class Receipt:
     decoder_tokens: list[int] = field(default_factory=list)
     kv_bytes: int | None = None
     kv_bytes_dense: int | None = None
+    captured: dict[str, str] = field(default_factory=dict)
     guide_flops: int = 0
     guide_kv_bytes: int = 0
     keeps: list[Keep] | None = field(default=None, repr=False)
@@ -59,6 +66,7 @@ class Receipt:
     trace: DecoderTrace | None = field(default=None, repr=False)
     tower_size: tuple[int, int] = (0, 0)
     stand_in: str | None = None
+    tower_masked: bool = False
     text_config: Any = field(default=None, repr=False)
     _tower_segments: tuple[Segments, Segments] = field(default=(list, list), repr=False)
     _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
@@ -157,6 +165,7 @@ class Receipt:
         if self.tower_tokens:
             lines.append(
                 f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers"
+                + (", those dropped masked and not cut" if self.tower_masked else "")
             )
         if self.stand_in is not None:
             lines.append(f"  scores   no CLS token in this tower: {self.stand_in}")
@@ -168,6 +177,7 @@ class Receipt:
             lines.append(f"  compute  {self.flops / 1e9:.3g} of {self.flops_dense / 1e9:.3g} GFLOP")
         if self.kv_bytes is not None and self.kv_bytes_dense:
             lines.append(f"  KV cache {self.kv_bytes / 2**20:.3g} of {self.kv_bytes_dense / 2**20:.3g} MiB")
+        lines += [f"  {part}: {how}" for part, how in self.captured.items()]
         if self.guide_flops:
             lines.append(
                 f"  guiding  {self.guide_flops / 1e9:.3g} GFLOP of these, and {self.guide_kv_bytes / 2**20:.3g} MiB "

@@ -13,7 +13,9 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        if device.type == "cuda":
+        # in a graph that is being recorded an event has no time
+        self.timed = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        if self.timed:
             self.begin = torch.cuda.Event(enable_timing=True)
             self.begin.record()
         else:
@@ -21,7 +23,7 @@ class Stopwatch:
 
     def stop(self) -> Callable[[], float]:
         """Stop now; the returned function may be called at any later time."""
-        if self.device.type == "cuda":
+        if self.timed:
             begin, end = self.begin, torch.cuda.Event(enable_timing=True)
             end.record()
 

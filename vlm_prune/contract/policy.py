@@ -26,7 +26,7 @@ class Policy:
 
     Attributes:
         positions: ``"original"`` keeps the RoPE positions the tokens had before pruning, ``"compact"`` renumbers the
-            shortened sequence. Each policy defaults to what its released code does; ``None`` stands for "compact", and
+            shortened sequence. Each policy defaults to what its released code does; ``None`` means "compact", and
             for "original" where a token's position is its place in the image (M-RoPE) and cannot be renumbered.
     """
 
@@ -44,7 +44,7 @@ class Policy:
     keeps_all: ClassVar[bool] = False
     """Whether it keeps every token although its stage is one that drops them, and so takes no budget."""
     exceeds: ClassVar[bool] = False
-    """Whether it may keep more tokens than the budget says, by a rule of its own (a threshold)."""
+    """Whether it may keep more tokens than the budget says, by a separate rule (a threshold)."""
     default_ratio: ClassVar[float] = 1.0
     """Share of visual tokens kept when the caller names no budget: the middle one of the paper."""
     after_projector: ClassVar[bool] = False
@@ -114,6 +114,13 @@ class Policy:
         """0-based vision layers after which `encode` is asked.
 
         ``feature_layer`` is the layer whose output the language model consumes.
+        """
+        return ()
+
+    def watched_layers(self, feature_layer: int) -> Collection[int]:
+        """Further vision layers whose attention `encode` finds in ``view.earlier`` at the next layer of `tower_layers`.
+
+        Layers between two cuts can so be scored together.
         """
         return ()
 

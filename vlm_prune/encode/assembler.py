@@ -13,14 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from ..call import stream
 from ..call.assembly import Group, Packing
-from ..call.encode_call import RIDE, EncodeCall, Offer, encoding
+from ..call.encode_call import RIDE, EncodeCall, Encoding, Offer, encoding, let_ride
 from ..call.forward_call import ForwardCall, current_forward
+from ..capture.device import NotCapturable
 from ..contract.anatomy import FeatureCall
 from ..contract.policy import Keep
 from ..contract.views import FeaturesView
+from .captured import CapturedTower
 from .stage import EncodeStage, content_key
 
 FEATURE_METHODS = ("get_image_features", "get_video_features")
@@ -60,8 +63,31 @@ class FeatureMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
-        with encoding(self.encoder.session, forward=self._forward()):
-            return self.note(self.stock(*args, **kwargs), args, kwargs)
+        with encoding(self.encoder.session, forward=self._forward()) as under_way:
+            output = self._compute(under_way, args, kwargs)
+            # where the tower is a part of the stock one (Ovis2), its output is not the one that travels on
+            if under_way.ended is not None and isinstance(output, ModelOutput) and not hasattr(output, RIDE):
+                let_ride(output, under_way.ended)
+            return self.note(output, args, kwargs)
+
+    def _compute(self, under_way: Encoding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the stock method returns, computed by a graph if the model captures its calls and this one can be."""
+        capture = self.encoder.capture
+        if isinstance(capture, CapturedTower):
+            try:
+                given = self.__signature__.bind(*args, **kwargs).arguments
+                given = {**given.pop("kwargs", {}), **given}
+                output, call = capture.run(self.method, self.stock, given, under_way)
+            except NotCapturable as reason:
+                under_way.captured = f"eager: {reason}"
+            else:
+                under_way.captured = "captured"
+                if under_way.arrangement is None:
+                    self.encoder.end(call)
+                return output
+        elif capture is not None:
+            under_way.captured = f"eager: {capture}"
+        return self.stock(*args, **kwargs)
 
 
 class Assembler(FeatureMethod):
@@ -76,7 +102,7 @@ class Assembler(FeatureMethod):
         given = self.__signature__.bind(*args, **kwargs).arguments
         arrangement = self.feature.arrange({**given.pop("kwargs", {}), **given})
         with encoding(self.encoder.session, arrangement, self._forward()) as under_way:
-            output = self.stock(*args, **kwargs)
+            output = self._compute(under_way, args, kwargs)
             call = under_way.call
             if call is None:
                 raise RuntimeError(f"{self.method} did not go through the vision tower and the projector")

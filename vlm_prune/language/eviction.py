@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from ..cache.layers import PrunedLayer, evict_rows, trim, wrap
+from ..cache.layers import PrunedLayer, evict_rows, stored_index, trim, wrap
 from ..cache.masks import past_mask
 from ..cache.storage import is_static, read
 from ..call.budget import Budget
@@ -61,12 +61,16 @@ class Eviction:
         for the device once, unless all that stay are those that reached the last layer.
         """
         lives: dict[int, torch.Tensor] = {}
+        reached: dict[int, torch.Tensor] = {}  # layers between two cuts hold the same rows
+        trimmed: dict[tuple[int, int], torch.Tensor] = {}
         left = list(held)
         for number, entries in self.layers.items():
             rows, stored = held[number], wrap(cache, number)
             if rows.visual is None:
                 continue
-            remaining = _reached(final, rows)
+            if id(rows) not in reached:
+                reached[id(rows)] = _reached(final, rows)
+            remaining = reached[id(rows)]
             keys, values = read(stored.inner, stored.physical)
             keep: torch.Tensor | None = None
             for policy, _ in entries:
@@ -87,7 +91,10 @@ class Eviction:
             if keep is remaining:
                 left[number] = final
                 if rows is not final:  # even if the longest sequence loses none
-                    trim(stored, rows, final)
+                    key = id(rows), stored.physical
+                    if key not in trimmed:
+                        trimmed[key] = stored_index(rows, final, stored.physical)
+                    trim(stored, rows, final, trimmed[key])
             elif keep is not None:
                 lives[number] = _live(keep, rows.visual, rows.mask)
             if self.steps:

@@ -85,7 +85,9 @@ class Guidance:
         guided = Guided(self)
         _under_way.set((*_under_way.get(), guided))
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        rows = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if rows is None:
+            return None  # which stock code has an error for
         images, twin = self._images(given, rows), twin_of(cache_of(given))
         if images is not None or twin is not None:
             active = (

@@ -1,4 +1,4 @@
-"""Pruning in front of the engine: embeddings made by a pruned Hugging Face model, where vLLM itself cannot prune."""
+"""Pruning outside the engine: embeddings made by a pruned Hugging Face model, where vLLM itself cannot prune."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image_embeds(model: Any, processor: Any, images: list[Any]) -> list[torch.Te
     if pruning.positions == "original":
         raise PolicyError(
             f"{pruning.name} keeps the positions that tokens had, and an engine numbers embeddings without gaps. Leave "
-            "positions out; a model with multimodal RoPE cannot be pruned in front of an engine."
+            "positions out; a model with multimodal RoPE cannot be pruned outside an engine."
         )
     known = inspect.signature(model.get_image_features).parameters
     embeds = []

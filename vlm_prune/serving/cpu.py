@@ -1,4 +1,4 @@
-"""vLLM's CPU runner, mended: it carries positions beside embeddings where an engine does, as other runners do.
+"""vLLM's CPU runner, fixed: it carries positions with embeddings where an engine does, as other runners do.
 
 ``CPUModelRunner.load_model`` of vLLM 0.32 does not find out whether an engine does that. Other devices need nothing.
 """
@@ -14,7 +14,7 @@ class Asked:
     """In place of the runner's attribute: what its config says, whatever was set."""
 
     def __get__(self, runner: Any, owner: Any = None) -> bool:
-        """Whether the engine carries positions beside embeddings."""
+        """Whether the engine carries positions with embeddings."""
         from vllm.model_executor.models.interfaces import supports_multimodal_pruning
 
         config = runner.model_config.multimodal_config

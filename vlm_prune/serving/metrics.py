@@ -1,4 +1,4 @@
-"""Counters on the server's ``/metrics``, beside vLLM's own.
+"""Counters on the server's ``/metrics``, next to vLLM's own.
 
 Images are encoded in vLLM's workers, and ``/metrics`` is answered by its front end. What is counted goes from the one
 to the other through files of `prometheus_client`, whose format is made for that: in the folder that vLLM itself has set

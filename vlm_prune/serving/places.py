@@ -36,7 +36,7 @@ def split_places(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def prompt_positions(length: int, images: Sequence[tuple[int, int, int, int]]) -> tuple[torch.Tensor, int]:
     """Positions of a prompt before any image was seen: int64 ``(3, length)``, and what is to be added after it.
 
-    An image's tokens all stand at its start; the text after it continues where it would after the whole image.
+    An image's tokens are all at its start; the text after it continues where it would after the whole image.
 
     Args:
         length: of the prompt, placeholders of dropped tokens left out.

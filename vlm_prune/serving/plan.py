@@ -27,7 +27,7 @@ class Tiles:
 
     Attributes:
         units: rows and columns of visual tokens; ``None`` where images have any size, and each is one tile.
-        extra: CLS rows handed to the language model beside them.
+        extra: CLS rows that the language model gets in addition to them.
         feature_layer: 0-based number of the tower layer whose output is consumed.
         tile: what a tile is to the user.
         mrope: whether a visual token's position is its place in the image.
@@ -142,7 +142,7 @@ class Plan:
         return tokens - self.tiles.extra
 
     def identity(self, budget: Budget) -> str:
-        """All that decides which tokens of an image stay: what caches have to tell apart beside its pixels.
+        """All that decides which tokens of an image stay: what caches must distinguish in addition to its pixels.
 
         Budgets that come to the same are the same where that can be said without the image.
         """

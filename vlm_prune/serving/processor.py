@@ -1,7 +1,7 @@
 """The front end's half: how many placeholders an image takes, and what tells cached images apart.
 
-`Pruning` goes in front of a stock multi-modal processor class of vLLM. It knows no model: the stock class lays out an
-image, and the placeholders beyond the budget are left out.
+`Pruning` is a mix-in for a stock multi-modal processor class of vLLM. It is independent of the model: the stock class
+lays out an image, and the placeholders beyond the budget are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIELD = "vlm_prune_tokens"
 
 
 def shorten(content: Any, dense: int | None, tokens: int) -> PromptUpdateDetails:
-    """What stands for an image in the prompt once ``tokens`` of each ``dense`` visual tokens are left.
+    """What represents an image in the prompt once ``tokens`` of each ``dense`` visual tokens are left.
 
     Tokens that are no placeholders, such as ``<img>`` and ``</img>``, stay. ``None``: the image is one tile.
     """

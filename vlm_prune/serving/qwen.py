@@ -1,6 +1,6 @@
 """Qwen2.5-VL and Qwen3-VL in vLLM: images of any size, and tokens that keep their multimodal RoPE position.
 
-vLLM carries positions beside embeddings for videos that it prunes itself. Pruned images take the same way, which an
+vLLM carries positions with embeddings for videos that it prunes itself. Pruned images take the same way, which an
 engine opens by a video pruning rate; so that no video is ever pruned by it, such an engine takes none.
 """
 
@@ -36,7 +36,7 @@ CHECKED = (4, 4)
 
 
 def open_channel(vllm_config: VllmConfig) -> None:
-    """Make an engine carry positions beside embeddings; raise if it cannot, or would not run the tower's hooks."""
+    """Make an engine carry positions with embeddings; raise if it cannot, or would not run the tower's hooks."""
     config = vllm_config.model_config.multimodal_config
     if config.mm_encoder_tp_mode == "data":
         raise UnsupportedModelError(

@@ -1,0 +1,1 @@
+"""Captured calls: parts of a call recorded once for each shape, and replayed by the device without the host."""
