@@ -6,6 +6,8 @@ steps must say the same.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests.policy_table import options
 from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
 from vlm_prune import PolicyError, pruned
 from vlm_prune.policies.h2o import H2O
+from vlm_prune.policies.lookm import LookM
 from vlm_prune.policies.prompt_attention import last_of
 from vlm_prune.policies.snapkv import SnapKV, pooled
 from vlm_prune.policies.streamingllm import StreamingLLM, sinks_then_recent
@@ -149,6 +152,7 @@ CASES = {
         lambda f, b: snapkv_by_hand(f, b, 2, 3, "max"),
     ),
     "h2o": (H2O(), h2o_by_hand),
+    "lookm-without-merging": (LookM(merge=None), h2o_by_hand),
     "vlcache": (VLCache(), lambda f, b: vlcache_by_hand(f, b, 0.01)),
     "vlcache-high-threshold": (VLCache(threshold=0.3), lambda f, b: vlcache_by_hand(f, b, 0.3)),
 }
@@ -259,3 +263,55 @@ def test_pooling_by_hand():
 def test_settings(policy, settings, message):
     with pytest.raises(ValueError, match=message):
         policy(**settings)
+
+
+def merged_by_hand(keys, values, kept, pivot):
+    """Rows of one head that stay, each the mean of itself and of the rows that go to it."""
+    mine = {i: [] for i in kept}
+    for gone in (i for i in range(len(keys)) if i not in mine):
+        near = max(kept, key=lambda i: float(keys[gone] @ keys[i] / (keys[gone].norm() * keys[i].norm())))
+        mine[near].append(gone)
+    pairs = []
+    for x in (keys, values):
+        added = {i: [(x[g] + x[i]) / 2 if pivot else x[g] for g in those] for i, those in mine.items()}
+        pairs.append(torch.stack([torch.stack([x[i], *added[i]]).mean(0) for i in kept]))
+    return pairs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("merge", ["pivot", "average"])
+def test_lookm_merges_what_leaves(merge, family, layout):
+    model, batch = shared(family), prompt(family, [LAYOUTS[layout]])
+    keep = h2o_by_hand(family, batch)
+    whole = cache_of(model(**batch.inputs, use_cache=True))
+    held, logits = steps(model, batch, LookM(merge=merge))
+    out, cache = dropped(model, batch, keep, by_layer=True)
+    for number, (layer, stock) in enumerate(zip(whole.layers, cache.layers, strict=True)):
+        heads = [
+            merged_by_hand(layer.keys[0, h], layer.values[0, h], rows, merge == "pivot")
+            for h, rows in enumerate(keep[number])
+        ]
+        stock.keys, stock.values = (torch.stack([pair[k] for pair in heads])[None] for k in (0, 1))
+        torch.testing.assert_close(held[number][0], stock.keys, **CLOSE)
+        torch.testing.assert_close(held[number][1], stock.values, **CLOSE)
+    token = out.logits[:, -1:].argmax(-1)
+    out = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(token),
+        position_ids=torch.tensor([[batch.ids.shape[1]]]),
+        **{CACHE: cache},
+        use_cache=True,
+    )
+    torch.testing.assert_close(logits[:, 0], model.lm_head(out.last_hidden_state)[:, -1], **CLOSE)
+
+
+def test_merged_rows_have_the_shape_of_keys():
+    @dataclass(frozen=True)
+    class Odd(LookM):
+        def evict(self, view):
+            keep, keys, values = LookM.evict(self, view)
+            return keep, keys[:, :, 1:], values
+
+    model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
+    with pruned(model, Odd(), ratio=RATIO), pytest.raises(PolicyError, match="merged rows"):
+        model(**batch.inputs, use_cache=True)

@@ -19,6 +19,8 @@ from ..contract.views import AttentionView, CacheView
 from ..errors import PolicyError, UnsupportedCallError
 
 VISUAL = "visual"
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values ``(batch, kv_heads, rows, head_dim)``."""
 
 
 class Eviction:
@@ -61,6 +63,7 @@ class Eviction:
         for the device once, unless all that stay are those that reached the last layer.
         """
         lives: dict[int, torch.Tensor] = {}
+        merged: dict[int, Pair] = {}
         left = list(held)
         for number, entries in self.layers.items():
             rows, stored = held[number], wrap(cache, number)
@@ -83,7 +86,10 @@ class Eviction:
                     keys=keys[:, :, -rows.count :],
                     values=values[:, :, -rows.count :],
                 )
-                keep = _both(keep, _checked(policy, view, policy.evict(view)))
+                mine, pair = _apart(policy, view, policy.evict(view))
+                keep = _both(keep, mine)
+                if pair is not None:
+                    merged[number] = pair
             if keep is remaining:
                 left[number] = final
                 if rows is not final:  # even if the longest sequence loses none
@@ -97,7 +103,7 @@ class Eviction:
             live, rows, stored = lives[number], held[number], wrap(cache, number)
             if min(counts) == rows.count:
                 continue
-            left[number] = evict_rows(stored, rows, live, counts)
+            left[number] = evict_rows(stored, rows, live, counts, merged.get(number))
         return left
 
     def _remember(self, cache: Cache, held: Sequence[Rows]) -> None:
@@ -173,6 +179,19 @@ def _both(keep: torch.Tensor | None, answer: torch.Tensor | None) -> torch.Tenso
     if keep.dim() != answer.dim():
         keep, answer = (x[:, None] if x.dim() == 2 else x for x in (keep, answer))
     return keep & answer
+
+
+def _apart(policy: Policy, view: CacheView, answer: Any) -> tuple[torch.Tensor | None, Pair | None]:
+    """A keep mask, checked, and the keys and values of the rows that stay, where a policy merges."""
+    if not isinstance(answer, tuple):
+        return _checked(policy, view, answer), None
+    keep, *pair = answer
+    if len(pair) != 2 or any(getattr(x, "shape", None) != view.keys.shape for x in pair):
+        given = [tuple(getattr(x, "shape", ())) for x in pair]
+        raise PolicyError(
+            f"{policy.name}.evict returned merged rows {given}: keys and values {tuple(view.keys.shape)} are needed."
+        )
+    return _checked(policy, view, keep), (pair[0], pair[1])
 
 
 def _checked(policy: Policy, view: CacheView, keep: Any) -> torch.Tensor | None:
