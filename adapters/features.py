@@ -33,6 +33,7 @@ REFUSED = {
     "blip": f"it is a captioner {CROSS}.",
     "diffusion_gemma": "it writes blocks of text by diffusion, and reads the prompt again for each.",
     "evolla": "it reads proteins, not images.",
+    "inkling_mm_model": "it encodes patches one by one, and is not told which of them form one image.",
     "git": "its visual tokens stand in front of the prompt without placeholders, and its cache counts them by itself.",
     "granite4_vision": "it adds image features to the hidden states of several decoder layers.",
     "idefics": f"it is a model {CROSS}.",
@@ -63,21 +64,42 @@ def anatomy(model: Any) -> Anatomy:
     decoder = find_decoder(model, base)
     kinds = [kind for kind, method in METHODS.items() if hasattr(base, method)]
     tokens = {kind: placeholder(model.config, kind) for kind in kinds}
+    if not any(calls_method(type(base), METHODS[kind]) for kind in kinds):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be pruned: nothing in {type(base).__name__} calls its "
+            f"{METHODS[kinds[0]]}, so images reach the decoder in a way that is not known."
+        )
     known = [kind for kind in kinds if tokens[kind] is not None]
+    # images of any size are not cut into tiles
+    sized = any(
+        "grid_thw" in name
+        for kind in kinds
+        for name in inspect.signature(getattr(base, METHODS[kind])).parameters
+    )
     if known != kinds and "image" not in known:
         raise ValueError("its config names no placeholder for images, such as image_token_id.")
     return Anatomy(
         family=model.config.model_type,
         base=base,
-        tower=FeatureTower(methods=tuple(METHODS[kind] for kind in known), sizes=tile_sizes),
+        tower=FeatureTower(
+            methods=tuple(METHODS[kind] for kind in known),
+            sizes=tile_sizes,
+            deepstack=deepstack_layers(model),
+        ),
         projector=None,
         decoder=decoder,
         decoder_layers=list(decoder.layers),
         image_tokens=tuple(dict.fromkeys(int(tokens[kind]) for kind in known)),  # type: ignore[arg-type]
-        tile="tile",
+        tile="image" if sized else "tile",
         mrope=hasattr(base, "get_rope_index"),
         computes_on=True,
     )
+
+
+def deepstack_layers(model: Any) -> tuple[int, ...]:
+    """The tower layers whose features go to the decoder's first layers."""
+    vision = getattr(model.config, "vision_config", None)
+    return tuple(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def find_base(model: Any) -> Any:
@@ -88,6 +110,21 @@ def find_base(model: Any) -> Any:
     raise ValueError(
         f"it has no {METHODS['image']}, by which images are encoded before they enter the decoder."
     )
+
+
+def calls_method(kind: type, method: str) -> bool:
+    """Whether a class, in a function other than the ``method`` itself, calls it by name.
+
+    Stands in for a trial call when pruning starts: what inputs an unknown model takes, only its processor knows.
+    Whether features arrive in the decoder as they left is counted at each call.
+    """
+    functions = (
+        inspect.unwrap(f)
+        for cls in kind.__mro__
+        for name, f in vars(cls).items()
+        if callable(f) and name != method
+    )
+    return any(method in f.__code__.co_names for f in functions if hasattr(f, "__code__"))
 
 
 def find_decoder(model: Any, base: Any) -> Any:
@@ -123,34 +160,49 @@ def placeholder(config: Any, kind: str) -> int | None:
     return None
 
 
+SIZES = ("image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes")
+"""Arguments that say how many frames, rows and columns of patches images have, or rows and columns."""
+
+
 def tile_sizes(given: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
     """Rows and columns of the tokens of each tile, in order.
 
-    By ``grid_thw`` where the call has one (a frame is a tile), else by the shapes of the features; where they are one
-    long list, by the number of images that came in.
+    By ``grid_thw`` where the call has one (a frame is a tile), else by the shapes of the features; where they are long
+    lists, by the number of images that came in.
     """
     total = sum(torch.Size(shape).numel() for shape in shapes)
-    name = "video_grid_thw" if given.get("pixel_values_videos") is not None else "image_grid_thw"
-    if (sizes := given.get(name)) is not None:
-        found = _by_grid(sizes.tolist(), total)
-        if found is not None:
+    names = ("video_grid_thw",) if given.get("pixel_values_videos") is not None else SIZES
+    for name in names:
+        if (sizes := given.get(name)) is not None and (found := _by_grid(sizes.tolist(), total)) is not None:
             return found
-    if len(shapes) == 1 and len(shapes[0]) == 1:
+    if all(len(shape) == 1 for shape in shapes):
         images = _images(given.get("pixel_values"))
-        if total % images == 0:
-            return [_grid(total // images)] * images
+        lists = [shape[0] for shape in shapes]
+        if len(lists) == 1:
+            lists, images = [total], [sum(images)]
+        if len(lists) == len(images) and all(
+            n and rows % n == 0 for rows, n in zip(lists, images, strict=True)
+        ):
+            return [_grid(rows // n) for rows, n in zip(lists, images, strict=True) for _ in range(n)]
     return [grid for shape in shapes for grid in _of_shape(shape)]
 
 
-def _images(pixels: Any) -> int:
-    """How many pictures came in; 1 where they came as a sequence of patches."""
-    if isinstance(pixels, torch.Tensor) and pixels.dim() >= 4:
-        return pixels.shape[:-3].numel()
-    return 1
+def _images(pixels: Any) -> list[int]:
+    """How many pictures came in with each prompt; 1 where they came as a sequence of patches.
+
+    Where prompts have several, ``(prompts, images, channels, height, width)``, they are filled up with black ones,
+    which stock code leaves out.
+    """
+    if isinstance(pixels, torch.Tensor) and pixels.dim() == 5 and pixels.shape[2] == 3:
+        return (pixels != 0).flatten(2).any(-1).sum(-1).tolist()
+    if isinstance(pixels, torch.Tensor) and pixels.dim() == 4:
+        return [1] * len(pixels)
+    return [1]
 
 
 def _by_grid(sizes: list[list[int]], total: int) -> list[tuple[int, int]] | None:
     """Of tiles of ``(frames, rows, columns)`` patches each, merged squarewise to ``total`` tokens."""
+    sizes = [[1, *size] if len(size) == 2 else size for size in sizes]
     patches = sum(t * h * w for t, h, w in sizes)
     merge = isqrt(patches // total) if total else 0
     if merge == 0 or merge**2 * total != patches or any(h % merge or w % merge for _, h, w in sizes):

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from ..contract.policy import Policy
-from ..kernels import overwrite_rows
-from .attention_rows import BLOCK, all_rows, first_key, real_rows, row_probabilities, weighted_values
+from .attention_rows import (
+    BLOCK,
+    all_rows,
+    first_key,
+    put_rows,
+    real_rows,
+    row_probabilities,
+    weighted_values,
+)
 from .settings import check_number
 
 if TYPE_CHECKING:
@@ -97,11 +104,11 @@ class ACT(Policy):
             probabilities = row_probabilities(view, rows, view.logit_edits)
             sinks = probabilities > self.threshold
             if whole is not None:
-                brings = True if view.brings is None else view.brings[:, None, None, None]
-                sinks = torch.where(torch.as_tensor(brings, device=sinks.device), whole[:, :, None], sinks)
+                found, brings = whole[:, :, None], view.brings
+                sinks = found if brings is None else torch.where(brings[:, None, None, None], found, sinks)
             new = calibrate(probabilities, sinks & ~first, self.kept)
             selected = chosen[:, None] & real.gather(1, rows)[:, None]
-            output = overwrite_rows(output, rows, weighted_values(new, view.value), selected)
+            output = put_rows(output, rows, weighted_values(new, view.value), selected)
         return output
 
     def _heads(self, view: ModulateView) -> torch.Tensor:

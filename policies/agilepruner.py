@@ -19,6 +19,7 @@ from ..contract.views import FeaturesView, TowerView
 from ..kernels import gather_rows
 from .scores import cosine_distance, global_attention
 from .settings import check_choice, check_number
+from .spectrum import rank_by_products
 
 RELEASED_UNITS = 576
 """Visual tokens of an image in the released code, which never prunes to a budget of this size or above."""
@@ -29,8 +30,8 @@ RELEASED_ERANK = 90.0
 def effective_rank(features: torch.Tensor, exact: bool = True) -> torch.Tensor:
     """Exponential of the entropy of the singular values' shares, token mean removed: ``(batch,)``.
 
-    Between 1 (all tokens on one line) and the smaller one of tokens and channels. On CUDA the eigenvalue solver waits
-    for the device once.
+    Between 1 (all tokens on one line) and the smaller one of tokens and channels. By an eigenvalue solver, or, where
+    `by_products` says so, within the tolerance of `rank_by_products`.
 
     Args:
         features: ``(batch, tokens, channels)``, left as they are.
@@ -44,9 +45,26 @@ def effective_rank(features: torch.Tensor, exact: bool = True) -> torch.Tensor:
     return _rank_of(gram, 0.0 if exact else 1e-12)
 
 
+def by_products(device: torch.device) -> bool:
+    """Whether ranks are computed by matrix products: on GPUs that compute fp64 at half the speed of fp32 or better.
+
+    Their solvers take one matrix after the other (on an H200 90 ms for 16 of 576 x 576), and the host waits for each.
+    """
+    if device.type != "cuda":
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) in FULL_FP64
+
+
+FULL_FP64 = ((8, 0), (9, 0), (10, 0))
+"""Compute capabilities of A100, H100 and H200, B200."""
+
+
 def _rank_of(gram: torch.Tensor, least: float) -> torch.Tensor:
     # the solver raises where features overflowed; any choice will do then, and the output shows the overflow
-    singular = torch.linalg.eigvalsh(gram.nan_to_num(posinf=0.0, neginf=0.0)).clamp(min=least).sqrt()
+    gram = gram.nan_to_num(posinf=0.0, neginf=0.0)
+    if not least and by_products(gram.device):
+        return rank_by_products(gram.double())
+    singular = torch.linalg.eigvalsh(gram).clamp(min=least).sqrt()
     share = singular / (singular.sum(-1, keepdim=True) + 1e-12)
     return (-(share * (share + 1e-12).log()).sum(-1)).exp()
 
@@ -59,12 +77,13 @@ def rank_and_distance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """
     if features.shape[1] > features.shape[2] or features.dtype == torch.float64:
         return effective_rank(features), cosine_distance(features)
-    x = features.float()
+    x = features.double() if by_products(features.device) else features.float()
     gram = x @ x.mT
     length = gram.diagonal(dim1=-2, dim2=-1).sqrt() + 1e-8
     distance = 1.0 - gram / length[:, :, None] / length[:, None]
     mean = gram.mean(1, keepdim=True)
-    return _rank_of(gram - mean - mean.mT + mean.mean(2, keepdim=True), 0.0).double(), distance
+    rank = _rank_of(gram - mean - mean.mT + mean.mean(2, keepdim=True), 0.0)
+    return rank.double(), distance.float()
 
 
 def calibrate_erank(features: Iterable[torch.Tensor]) -> float:
@@ -110,16 +129,17 @@ def pick(order: torch.Tensor, distance: torch.Tensor, tau: torch.Tensor, keep: i
     radius = tau.to(distance.dtype)[..., None]
     by_rank = distance.gather(1, order[..., None].expand(-1, -1, units))
     near = by_rank.gather(2, order[:, None].expand(-1, units, -1)) < radius
-    rank = torch.arange(units, device=order.device)
-    alive = torch.ones_like(order, dtype=torch.bool)
-    taken = alive.new_zeros(batch, units + 1)  # one extra column, for rows without candidates
+    near.diagonal(dim1=-2, dim2=-1).fill_(True)
+    # each rank while it is alive, `units` once it is struck out; the row after the last is for when none is alive
+    struck = torch.nn.functional.pad(near.int() * units, (0, 0, 0, 1))
+    left = torch.arange(units, device=order.device, dtype=torch.int32).expand(batch, -1)
+    best = []
     for _ in range(keep):
-        best = torch.where(alive, rank, units).amin(-1, keepdim=True)
-        taken.scatter_(1, best, True)
-        best = best.clamp(max=units - 1)
-        alive &= ~near.gather(1, best[..., None].expand(-1, -1, units)).squeeze(1)
-        alive.scatter_(1, best, False)
-    first = (~taken[:, :units]).to(torch.int8).argsort(dim=-1, stable=True)[:, :keep]
+        best.append(left.amin(-1, keepdim=True).long())
+        left = torch.maximum(left, struck.gather(1, best[-1][..., None].expand(-1, -1, units)).squeeze(1))
+    taken = torch.zeros(batch, units + 1, dtype=torch.bool, device=order.device)
+    taken = taken.scatter(1, torch.cat(best, 1), True)[:, :units]
+    first = taken.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :keep]
     return order.gather(1, first)
 
 

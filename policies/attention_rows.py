@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels import numbers, overwrite_rows
+from .scores import exact_dtype
+
 if TYPE_CHECKING:
     from ..contract.views import LogitEdit, ModulateView
 
@@ -28,9 +31,17 @@ def row_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.
     reads key head ``h // (heads // kv_heads)``, as in stock models. The result is fp32, or fp64 for fp64 inputs.
     """
     batch, heads, rows, dim = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = exact_dtype(query.dtype)
     grouped = (query.to(dtype) * scaling).reshape(batch, key.shape[1], -1, dim)
     return (grouped @ key.to(dtype).mT).view(batch, heads, rows, -1)
+
+
+def _step_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`row_logits` of one row, in one operation."""
+    (batch, heads, _, dim), dtype = query.shape, exact_dtype(query.dtype)
+    grouped, keys = query.to(dtype).reshape(batch * key.shape[1], -1, dim), key.to(dtype).flatten(0, 1).mT
+    unused = grouped.new_empty(())
+    return torch.baddbmm(unused, grouped, keys, beta=0, alpha=scaling).view(batch, heads, 1, -1)
 
 
 def masked_softmax(logits: torch.Tensor, number: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -61,16 +72,33 @@ def row_probabilities(
 ) -> torch.Tensor:
     """Attention of some ``rows`` of a call, ``(batch, heads, rows, keys)``, after ``edits`` of the logits."""
     _, heads, queries, dim = view.query.shape
-    query = view.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
-    logits = row_logits(query, view.key, view.scaling)
+    if queries > 1:
+        query = view.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
+        logits = row_logits(query, view.key, view.scaling)
+    else:
+        logits = _step_logits(view.query, view.key, view.scaling)
     for edit in edits:
         logits = edit(logits, rows)
+    if queries == 1:  # the last key: it sees all that may be attended
+        if (valid := view.valid) is None:
+            return logits.softmax(-1)
+        hidden = view.once("hidden", lambda: ~valid[:, None, None], valid)
+        return logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(-1)
     return masked_softmax(logits, rows + view.key.shape[2] - queries, view.valid)
+
+
+def put_rows(
+    output: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, changed: torch.Tensor
+) -> torch.Tensor:
+    """`overwrite_rows`, which for the only row of a decoding step is one choice."""
+    if output.shape[1] > 1:
+        return overwrite_rows(output, rows, new, changed)
+    return torch.where(changed.transpose(1, 2)[..., None], new.to(output.dtype), output)
 
 
 def all_rows(view: ModulateView) -> torch.Tensor:
     """The numbers of all rows of a call."""
-    return torch.arange(view.query.shape[2], device=view.query.device).expand(len(view.query), -1)
+    return numbers(view.query.shape[2], view.query.device).expand(len(view.query), -1)
 
 
 def final_row(view: ModulateView) -> torch.Tensor:
@@ -101,6 +129,8 @@ def rows_where(wanted: torch.Tensor, most: int | None = None) -> torch.Tensor:
     Shorter sequences are filled up with other rows. Waits for the device, except where there is one query, or
     where ``most`` bounds their number.
     """
+    if wanted.shape[1] == 1:
+        return numbers(1, wanted.device).expand(len(wanted), -1)
     width = min(most, wanted.shape[1]) if most is not None else wanted.shape[1]
     width = max(int(wanted.sum(-1).max()) if most is None and width > 1 else width, 1)
-    return (~wanted).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+    return wanted.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]

@@ -9,7 +9,7 @@ import torch
 
 from ..contract.policy import Keep, Place, ScorerPolicy, SelectPolicy
 from ..contract.views import FeaturesView
-from ..kernels import to_device
+from ..kernels import planned, to_device
 from .settings import check_whole
 
 
@@ -90,5 +90,8 @@ class Uniform(SelectPolicy):
 
     def select(self, view: FeaturesView) -> Keep:
         """The same grid for every tile."""
-        index = to_device(uniform_index(view.grid, view.target), view.features.device)
+        grid, target, device = view.grid, view.target, view.features.device
+        index = planned(
+            ("uniform", grid, target, device), lambda: to_device(uniform_index(grid, target), device)
+        )
         return Keep(index.expand(len(view.features), -1))

@@ -29,11 +29,12 @@ def max_min_diverse(distance: torch.Tensor, keep: int) -> torch.Tensor:
     units = distance.shape[1]
     itself = torch.eye(units, dtype=torch.bool, device=distance.device)
     latest = distance.masked_fill(itself, torch.inf).amin(-1).argmax(-1, keepdim=True)
-    taken, gap = [latest], torch.full_like(distance[:, 0], torch.inf)
+    # -inf stays through every minimum to come, so nothing is taken twice, duplicates of a token included
+    rows = distance.masked_fill(itself, -torch.inf)
+    taken, gap = [latest], None
     for _ in range(keep - 1):
-        gap = torch.minimum(gap, distance.gather(1, latest[..., None].expand(-1, -1, units)).squeeze(1))
-        # -inf survives every later minimum, so nothing is picked twice, not even duplicates of a token
-        gap.scatter_(1, latest, -torch.inf)
+        row = rows.gather(1, latest[..., None].expand(-1, -1, units)).squeeze(1)
+        gap = row if gap is None else torch.minimum(gap, row)
         latest = gap.argmax(-1, keepdim=True)
         taken.append(latest)
     return torch.cat(taken, dim=1)

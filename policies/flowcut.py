@@ -10,14 +10,15 @@ Qwen2-VL has a second half inside the decoder (``modeling_llama_flowcut.py``, ``
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..contract.policy import Keep, Policy
 from ..contract.views import AttentionView, FeaturesView, PrefillView, TowerView
-from .scores import global_attention, global_similarity, last_row, top_mask
+from .scores import exact_dtype, global_logits, last_row, top_mask
 
 
 def information_score(
@@ -45,17 +46,18 @@ def relative_entropy(attention: torch.Tensor, count: torch.Tensor | int) -> torc
 
     0 ln 0 counts as 0 (the released code yields NaN there and stops).
     """
-    p = attention / attention.sum(-1, keepdim=True)
-    limit = torch.log(torch.as_tensor(count, dtype=p.dtype, device=p.device))
-    return torch.special.entr(p).sum(-1) / limit
+    spread = entropy(attention)
+    return spread / torch.log(torch.as_tensor(count, dtype=spread.dtype, device=spread.device))
 
 
-def wanted_drops(
-    width: torch.Tensor | int, target: int, remaining: int, flatness: torch.Tensor
-) -> torch.Tensor:
+def entropy(attention: torch.Tensor) -> torch.Tensor:
+    """Entropy of each row's shares of its attention ``(batch, tokens)``: ``(batch,)``."""
+    return torch.special.entr(attention / attention.sum(-1, keepdim=True)).sum(-1)
+
+
+def wanted_drops(width: Any, target: int, remaining: int, flatness: Any) -> Any:
     """How many of ``width`` tokens a layer drops whose attention has the relative entropy ``flatness``, not rounded."""
-    wanted: torch.Tensor = (width - target) / remaining**0.5 * (1 - flatness**2)
-    return wanted
+    return (width - target) / remaining**0.5 * (1 - flatness**2)
 
 
 def drop_counts(
@@ -65,14 +67,59 @@ def drop_counts(
 
     ``attention`` is ``(batch, tokens)`` with ``alive[b]`` real tokens in row ``b``. ``batch_max`` gives every row
     the largest count of the batch, as the released code does; without it a row does not depend on the rest of the
-    batch.
+    batch. Waits for the device.
     """
-    width = torch.tensor(alive, dtype=attention.dtype, device=attention.device)
-    flatness = relative_entropy(attention, width.clamp(min=2))
-    wanted = wanted_drops(width, target, remaining, flatness).nan_to_num(0.0)
+    if batch_max:  # in the dtype of the model, as there
+        width = torch.tensor(alive, dtype=attention.dtype, device=attention.device)
+        counts: list[int] = masked_drop_counts(attention, width, target, remaining, batch_max).tolist()
+        return counts
+    wanted = [
+        wanted_drops(n, target, remaining, spread / math.log(max(n, 2)))
+        for n, spread in zip(alive, entropy(attention).tolist(), strict=True)
+    ]
+    return [0 if math.isnan(n) else round(n) for n in wanted]
+
+
+def masked_drop_counts(
+    attention: torch.Tensor, alive: torch.Tensor, target: int, remaining: int, batch_max: bool
+) -> torch.Tensor:
+    """`drop_counts` that stay on the device: int64 ``(batch,)``. ``alive`` ``(batch,)`` are a row's real tokens."""
+    spread = entropy(attention)
+    spread = spread if batch_max else spread.double()
+    width = alive.to(spread.dtype)
+    wanted = wanted_drops(width, target, remaining, spread / width.clamp(min=2).log()).nan_to_num(0.0)
     if batch_max:
-        wanted = wanted.max().expand(len(alive))
-    return [int(n) for n in wanted.round().tolist()]
+        wanted = wanted.max().expand(len(wanted))
+    return wanted.round().long()
+
+
+def layer_scores(
+    layers: list[AttentionView], exact: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLS attention and information score of each patch, of several vision layers of the same tokens at once.
+
+    Two ``(layers, batch, patches)``, in fp32 or better, or in ``exact``. Without CLS the mean query takes its place,
+    and the score is attention times value magnitude. The same as `global_attention`, `global_similarity`,
+    `value_magnitude` and `information_score` of each layer, in fewer operations: one softmax, one normalisation and one
+    norm for all.
+    """
+    first, count = layers[0], len(layers)
+    dtype = exact or exact_dtype(first.query.dtype)
+    values = [seen.value if exact else seen.value.to(dtype) for seen in layers]
+    logits = [global_logits(seen, dtype) for seen in layers]
+    if first.has_cls:
+        logits += [(value.to(dtype) @ value[:, :, 0, :, None].to(dtype)).squeeze(-1) for value in values]
+    joined = torch.stack(logits)
+    if first.valid is not None:
+        joined = joined.masked_fill(~first.valid[:, None], -torch.inf)
+    shares = joined.softmax(-1).mean(2)
+    magnitude = torch.linalg.vector_norm(torch.stack([value.mean(1) for value in values]), 1, -1)
+    if not first.has_cls:
+        return shares, shares * magnitude
+    shares = shares[..., 1:]
+    whole = shares.sum(-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+    normal = shares / whole
+    return shares[:count], (normal[:count] + normal[count:]) * magnitude[..., 1:]
 
 
 @dataclass(frozen=True)
@@ -119,36 +166,55 @@ class FlowCut(Policy):
         return RELEASED[family](**fields) if family in RELEASED else policy
 
     def tower_layers(self, feature_layer: int) -> range:
-        """Every layer before the consumed one is scored; the cuts fall on every second of them."""
-        return range(self._consumed(feature_layer))
+        """Every second layer before the consumed one: the cuts fall on these."""
+        consumed = self._consumed(feature_layer)
+        return range(1 - consumed % 2, consumed, 2)
+
+    def watched_layers(self, feature_layer: int) -> range:
+        """The layers between them, which are scored together with the next one."""
+        consumed = self._consumed(feature_layer)
+        return range(consumed % 2, consumed - 1, 2)
 
     def encode(self, view: TowerView) -> Keep | None:
-        """Score the layer, and cut if an even number of layers remains before the consumed one."""
-        width, target, consumed = (
-            view.units.shape[1],
-            self._leaving(view.target),
-            self._consumed(view.feature_layer),
-        )
+        """Score the layers since the last cut, and cut again."""
+        width, target = view.units.shape[1], self._leaving(view.target)
+        if width <= target:
+            return None
+        attention, scores = self._scores(view)
+        # the average of half the last layer, a quarter of the one before, ..., times two: ranks are the same
+        known = view.carry.get("flow")
+        flow = scores[0] * 2 if known is None else torch.add(scores[0], known, alpha=0.5)
+        for score in scores[1:]:
+            flow = torch.add(score, flow, alpha=0.5)
+        view.carry["flow"] = flow
+        ranked = flow if view.valid is None else flow.masked_fill(~view.valid, -torch.inf)
+        remaining = self._consumed(view.feature_layer) - 1 - view.layer
+        if view.still:
+            if remaining == 0:  # no cut leaves fewer
+                return Keep.top(ranked, target)
+            among = view.valid if view.valid is not None else torch.ones_like(view.units, dtype=torch.bool)
+            return Keep.masked(top_mask(ranked, self._kept(attention, view, target, remaining), among))
         alive = [width] * len(view.units) if view.valid is None else view.valid.sum(-1).tolist()
         if max(alive) <= target:
-            return None
-        attention, score = self._layer_scores(view)
-        flow = 0.5 * view.carry["flow"] + 0.5 * score if "flow" in view.carry else score
-        view.carry["flow"] = flow
-
-        remaining = consumed - 1 - view.layer
-        if remaining % 2:
             return None
         if remaining == 0:
             kept = [min(n, target) for n in alive]
         else:
             drop = self._drop_counts(attention, alive, target, remaining)
             kept = [min(n, max(n - p, target)) for n, p in zip(alive, drop, strict=True)]
-        if kept == alive:
-            return None
-        if view.valid is not None:
-            flow = flow.masked_fill(~view.valid, -torch.inf)
-        return Keep.top(flow, kept)
+        return None if kept == alive else Keep.top(ranked, kept)
+
+    def _kept(self, attention: torch.Tensor, view: TowerView, target: int, remaining: int) -> torch.Tensor:
+        """How many tokens a cut leaves each tile: int64 ``(batch,)``, without asking the device."""
+        batch, width = view.units.shape
+        alive = (
+            torch.full((batch,), width, device=view.units.device)
+            if view.valid is None
+            else view.valid.sum(-1)
+        )
+        official = self.compat == "official"
+        dropped = masked_drop_counts(attention, alive, target, remaining, official)
+        return torch.minimum(alive, (alive - dropped).clamp(min=target))
 
     def _leaving(self, target: int) -> int:
         """How many tokens leave the tower where ``target`` are wanted in the end."""
@@ -167,18 +233,18 @@ class FlowCut(Policy):
         """Choose by the scores of all layers, where the cuts inside the tower had to be left out."""
         return Keep.top(view.carry["flow"], view.target) if "flow" in view.carry else None
 
-    def _layer_scores(self, view: TowerView) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLS attention and information score of this layer, per unit: two ``(batch, units)``."""
-        seen = view.attention
-        exact = seen.query.dtype if self.compat == "official" else None
-        attention = global_attention(seen, exact)
-        value = seen.value[:, :, 1:] if seen.has_cls else seen.value
-        magnitude = value_magnitude(value if exact else value.to(attention.dtype))
-        if seen.has_cls:
-            score = information_score(attention, global_similarity(seen, exact), magnitude)
-        else:
-            score = attention * magnitude
-        return view.per_unit(attention), view.per_unit(score)
+    def _scores(self, view: TowerView) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """CLS attention of this layer, and information scores of the layers since the last cut: ``(batch, units)``."""
+        mine = self.watched_layers(view.feature_layer)
+        layers = [seen for number, seen in view.earlier.items() if number in mine]
+        layers.append(view.attention)
+        exact = view.attention.query.dtype if self.compat == "official" else None
+        attention, scores = layer_scores(layers, exact)
+        if view.slots is None:
+            return attention[-1], list(scores)
+        patches = torch.stack([attention[-1], *scores], -1)
+        here, *summed = view.per_unit(patches).unbind(-1)
+        return here, summed
 
 
 LAYER = 1

@@ -216,5 +216,7 @@ class HoloV(Policy):
         units = view.features.shape[1]
         mask = torch.zeros(len(kept), units + 1, dtype=torch.bool, device=kept.device)
         mask.scatter_(1, kept.where(kept >= 0, units), True)
-        index = (~mask[:, :units]).to(torch.int8).argsort(dim=-1, stable=True)[:, : view.target]
+        index = (
+            mask[:, :units].view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : view.target]
+        )
         return Keep(index.sort(dim=-1).values, rows=rows)

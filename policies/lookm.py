@@ -105,5 +105,7 @@ class LookM(H2O):
         near = nearest_kept(keys.detach(), kept)
         count = torch.zeros_like(keys[..., 0]).scatter_add(2, near, gone.to(keys.dtype))
         pivot = self.merge == "pivot"
-        merged = (merge_rows(x, near, gone, count, pivot) for x in (view.keys, view.values))
-        return chosen, *merged
+        merged_keys, merged_values = (
+            merge_rows(x, near, gone, count, pivot) for x in (view.keys, view.values)
+        )
+        return chosen, merged_keys, merged_values

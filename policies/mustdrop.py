@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -160,6 +161,18 @@ class MustDrop(Policy):
             raise ValueError(f"layers={self.layers}: this decoder has the layers 0 to {depth - 1}")
         return list(self.layers)
 
+    def left(
+        self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
+    ) -> int | None:
+        """This step's share of the budget, if the key set surely fits into it. Thresholds decide by what they see."""
+        if self.limits is not None or not tiles:
+            return None
+        steps = self.prefill_layers(depth)
+        share = min(target / max(entered, 1), 1.0)
+        count = round(entered * share ** ((steps.index(layer) + 1) / len(steps)))
+        keys = sum(math.ceil(units * self.key_ratio) for units, _ in tiles)
+        return count if count >= keys else None
+
     def evicted_layers(self, depth: int) -> Collection[int]:
         """All layers from the first cut on, as in the released code."""
         return range(self.prefill_layers(depth)[0], depth) if self.trim_cache else ()
@@ -174,12 +187,15 @@ class MustDrop(Policy):
         keys = visual & (view.carry[KEY] > 0) if KEY in view.carry else torch.zeros_like(visual)
         voters = view.text
         voters = voters | (last_row(view.valid, visual) & ~voters.any(-1, keepdim=True))
-        total, peak = attention_mass(view.recorded, voters)
+        most = view.most_text()
+        total, peak = attention_mass(view.recorded, voters, None if most is None else max(most, 1))
         if self.limits is None:
-            steps = self.prefill_layers(view.depth)
-            count = step_count(view.initial, view.target, steps.index(view.layer) + 1, len(steps))
-            ranked = total.masked_fill(keys, torch.inf)
-            return ~visual | top_mask(ranked, torch.maximum(count, keys.sum(-1)), visual)
+            count = view.left
+            if count is None:
+                steps = self.prefill_layers(view.depth)
+                count = step_count(view.initial, view.target, steps.index(view.layer) + 1, len(steps))
+                count = torch.maximum(count, keys.sum(-1))
+            return ~visual | top_mask(total.masked_fill(keys, torch.inf), count, visual)
         keep = dual_attention_filter(total, peak, visual, *self.limits) | keys | ~visual
         if self.compat == "official":
             return keep

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from ..contract.policy import Policy
-from ..kernels import overwrite_rows, to_device
-from .attention_rows import BLOCK, all_rows, final_row, row_probabilities, weighted_values
+from ..kernels import to_device
+from .attention_rows import BLOCK, all_rows, final_row, put_rows, row_probabilities, weighted_values
 from .scores import global_attention
 from .settings import check_choice, check_number
 
@@ -70,7 +70,7 @@ def lift(logits: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     ``gain`` broadcasts to ``logits``, which must not be masked yet (infinity times zero is NaN). Official:
     ``llama_new_forward``.
     """
-    return logits + gain * logits.abs()
+    return torch.addcmul(logits, gain.to(logits.dtype), logits.abs())
 
 
 def lifted_layers(depth: int, first_layer: int | None, end_layer: int | None) -> range:
@@ -95,14 +95,18 @@ def lift_rows(view: ModulateView, gain: torch.Tensor, prefill: bool) -> torch.Te
         return None
     if brings is not None and not prefill:
         gain = gain.masked_fill(brings[:, None], 0)
-    lifted = (gain != 0).any(-1)[:, None, None]
+    lifted = view.once("lifted", lambda: (gain != 0).any(-1)[:, None, None], gain)
     # rows of a later call are tokens that were or may be generated: several when drafts are verified together
     chosen = final_row(view) if view.prefill else all_rows(view)
     # after an earlier turn, a sequence without a new image is in such a later call
     if brings is not None:
         chosen = torch.where(brings[:, None], chosen, all_rows(view))
 
+    everywhere = not view.prefill
+
     def edit(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if everywhere:
+            return lift(logits, gain[:, None, None])
         here = (rows[..., None] == chosen[:, None]).any(-1)
         return lift(logits, gain[:, None, None] * here[:, None, :, None])
 
@@ -110,7 +114,7 @@ def lift_rows(view: ModulateView, gain: torch.Tensor, prefill: bool) -> torch.Te
     output = view.output
     for rows in chosen.split(BLOCK, dim=1):
         new = weighted_values(row_probabilities(view, rows, edits), view.value)
-        output = overwrite_rows(output, rows, new, lifted)
+        output = put_rows(output, rows, new, lifted)
     view.logit_edits.append(edit)
     return output
 
@@ -189,5 +193,11 @@ class Paint(Policy):
         """Recompute the rows that predict new tokens: the last one of a prompt, every one after it."""
         if LOCAL not in view.carry:
             return None
-        gain = self.alpha * view.carry[LOCAL].float() + self.beta * view.carry[SUMMARY].float()
+        local, summary = view.carry[LOCAL], view.carry[SUMMARY]
+        gain = view.once(
+            ("gain", self.alpha, self.beta),
+            lambda: self.alpha * local.float() + self.beta * summary.float(),
+            local,
+            summary,
+        )
         return lift_rows(view, gain, self.boost_prefill)

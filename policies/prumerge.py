@@ -80,7 +80,7 @@ def with_spread(taken: torch.Tensor, already: int, count: int) -> torch.Tensor:
 
 def ordered(kept: torch.Tensor) -> torch.Tensor:
     """Kept tokens, then the rest, both ascending: int64 like ``kept`` bool ``(batch, tokens)``."""
-    return (~kept).to(torch.int8).argsort(dim=-1, stable=True)
+    return kept.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)
 
 
 def released_order(first: torch.Tensor, units: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from .. import kernels
 from ..contract.keep import top_mask
 from ..contract.views import AttentionView
+from ..kernels import numbers
 
 __all__ = [
     "attention_mass",
@@ -16,6 +17,11 @@ __all__ = [
     "last_row",
     "top_mask",
 ]
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores are computed in: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _softmax_over_tokens(logits: torch.Tensor, view: AttentionView) -> torch.Tensor:
@@ -32,7 +38,11 @@ def global_attention(view: AttentionView, dtype: torch.dtype | None = None) -> t
     The softmax runs over CLS and patches, the CLS column is dropped afterwards, so a row sums to less than 1.
     A tower without CLS is asked with its mean query instead. ``dtype`` defaults to fp32, or fp64 for fp64 inputs.
     """
-    dtype = dtype or torch.promote_types(view.query.dtype, torch.float32)
+    return _softmax_over_tokens(global_logits(view, dtype or exact_dtype(view.query.dtype)), view)
+
+
+def global_logits(view: AttentionView, dtype: torch.dtype) -> torch.Tensor:
+    """What the softmax of `global_attention` is taken of: ``(batch, heads, tokens)`` in ``dtype``, not masked."""
     if view.has_cls:
         query = view.query[:, :, 0].to(dtype)
     elif view.valid is None:
@@ -40,7 +50,7 @@ def global_attention(view: AttentionView, dtype: torch.dtype | None = None) -> t
     else:
         real = view.valid[:, None, :, None]
         query = (view.query.to(dtype) * real).sum(2) / real.sum(2)
-    return _softmax_over_tokens(_rows(query * view.scaling, view.key.to(dtype)), view)
+    return _rows(query * view.scaling, view.key.to(dtype))
 
 
 def global_similarity(view: AttentionView, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -58,10 +68,11 @@ def last_row(valid: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
     ``valid`` ``(batch, rows)`` marks real rows, ``None`` says that all are; ``like`` lends shape and device.
     """
-    number = torch.ones_like(like, dtype=torch.int64) if valid is None else valid.to(torch.int64)
-    number = number.cumsum(-1)
-    last = number == number[:, -1:]
-    return last & (number.diff(dim=-1, prepend=number.new_zeros(len(number), 1)) > 0)
+    number = numbers(like.shape[1] + 1, like.device)[1:]
+    if valid is None:
+        return (number == like.shape[1]).expand_as(like)
+    real = valid * number
+    return (real == real.amax(-1, keepdim=True)) & valid
 
 
 def attention_mass(
@@ -77,10 +88,10 @@ def attention_mass(
             where key heads are shared. The last ``rows`` keys belong to the query rows, earlier ones to earlier turns;
             ``valid`` is ``(batch, keys)`` or ``None``.
         voters: bool ``(batch, rows)``, the rows that pay. A sequence without voters gets zeros.
-        width: how many voters the fullest sequence has; ``None`` waits for the device to find out.
+        width: no sequence has more voters than this; ``None`` waits for the device to find out.
     """
     width = max(1, int(voters.sum(-1).max())) if width is None else width
-    index = (~voters).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+    index = voters.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
     votes = voters.gather(1, index)
     return kernels.attention_mass(view.query, view.key, index, votes, view.valid, view.scaling)
 

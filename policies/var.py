@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from ..contract.policy import Policy
-from ..kernels import overwrite_rows, to_device
-from .attention_rows import BLOCK, row_probabilities, rows_where, weighted_values
+from ..kernels import to_device
+from .attention_rows import BLOCK, put_rows, row_probabilities, rows_where, weighted_values
 from .settings import check_choice, check_number
 from .sinks import default_tau, first_token_dims, known_sink_dims, sink_score
 
@@ -166,22 +166,38 @@ class VAR(Policy):
         sinks = self._find_sinks(view)
         if sinks is None:
             return None
-        text = view.text_after_image
+        text = view.once("text after the image", lambda: view.text_after_image, view.visual, view.valid)
         output = view.output
         for rows in rows_where(text, view.most_text()).split(BLOCK, dim=1):
             probabilities = row_probabilities(view, rows, view.logit_edits)
-            selected = select_heads(
-                probabilities,
-                sinks,
-                view.visual,
-                self.max_sink_share,
-                self.min_visual_mass,
-                self.compat == "official",
-            )
-            selected = selected & text.gather(1, rows)[:, None]
-            new = redistribute(probabilities, sinks, view.visual, selected, self.move)
-            output = overwrite_rows(output, rows, weighted_values(new, view.value), selected)
+            asked = text if text.shape[1] == 1 else text.gather(1, rows)
+            new, selected = self._moved(probabilities, sinks, view, asked[:, None])
+            output = put_rows(output, rows, weighted_values(new, view.value), selected)
         return output
+
+    def _moved(
+        self, probabilities: torch.Tensor, sinks: torch.Tensor, view: ModulateView, asked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`redistribute` in the rows ``asked`` that `select_heads` selects, and these: all masses by one product.
+
+        What is returned for other rows is not to be used.
+        """
+        if self.compat == "official":
+            share, least = self.max_sink_share, self.min_visual_mass
+            selected = select_heads(probabilities, sinks, view.visual, share, least, True) & asked
+            return redistribute(probabilities, sinks, view.visual, selected, self.move), selected
+        visual, dtype = view.visual, probabilities.dtype
+        here = view.once(("visual", dtype), lambda: visual.to(dtype), visual)
+        there = sinks.to(dtype)
+        both = there * here
+        receivers = here - both
+        masses = probabilities @ torch.stack([both, here, there, receivers], -1)[:, None]
+        inside, mass, given, held = masses.unbind(-1)
+        selected = (
+            (inside <= self.max_sink_share * mass) & (mass >= self.min_visual_mass) & asked & (held > 0)
+        )
+        change = receivers[:, None, None] * (given / held)[..., None] - there[:, None, None]
+        return torch.addcmul(probabilities, probabilities, change, value=self.move), selected
 
     def _find_sinks(self, view: ModulateView) -> torch.Tensor | None:
         """Sinks among the keys, bool ``(batch, keys)``: those found before, and those of a prompt that just came in."""

@@ -9,6 +9,7 @@ searches the settings that suit a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import inf, isqrt
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -200,10 +201,7 @@ class VFlowOpt(Policy):
         if wanted >= units:
             return entered
         known = len(tiles) * self._entering(wanted, units)
-        count = self._counts(
-            torch.tensor([known]), torch.tensor([float(len(tiles) * wanted)]).double(), layer, depth
-        )
-        return int(count) + entered - known
+        return _count(self, known, len(tiles) * wanted, layer, depth) + entered - known
 
     def _counts(self, entered: torch.Tensor, average: torch.Tensor, layer: int, depth: int) -> torch.Tensor:
         """Tokens that go on after ``layer``, of ``entered``, if the layers are to hold ``average`` of them."""
@@ -222,6 +220,8 @@ class VFlowOpt(Policy):
             view.carry[AVERAGE] > 0
         )  # a CLS row that counts as a visual token has no importance
         others = (view.visual & ~known).sum(-1)
+        if view.left is not None:
+            return top_mask(view.carry[MAP], view.left - others, known) | ~known
         entered = view.initial - others
         # every token carries the same number, so the mean over those still present is that over all that entered
         each = (view.carry[AVERAGE] * known).double().sum(-1) / known.sum(-1).clamp(min=1)
@@ -244,6 +244,12 @@ class VFlowOpt(Policy):
             view.query, key, value, mask, scale=view.scaling
         )
         return seen.transpose(1, 2)
+
+
+@cache
+def _count(policy: VFlowOpt, known: int, wanted: int, layer: int, depth: int) -> int:
+    """`VFlowOpt._counts` of one prompt: the same in every call."""
+    return int(policy._counts(torch.tensor([known]), torch.tensor([float(wanted)]).double(), layer, depth))
 
 
 def _check(policy: VFlowOpt) -> None:

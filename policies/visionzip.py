@@ -14,7 +14,7 @@ import torch
 
 from ..contract.policy import Keep, Policy
 from ..contract.views import FeaturesView, TowerView
-from ..kernels import gather_rows, merge_rows
+from ..kernels import gather_rows, merge_rows, numbers
 from .scores import global_attention
 from .settings import check_choice, check_number
 
@@ -33,7 +33,7 @@ def assign(attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextua
     """
     batch, units = attention.shape
     order = attention.argsort(dim=-1, descending=True, stable=True)
-    into = torch.arange(units, device=order.device).repeat(batch, 1)
+    into = numbers(units, order.device).expand(batch, -1)
     rest = order[:, dominant:].sort(dim=-1).values
     if contextual == 0:
         return into.scatter(1, rest, -1)
@@ -42,7 +42,7 @@ def assign(attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextua
     unit = keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[2]))
     unit = torch.nn.functional.normalize(unit, dim=-1)
     nearest = (unit @ unit[:, spread].mT).argmax(-1)
-    nearest[:, spread] = torch.arange(contextual, device=order.device)
+    nearest[:, spread] = numbers(contextual, order.device)
     return into.scatter(1, rest, rest[:, spread].gather(1, nearest))
 
 
@@ -58,9 +58,9 @@ def merge(
         combine: ``"add"`` adds the mean of those that go into a token to it, ``"mean"`` averages them all.
     """
     own = gather_rows(features, index).to(torch.promote_types(features.dtype, torch.float32))
-    place = torch.arange(index.shape[1], device=into.device).expand_as(index)
+    place = numbers(index.shape[1], into.device).expand_as(index)
     slot = torch.full_like(into, -1).scatter(1, index, place).gather(1, into.clamp(min=0))
-    leaves = (into >= 0) & (into != torch.arange(into.shape[1], device=into.device))
+    leaves = (into >= 0) & (into != numbers(into.shape[1], into.device))
     slot, one = slot.masked_fill(~leaves, -1), leaves.to(own.dtype)
     total = merge_rows(features, slot, one, index.shape[1])
     count = own.new_zeros(index.shape).scatter_add(1, slot.clamp(min=0), one * (slot >= 0))[..., None]
@@ -117,8 +117,8 @@ class VisionZip(Policy):
     def encode_final(self, view: FeaturesView) -> Keep:
         """Dominant tokens as they are, contextual ones merged, all in raster order."""
         into = view.carry["visionzip_into"]
-        stays = into == torch.arange(into.shape[1], device=into.device)
-        index = (~stays).to(torch.int8).argsort(dim=-1, stable=True)[:, : view.target]
+        stays = into == numbers(into.shape[1], into.device)
+        index = stays.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : view.target]
         if self._contextual(view.target) == 0:
             return Keep(index)
         return Keep(index, rows=merge(view.features, into, index, self.combine))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..contract.policy import Keep
-from ..kernels import gather_rows
+from ..kernels import gather_rows, planned
 
 
 def window_cells(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -18,11 +18,15 @@ def window_cells(grid: tuple[int, int], window: tuple[int, int], device: torch.d
     Windows tile the ``(rows, columns)`` grid from its upper left corner. They are in raster order, and so are the
     cells within one. Cells beyond the last whole window belong to none.
     """
-    (rows, columns), (height, width) = grid, window
-    down, across = rows // height, columns // width
-    number = torch.arange(rows * columns, device=device).view(rows, columns)
-    number = number[: down * height, : across * width].reshape(down, height, across, width)
-    return number.permute(0, 2, 1, 3).reshape(down * across, height * width)
+
+    def make() -> torch.Tensor:
+        (rows, columns), (height, width) = grid, window
+        down, across = rows // height, columns // width
+        number = torch.arange(rows * columns, device=device).view(rows, columns)
+        number = number[: down * height, : across * width].reshape(down, height, across, width)
+        return number.permute(0, 2, 1, 3).reshape(down * across, height * width)
+
+    return planned(("windows", grid, window, device), make)
 
 
 def window_similarity(
@@ -101,7 +105,9 @@ def released_order(windows: torch.Tensor, cells: torch.Tensor, count: int) -> to
     batch, r = windows.shape
     loose = torch.ones(batch, count, dtype=torch.bool, device=cells.device)
     loose.scatter_(1, cells[windows].flatten(1), False)
-    rest = (~loose).to(torch.int8).argsort(dim=-1, stable=True)[:, : count - r * cells.shape[1]]
+    rest = loose.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[
+        :, : count - r * cells.shape[1]
+    ]
     return torch.cat([cells[windows][..., -1], rest], dim=1)
 
 

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from ..contract.policy import Policy
-from ..kernels import overwrite_rows
-from .attention_rows import BLOCK, all_rows, first_key, real_rows, row_probabilities, weighted_values
+from .attention_rows import (
+    BLOCK,
+    all_rows,
+    first_key,
+    put_rows,
+    real_rows,
+    row_probabilities,
+    weighted_values,
+)
 from .settings import check_number
 
 if TYPE_CHECKING:
@@ -86,6 +93,6 @@ class ZeroTuning(Policy):
         for rows in all_rows(view).split(BLOCK, dim=1):
             new = weighted_values(row_probabilities(view, rows, edits), view.value)
             selected = chosen[:, None] & real.gather(1, rows)[:, None]
-            output = overwrite_rows(output, rows, new, selected)
+            output = put_rows(output, rows, new, selected)
         view.logit_edits.append(edit)
         return output

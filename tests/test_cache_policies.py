@@ -7,6 +7,7 @@ steps must say the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.models import IMAGE, prompt, shared
 from tests.policy_table import options
 from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
 from vlm_prune import PolicyError, pruned
+from vlm_prune.policies.by_head import KeepsByHead
 from vlm_prune.policies.h2o import H2O
 from vlm_prune.policies.lookm import LookM
 from vlm_prune.policies.prompt_attention import last_of
@@ -305,12 +307,46 @@ def test_lookm_merges_what_leaves(merge, family, layout):
     torch.testing.assert_close(logits[:, 0], model.lm_head(out.last_hidden_state)[:, -1], **CLOSE)
 
 
-def test_merged_rows_have_the_shape_of_keys():
+@dataclass(frozen=True)
+class Doubles(KeepsByHead):
+    """Doubles the values of all rows, of which it drops none."""
+
+    name: ClassVar[str] = "doubles"
+
+    def observe(self, view):
+        return view.visual.float()
+
+    def evict(self, view):
+        return torch.ones_like(view.visual), view.keys, 2 * view.values
+
+
+@dataclass(frozen=True)
+class DoublesAgain(Doubles):
+    name: ClassVar[str] = "doubles again"
+
+
+@pytest.mark.parametrize(("policies", "factor"), [([Doubles()], 2), ([Doubles(), DoublesAgain()], 4)])
+def test_merged_rows_stay_where_none_leaves_and_the_next_policy_sees_them(policies, factor):
+    model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
+    stock = cache_of(model(**batch.inputs, use_cache=True))
+    with pruned(model, policies, ratio=RATIO):
+        cache = cache_of(model(**batch.inputs, use_cache=True))
+    for layer, other in zip(cache.layers, stock.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, factor * other.values)
+
+
+@pytest.mark.parametrize("wrong", ["no mask", "fewer rows", "no values"])
+def test_merged_rows_of_other_shapes_are_refused(wrong):
     @dataclass(frozen=True)
-    class Odd(LookM):
+    class Odd(Doubles):
         def evict(self, view):
-            keep, keys, values = LookM.evict(self, view)
-            return keep, keys[:, :, 1:], values
+            keep, keys, values = super().evict(view)
+            return {
+                "no mask": (None, keys, values),
+                "fewer rows": (keep, keys[:, :, 1:], values),
+                "no values": (keep, keys),
+            }[wrong]
 
     model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
     with pruned(model, Odd(), ratio=RATIO), pytest.raises(PolicyError, match="merged rows"):

@@ -27,6 +27,9 @@ from vlm_prune.capture.buckets import SMALLEST, bucket, pad_left, square_mask
 from vlm_prune.capture.device import NotCapturable, Watch
 from vlm_prune.capture.graphs import Graphs
 from vlm_prune.errors import UnsupportedCallError
+from vlm_prune.eval.bench import calls as bench_calls
+from vlm_prune.eval.bench.presets import PRESETS
+from vlm_prune.eval.bench.subject import Subject
 from vlm_prune.registry import policy_class
 from vlm_prune.support import FULL, support
 from vlm_prune.versions import CACHE, cache_of
@@ -483,3 +486,16 @@ def test_on_a_gpu_nothing_in_a_captured_part_would_wait(family, monkeypatch):
                 found = model.pruning.receipt.captured
             assert found[TOWER] == "captured", (policy, found)
             assert found[LANGUAGE] == "captured" or policy_class(policy).acts.inside, (policy, found)
+
+
+@torch.no_grad()
+def test_the_benchmark_has_rows_of_captured_calls(stand_in, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(bench_calls, "peak_bytes", lambda run, device: 1)
+    subject = Subject(PRESETS["quick"], shared("llava"), prompt("llava", [(3, -1, 5)]).inputs, 36)
+    dense, *rows = bench_calls.calls(subject, ["uniform"], 9, 1, "cpu", capture=True)
+    assert (dense.captured, dense.wall_over_captured) == (None, None)
+    assert [(row.policy, row.tokens) for row in rows] == [("none", 36), ("uniform", 9)]
+    for row in rows:
+        assert row.captured == {TOWER: "captured", LANGUAGE: "captured"}
+        assert row.wall_over_captured > 0
+    assert not hasattr(subject.model, "pruning")

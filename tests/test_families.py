@@ -26,6 +26,8 @@ def _marked(model_type: str) -> object:
 @pytest.mark.parametrize("model_type", [_marked(name) for name in sorted(TYPES)])
 def test_each_model_type_is_what_the_page_says(model_type):
     row, known = check(model_type).plain(), FOUND["rows"].get(model_type)
+    if "requires the timm library" in row.get("reason", ""):
+        pytest.skip("its tower is timm's, which is not a dependency")
     assert row["outcome"] != "wrong", row["reason"]
     if known is not None and transformers.__version__ == FOUND["transformers"]:
         assert _without_words(row) == _without_words(known)
@@ -43,7 +45,7 @@ def test_the_page_is_made_from_the_rows():
 def test_no_row_is_wrong_and_most_work():
     outcomes = [row["outcome"] for row in FOUND["rows"].values()]
     assert "wrong" not in outcomes
-    assert outcomes.count("works") >= 67, "fewer than there were"
+    assert outcomes.count("works") >= 78, "fewer than there were"
 
 
 def test_every_refusal_has_its_sentence():

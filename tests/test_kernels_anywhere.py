@@ -60,7 +60,7 @@ for found in compile_all((90,)):
 
 def test_importing_the_package_loads_no_kernel():
     code = "import sys, vlm_prune, vlm_prune.policies.visionzip; print([m for m in sys.modules if '.kernels.' in m])"
-    assert python("-c", code).stdout.strip() == "['vlm_prune.kernels.reference']"
+    assert python("-c", code).stdout.strip() == "['vlm_prune.kernels.plans', 'vlm_prune.kernels.reference']"
 
 
 # --- the registered ops ---

@@ -128,7 +128,7 @@ def test_layers_and_budget():
     [
         ({"layers": (0, 1)}, "at least 1"),
         ({"layers": (2, 1)}, "ascending"),
-        ({"ratios": (0.2, 0.5)}, "falling"),
+        ({"ratios": (0.2, 0.5)}, "descending"),
         ({"layers": (1, 2), "ratios": (0.5,)}, "one ratio per layer"),
         ({"compat": "paper"}, "official"),
     ],

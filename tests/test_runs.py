@@ -242,6 +242,7 @@ tasks:
   - {task: amber_g, data: *own, annotations: FOLDER/shown.json, relations: FOLDER/relation.json, max_new_tokens: 8}
   - {task: amber_d, data: *own, annotations: FOLDER/questions.json, max_new_tokens: 2}
   - {task: choice, data: {jsonl: FOLDER/choice.jsonl}, max_new_tokens: 2}
+  - {task: judged, judge: "tests.test_runs_data:length", data: *own, max_new_tokens: 2}
   - {task: mme, data: {jsonl: FOLDER/mme.jsonl}, max_new_tokens: 2}
 output: OUTPUT
 """
@@ -275,7 +276,7 @@ def test_every_kind_of_task_over_two_processes(tmp_path):
     assert not alone.failed
     found = RunFolder(tmp_path / "two").rows()
     assert {row["kind"] for row in found} == KINDS
-    assert len(found) == 12
+    assert len(found) == 13
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert [*RunFolder(tmp_path / "two").times()] == [row["cell"] for row in found if row["kind"] == "speed"]
 

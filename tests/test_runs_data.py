@@ -416,8 +416,8 @@ AMBER_D = "{task: amber_d, data: {jsonl: ROWS, images: IMAGES}, annotations: TRU
 
 def record_of(sample: Sample, answer: str) -> dict:
     return {
-        "id": sample.id, "split": sample.split, "label": sample.label, "answer": answer, "scores": {},
-        "image": {"path": sample.picture.digest}, "tokens": 4, "visual_tokens": 16,
+        "id": sample.id, "split": sample.split, "label": sample.label, "question": sample.question,
+        "answer": answer, "scores": {}, "image": {"path": sample.picture.digest}, "tokens": 4, "visual_tokens": 16,
     }  # fmt: skip
 
 
@@ -548,3 +548,37 @@ def test_multiple_choice_in_a_run(images, tmp_path):
 )  # fmt: skip
 def test_letters_of_answers(answer, letter):
     assert read_choice(answer, ["red", "blue", "green"]) == letter
+
+
+def length(question: str, answer: str, reference: list[str]) -> float:
+    """A judge for the test: how many words of the reference an answer has, up to 6."""
+    assert question
+    return float(min(6, len(set(answer.split()) & set(reference[0].split()))))
+
+
+def no_number(question: str, answer: str, reference: list[str]) -> str:
+    return "good"
+
+
+def test_answers_rated_by_a_judge(images, tmp_path):
+    folder, _ = images
+    rows = [
+        {
+            "id": n,
+            "image": f"{n}.png",
+            "question": "What?",
+            "answer": "a b c d",
+            "category": ("one", "two")[n % 2],
+        }
+        for n in range(3)
+    ]
+    where = {"ROWS": write_lines(tmp_path / "mmhal.jsonl", rows), "IMAGES": folder}
+    text = "{task: judged, judge: tests.test_runs_data:length, data: {jsonl: ROWS, images: IMAGES}}"
+    found = samples(text, **where)
+    records, row = scored(text, found, ["a b c d", "a", "a b c"], **where)
+    assert [record["scores"]["rating"] for record in records] == [4, 1, 3]
+    assert row["metrics"] == {"rating": 8 / 3, "bad": 1 / 3, "one_rating": 3.5, "two_rating": 1.0}
+    with pytest.raises(ValueError, match="rated sample one/0 'good': a number is needed"):
+        scored(text.replace("length", "no_number"), found, ["a", "a", "a"], **where)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        samples(text.replace("length", "nobody"), **where)

@@ -7,18 +7,25 @@ import torch
 
 from tests.models import prompt, shared
 from tests.packed import IMAGE, VIDEO, VIDEO_LAYOUTS, Visual
+from tests.reference_encode import divprune_units
 from tests.reference_packed import PackedKept, _pick, packed_shorten
 from tests.reference_video import dycoke_units, fastvid_rows, vidcom2_counts, vidcom2_units
 from tests.test_arranged import generate, videos
 from vlm_prune import pruned
 from vlm_prune.contract.views import FeaturesView
 from vlm_prune.encode.features import frames_of
+from vlm_prune.errors import UnsupportedCallError
+from vlm_prune.eval.census.shrink import tiny_model
 from vlm_prune.policies.dycoke import DyCoke, frame_budgets
 from vlm_prune.policies.fastvid import FastVID, anchors_of, compress, segment_lengths
 from vlm_prune.policies.vidcom2 import VidCom2
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-3}
-LOOPS = {"vidcom2": vidcom2_units, "dycoke": dycoke_units}
+LOOPS = {
+    "vidcom2": vidcom2_units,
+    "dycoke": dycoke_units,
+    "divprune": lambda x, keep: sorted(divprune_units(x.flatten(0, 1), keep)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -125,13 +132,14 @@ def test_ties_and_zeros_keep_the_budget(policy, dtype, kind):
 # --- in models whose tower is called with all frames ---
 
 
-def packed_loops(model, batch, policy, ratio):
+def packed_loops(model, batch, policy, ratio=0.5, tokens=None):
     """What is kept of each frame, and its features, from the stock features of whole videos."""
     kept = PackedKept([], [], [])
     for visual in (v for row in batch.visuals for v in row):
         found = [_pick(model, tile, range(tile.units[0] * tile.units[1])) for tile in visual.tiles]
         x, units = torch.stack([features for _, features, _ in found]), len(found[0][0])
         target = max(1, round(ratio * units)) * len(found)
+        target = target if tokens is None else min(tokens, units * len(found))
         if policy == "fastvid":
             attention = [tower_attention(model, tile) for tile in visual.tiles]
             chosen, rows = fastvid_rows(x, attention, target)
@@ -240,3 +248,51 @@ def test_which_frames_form_a_video():
     sizes = {"pixel_values_videos": pixels[0], "video_grid_thw": torch.tensor([[4, 2, 2], [1, 2, 2]])}
     assert frames_of(sizes, 5) == [4, 1]
     assert frames_of({"pixel_values": pixels}, 6) == [1] * 6
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("per", ["image", "video"])
+def test_frames_of_a_video_compete_for_one_budget(per, family):
+    model, batch = shared(family), prompt(family, VIDEO_LAYOUTS["videos-and-images"])
+    kept = packed_loops(model, batch, "divprune", tokens=7)
+    short = packed_shorten(model, batch, kept)
+    with short.given(model):
+        want = model(**short.inputs).logits
+    with pruned(model, "divprune", tokens=7, per=per):
+        logits = model(**batch.inputs).logits
+    for b, rows in enumerate(short.rows):
+        torch.testing.assert_close(logits[b, rows], want[b, -len(rows) :], **CLOSE)
+        dropped = ((batch.ids[b] == IMAGE) | (batch.ids[b] == VIDEO)).index_fill(0, torch.tensor(rows), False)
+        assert not logits[b, dropped].any()
+
+
+def test_what_sees_frames_one_by_one_refuses_a_budget_of_a_video():
+    model, batch = shared("qwen2_5_vl"), prompt("qwen2_5_vl", VIDEO_LAYOUTS["video"])
+    for policy in ("flowcut", "fastv", "cdpruner"):
+        with (
+            pruned(model, policy, ratio=0.5, per="video"),
+            pytest.raises(UnsupportedCallError, match="frames of a video one by one"),
+        ):
+            model(**batch.inputs)
+
+
+def test_the_general_adapter_shares_a_budget_over_frames():
+    """Features alone are known. This model encodes videos by its method for images: tokens are chosen once."""
+    base = (model := tiny_model("video_llama_3")).model
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "pixel_values_videos": torch.randn(2 * 64, 48, generator=generator),
+        "video_grid_thw": torch.tensor([[2, 8, 8]]),
+        "video_merge_sizes": torch.tensor([2]),
+    }
+    (stock,) = base.get_video_features(**given, return_dict=True).pooler_output
+    with pruned(model, "divprune", tokens=7, per="video"):
+        (features,) = base.get_video_features(**given, return_dict=True).pooler_output
+        assert sum(map(len, model.pruning.receipt.kept)) == sum(model.pruning.receipt.targets) == 7
+    kept = (~features[:, 0].isnan()).nonzero()[:, 0].tolist()
+    assert kept == sorted(divprune_units(stock, 7))
+    torch.testing.assert_close(features[kept], stock[kept])
+    with pruned(model, "divprune", tokens=5):
+        base.get_video_features(**given)
+        kept = model.pruning.receipt.kept
+    assert kept == [sorted(divprune_units(frame, 5)) for frame in stock.view(2, 16, -1)]

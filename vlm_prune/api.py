@@ -57,8 +57,8 @@ def prune(
             which policies over frames such as VidCom2 let frames share).
         ratio: the share of visual tokens to keep, instead. Without either, the policy's own default.
         per: what the budget applies to: ``"tile"``, each tile that a model cuts an image into (or frame of a video) by
-            itself, as in the papers; or ``"image"``, all tiles of an image (or frames of a video) together. They
-            compete for it then, and tokens are chosen after the tower.
+            itself, as in the papers; or ``"image"`` (or ``"video"``, which is the same), all tiles of an image (or
+            frames of a video) together. They compete for it then, and tokens are chosen after the tower.
         capture: compute vision tower and prefill by CUDA graphs, recorded when a shape is first seen, where that can be
             done; what runs eagerly and why is in the receipt. See docs/performance.md.
         config: policy, budget and settings, instead of all these: the ``model.pruning.config`` of another

@@ -106,11 +106,11 @@ class Composition:
 
 def _shares(per: str, anatomy: Anatomy) -> bool:
     """Whether the tiles of an image share one budget. Raises if they cannot."""
-    if per not in ("tile", "image"):
-        raise BudgetError(f'per={per!r}: choose "tile" or "image".')
-    if per == "image" and anatomy.tile != "image" and not anatomy.features:
+    if per not in ("tile", "image", "video"):
+        raise BudgetError(f'per={per!r}: choose "tile", or "image" or "video", which share a budget.')
+    if per != "tile" and anatomy.tile != "image" and not anatomy.features:
         raise BudgetError(
-            f'per="image": {anatomy.family} passes tiles to its tower without saying which form one image. Give '
+            f'per="{per}": {anatomy.family} passes tiles to its tower without saying which form one image. Give '
             'the budget per="tile".'
         )
-    return per == "image"
+    return per != "tile"

@@ -19,7 +19,7 @@ from .call.rows import Rows
 from .capture.graphs import Graphs
 from .composition import Composition
 from .config import to_config
-from .contract.anatomy import Anatomy, FeatureTower, PackedTower
+from .contract.anatomy import Anatomy, FeatureTower, PackedTower, Tower
 from .contract.stages import Stages
 from .encode.assembler import FEATURE_METHODS, Assembler, FeatureMethod
 from .encode.captured import CapturedTower
@@ -77,10 +77,10 @@ class Pruning:
         elif isinstance(tower, PackedTower):
             self._encoder = PackedEncoder(tower, projector, composition, self)
         else:
-            self._encoder = Encoder(tower, projector, composition, self)
+            self._encoder = Encoder(tower, projector, composition, self, anatomy.front)
         if anatomy.features:
             self._encoder.check_shared()
-        deepstack = len(tower.deepstack) if isinstance(tower, PackedTower) else 0
+        deepstack = 0 if isinstance(tower, Tower) else len(tower.deepstack)
         check_decoder(anatomy.decoder, composition.positions)
         masks = mask_maker(model)
         layers = DecoderLayers(
@@ -370,7 +370,8 @@ def _hooked(anatomy: Anatomy) -> list[nn.Module]:
     tower, decoder = anatomy.tower, [anatomy.base, anatomy.decoder, *anatomy.decoder_layers]
     if isinstance(tower, FeatureTower) or anatomy.projector is None:
         return decoder
-    return [*decoder, anatomy.projector, tower.module, *tower.layers, *tower.attentions]
+    front = [] if anatomy.front is None else [anatomy.front]
+    return [*decoder, anatomy.projector, *front, tower.module, *tower.layers, *tower.attentions]
 
 
 def check_unshared(anatomy: Anatomy) -> None:

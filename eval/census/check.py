@@ -206,7 +206,7 @@ def _watched(
         ),
         decoder.register_forward_hook(lambda _, args, output: left.append(output.last_hidden_state)),
         decoder.layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: entered.append((args[0] if args else kwargs["hidden_states"]).clone()),
+            lambda _, args, kwargs: entered.append(_one(args[0] if args else kwargs["hidden_states"])),
             with_kwargs=True,
         ),
     ]
@@ -216,6 +216,11 @@ def _watched(
         for handle in handles:
             handle.remove()
     return left[0], given[0], entered[0]
+
+
+def _one(hidden: torch.Tensor) -> torch.Tensor:
+    """Rows ``(batch, rows, channels)``, the first stream of several."""
+    return (hidden[0] if hidden.dim() == 4 and hidden.shape[1] == 1 else hidden).clone()
 
 
 def _matched(short: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

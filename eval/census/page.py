@@ -72,7 +72,8 @@ positions; the other policies answer or are refused with a sentence; and `unprun
 bit. Sliding windows count rows: what is left sees as far as in the stock model on the shortened prompt.
 
 {works} of the {built} classes that could be built work, {refused} are refused with the sentence below, {wrong} are
-wrong. {missing} do not run small: nobody wrote a config for them, a package is missing, or stock code fails.
+wrong. {missing} do not run small: nobody wrote a config for them, or stock code fails. (FastVLM,
+Gemma 3n and Perception LM have towers of timm, with which their rows were made.)
 
 *Places* are where policies may act. A family of which only the features are known ("after the projector") is read by
 the general adapter ([`adapters/features.py`](../adapters/features.py)); policies that look into its tower, such as

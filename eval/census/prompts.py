@@ -148,6 +148,15 @@ def _resolutions(random: Make, images: int) -> Media:
     return {**pixels, "high_res_pixel_values": random(images, 3, 2 * SIDE, 2 * SIDE)}
 
 
+def _units(random: Make, images: int) -> Media:
+    """Units of four patches as small pictures, channels last."""
+    sizes = torch.tensor([[1, CELLS // 2, CELLS // 2]] * images)
+    return {
+        "pixel_values": random(int(sizes.prod(-1).sum()), 2 * PATCH, 2 * PATCH, 3),
+        "image_grid_thw": sizes,
+    }
+
+
 SPECIAL: dict[str, Callable[[Make, int], Media]] = {
     "deepseek_vl_hybrid": _resolutions,
     "emu3": lambda random, n: {
@@ -155,8 +164,18 @@ SPECIAL: dict[str, Callable[[Make, int], Media]] = {
         "image_sizes": torch.tensor([[16, 16]] * n),
     },
     "fuyu": lambda random, n: {"pixel_values": random(n, 16, 3 * PATCH**2)},
+    "fast_vlm": lambda random, n: {"pixel_values": random(n, 3, 4 * SIDE, 4 * SIDE)},
+    "gemma3n": lambda random, n: {"pixel_values": random(n, 3, 2 * SIDE, 2 * SIDE)},
     "gemma4": _positions,
     "gemma4_unified": lambda random, n: _positions(random, n, 3),
+    "granite4_vision": _tiles,
+    "granite_docling": lambda random, n: {
+        "pixel_values": random(1, n, 3, SIDE, SIDE),
+        "pixel_attention_mask": torch.ones(1, n, dtype=torch.bool),
+    },
+    "inkling2": _units,
+    "inkling2_loop": _units,
+    "inkling_mm_model": lambda random, n: {"pixel_values": random(n * 4, 2, 40, 40, 3)},
     "instructblip": _question,
     "instructblipvideo": lambda random, n: _question(random, n, 2),
     "kimi_k25": _squares,
@@ -169,7 +188,12 @@ SPECIAL: dict[str, Callable[[Make, int], Media]] = {
     "molmo2": _pooled,
     "muse_glimmer": _wide,
     "muse_spark": _wide,
+    "nemotron_h_omni": lambda random, n: {
+        "pixel_values": random(n * CELLS**2, 3 * PATCH**2),
+        "image_grid_hw": torch.tensor([[CELLS, CELLS]] * n),
+    },
     "paddleocr_vl": _squares,
+    "perception_lm": lambda random, n: {"pixel_values": random(1, n, 3, SIDE, SIDE)},
     "video_llama_3": _merged,
     "video_llava": lambda random, n: {"pixel_values_images": random(n, 3, SIDE, SIDE)},
 }

@@ -21,6 +21,7 @@ LAST_SEES_ALL = {
 }
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"audio_config": {"codebook_dim": 32}, "audio_tokenizer_config": {"codebook_dim": 32}},
     "aria": {"projector_patch_to_query_dict": {64: 16}},
     "blip-2": {**QUERIES, "image_token_index": 120},
     "chameleon": {
@@ -31,7 +32,38 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "vq_config": {**CODES, "resolution": 32, "num_embeddings": 64},
     },
+    "cohere_compass": {
+        "text_config": {
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "rope_parameters": {
+                "sliding_attention": MROPE,
+                "full_attention": {**MROPE, "rope_theta": 50000.0},
+            },
+        },
+    },
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 3, "num_experts_per_tok": 2},
+        "vision_config": {"sam_config": {"downsample_channels": [32, 32]}},
+    },
     "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64, "patch_size": 4}},
+    "diffusion_gemma": {
+        "text_config": {
+            **LAST_SEES_ALL,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        }
+    },
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4, "layer_types": None, "mlp_layer_types": None},
+        "vision_config": {
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 32,
+            "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2,
+            "num_experts_per_tok": 2,
+        },
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "emu3": {
         "image_token_id": 120,
         "vocabulary_map": {
@@ -42,8 +74,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vq_config": {**CODES, "codebook_size": 64},
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": MROPE, "moe_intermediate_size": [32, 32]}},
+    "fast_vlm": {
+        "vision_config": {"architecture": "test_efficientnet", "hidden_size": 256, "model_args": None}
+    },
     "fuyu": {"patch_size": 4},
     "gemma3": {"mm_tokens_per_image": 16},
+    "gemma3n": {
+        "vision_soft_tokens_per_image": 4,
+        "text_config": {
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "intermediate_size": 64,
+            "activation_sparsity_pattern": None,
+            "laurel_rank": 8,
+            "num_kv_shared_layers": 0,
+        },
+        "vision_config": {
+            "architecture": "test_convnext",
+            "hidden_size": 64,
+            "vocab_size": 8,
+            "vocab_offset": 110,
+        },
+        "audio_config": {"vocab_size": 8, "vocab_offset": 118},
+    },
     "gemma4": {
         "text_config": LAST_SEES_ALL,
         "vision_config": {
@@ -65,6 +117,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "glm_ocr": AXES,
     "glmga": AXES,
+    "granite4_vision": {
+        **PINPOINTS,
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[1, 0], [2, 1]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "vision_config": {"hidden_size": 64},
+        "qformer_config": {"intermediate_size": 64},
+    },
+    "granite_docling": {"vision_config": {"use_fine_route": False, "scale_factor": 2}},
     "hunyuan_vl": {
         "text_config": {"rope_parameters": MROPE, "num_key_value_heads": 2, "head_dim": 8},
         **MARKS,
@@ -78,6 +139,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         **MARKS,
     },
+    "inkling2": {"text_config": {"unpadded_vocab_size": 128}},
+    "inkling2_loop": {"text_config": {"unpadded_vocab_size": 128}},
+    "inkling_mm_model": {"text_config": {"unpadded_vocab_size": 128}, "vision_config": {"patch_size": 40}},
     "instructblip": {**QUERIES, "image_token_index": 120},
     "instructblipvideo": {**QUERIES, "video_token_index": 121},
     "internvl": SQUARE,
@@ -113,12 +177,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "muse_glimmer": {"projector_hidden_size": 32, "out_hidden_size": 128},
     "muse_spark": {"projector_hidden_size": 32, "out_hidden_size": 128},
-    "nemotron_h_omni": BOTH,
+    "nemotron_h_omni": {**BOTH, "text_config": {"n_groups": 1}},
     "paddleocr_vl": AXES,
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "test_vit",
+            "num_features": 64,
+            "do_pooling": False,
+            "model_args": {"img_size": 32, "patch_size": 4, "embed_dim": 64},
+        },
+    },
     "qianfan_ocr": SQUARE,
     "qwen2_5_omni_thinker": OMNI,
     "qwen2_5_vl": AXES,
     "qwen2_vl": AXES,
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "rope_parameters": MROPE,
+            "hc_lowrank": 8,
+        },
+    },
     "qwen3_omni_moe_thinker": OMNI,
     "shieldgemma2": {"mm_tokens_per_image": 16},
     "step3p7": {"text_config": {"sliding_window": 8}},

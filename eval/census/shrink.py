@@ -95,8 +95,9 @@ def tiny_model(model_type: str) -> nn.Module:
         elif weight.dim() > 1 and "embed_tokens" not in name:
             noise = noise * 1.2 / weight[0].numel() ** 0.5
         weight.data.copy_(noise)
-    settings: Any = model.generation_config
-    settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, 1, None
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is not None:  # of a model that writes
+        settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, 1, None
     return model
 
 

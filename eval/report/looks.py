@@ -133,3 +133,9 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
         found[name] = next((n for n in order if n not in taken), every[first])
         taken.add(found[name])
     return {name: _place(number) for name, number in found.items()}
+
+
+def look_context(look: Look) -> dict[str, str]:
+    """How a page draws a policy: the marker's path, its colour, and the strokes of its line."""
+    dash = " ".join(f"{length:g}" for length in DASHES[look.dash])
+    return {"path": look.path, "colour": look.variable, "dash": dash}

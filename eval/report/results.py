@@ -69,6 +69,7 @@ METRICS: dict[str, dict[str, tuple[str, str, int]]] = {
         "cog": ("cog", "lower", 3),
     },
     "amber_d": {"accuracy": ("accuracy", "higher", 3), "f1": ("F1 of no", "higher", 3)},
+    "judged": {"rating": ("rating", "higher", 2), "bad": ("bad answers", "lower", 3)},
     "choice": {"accuracy": ("accuracy", "higher", 3), "answers": ("right answers", "higher", 3)},
     "mme": {
         "accuracy": ("accuracy", "higher", 3),

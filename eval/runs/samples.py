@@ -25,6 +25,7 @@ from vlm_prune.eval.runs.tasks import (
     AmberQuestionsTask,
     ChairTask,
     ChoiceTask,
+    JudgedTask,
     MmeTask,
     PopeTask,
     SpeedTask,
@@ -45,8 +46,8 @@ class Sample:
         picture: the image.
         question: what is asked, without the chat template.
         label: "yes" or "no" (pope, amber_d, mme), the objects in the image (chair), those and the objects that are
-            imagined there (amber_g), the right letter and the options (choice), accepted answers (vqa), nothing
-            (speed).
+            imagined there (amber_g), the right letter and the options (choice), accepted answers (vqa, judged),
+            nothing (speed).
     """
 
     id: str
@@ -172,7 +173,7 @@ def _labels(task: Task) -> Callable[[Row], tuple[str, Any] | None]:
     """What is true of a row, and its split; ``None`` leaves the row out."""
     if isinstance(task, ChairTask):
         return lambda row: (row.split, row.need("objects", list))
-    if isinstance(task, VqaTask):
+    if isinstance(task, VqaTask | JudgedTask):
         return lambda row: (row.split, row.answers())
     if isinstance(task, PopeTask) and task.labels:
         return _relabelled(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from vlm_prune.eval.runs.tasks import (
     AmberQuestionsTask,
     ChairTask,
     ChoiceTask,
+    JudgedTask,
     MmeTask,
     PopeTask,
     SpeedTask,
@@ -36,6 +38,7 @@ from vlm_prune.eval.runs.tasks import (
 )
 from vlm_prune.eval.tiny.metrics import bootstrap
 from vlm_prune.eval.vqa import METRICS, normalised
+from vlm_prune.registry import load_entry
 
 WORDS = {True: "yes", False: "no", None: None}
 SPEED = ("kv_bytes", "kv_bytes_dense", "flops", "flops_dense")
@@ -80,10 +83,24 @@ class Scorer:
             said = read_choice(answer, label["options"])
             scores = {"said": said, "correct": said == label["letter"], "orders": len(label["options"])}
             scores["orders"] = scores["orders"] if task.circular else 1
+        elif isinstance(task, JudgedTask):
+            scores = {"rating": self._rating(task, record), "good": task.good}
         elif isinstance(task, MmeTask):
             said = read_answer(answer)
             scores = {"said": said, "correct": said == label}
         return {**record, "scores": scores}
+
+    def _rating(self, task: JudgedTask, record: Record) -> float:
+        """What the judge says.
+
+        Raises:
+            ValueError: that is no number.
+        """
+        rate = load_entry(task.judge)
+        rating = rate(question=record["question"], answer=record["answer"], reference=record["label"])
+        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+            raise ValueError(f"{task.judge} rated sample {record['id']} {rating!r}: a number is needed")
+        return float(rating)
 
     def _caption(self, caption: str, objects: list[str]) -> dict[str, Any]:
         (score,) = score_captions([(0, caption)], {0: objects}, self._reader, samples=0).captions
@@ -111,6 +128,8 @@ class Scorer:
             scored = _mme(records)
         elif isinstance(task, ChoiceTask):
             scored = _choice(records)
+        elif isinstance(task, JudgedTask):
+            scored = _judged(records)
         else:
             assert isinstance(task, SpeedTask)
             scored = {"metrics": {name: _mean(r["scores"][name] for r in records) for name in SPEED}}
@@ -237,6 +256,24 @@ def _choice(records: Sequence[Record]) -> dict[str, Any]:
     first = [record for record in records if record["id"].endswith("#0")]
     counts = _by_image(first, lambda record: [whole[record["id"].rpartition("#")[0]], 1])
     return {"metrics": metrics, "intervals": {"accuracy": list(bootstrap(counts, lambda t: t[0] / t[1]))}}
+
+
+def _judged(records: Sequence[Record]) -> dict[str, Any]:
+    splits: dict[str, list[float]] = {}
+    for record in records:
+        splits.setdefault(record["split"], []).append(record["scores"]["rating"])
+    bad = _mean(r["scores"]["rating"] < r["scores"]["good"] for r in records)
+    metrics = {"rating": _mean(r["scores"]["rating"] for r in records), "bad": bad}
+    if len(splits) > 1:
+        metrics |= {f"{split}_rating": _mean(ratings) for split, ratings in splits.items()}
+    counts = _by_image(
+        records, lambda r: [r["scores"]["rating"], r["scores"]["rating"] < r["scores"]["good"], 1]
+    )
+    intervals = {
+        "rating": list(bootstrap(counts, lambda t: t[0] / t[2])),
+        "bad": list(bootstrap(counts, lambda t: t[1] / t[2])),
+    }
+    return {"metrics": metrics, "intervals": intervals}
 
 
 def _vqa(records: Sequence[Record]) -> dict[str, Any]:

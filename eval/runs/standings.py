@@ -88,6 +88,10 @@ JUDGED: dict[str, tuple[Judged, ...]] = {
         ),
     ),
     "amber_d": (Judged("accuracy", "accuracy", 1, _correct),),
+    "judged": (
+        Judged("rating", "rating", 1, lambda r: (r["scores"]["rating"], 1.0)),
+        Judged("bad", "bad answers", -1, lambda r: (float(r["scores"]["rating"] < r["scores"]["good"]), 1.0)),
+    ),
     # answers to one question are not independent: its image is drawn as a whole
     "choice": (
         Judged(

@@ -25,6 +25,15 @@ NAMES = {
 
 COUNTS = {"pope": "n_questions", "chair": "n_captions"}
 
+WHAT = {
+    "speed": None,
+    "chair": "captions",
+    "amber_g": "descriptions",
+    "choice": "answers",
+    "judged": "answers",
+}
+"""What samples of a kind of task are called, if not questions."""
+
 VERDICTS: tuple[Literal["beats", "ties", "loses"], ...] = ("beats", "ties", "loses")
 JUDGED_HOW = (
     "Beats / ties / loses: against each other policy at the same budget, and the unpruned model, on the same samples "
@@ -185,6 +194,10 @@ def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Lin
             ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval), ("answers", "answers", _rate),
             *_verdicts("answers", "answers"),
         ),
+        "judged": (
+            ("rating", "rating", "{:.2f}".format), ("bad", "bad", _rate), ("95 %", "bad_interval", _interval),
+            *_verdicts("rating", "rating"),
+        ),
         "mme": (
             ("perception", "perception", "{:.0f}".format), ("cognition", "cognition", "{:.0f}".format),
             ("accuracy", "accuracy", _rate), ("95 %", "accuracy_interval", _interval),
@@ -221,9 +234,7 @@ def _cell(name: str, form: Callable[[Any], str]) -> Callable[[Line], str]:
 
 def _count(task: Task, line: Line) -> str:
     label, kind = task
-    what = {"speed": None, "chair": "captions", "amber_g": "descriptions", "choice": "answers"}.get(
-        kind, "questions"
-    )
+    what = WHAT.get(kind, "questions")
     count = line.get(COUNTS.get(kind, "") if label == kind and kind in COUNTS else f"n_{label}")
     if what is None or count is None:
         return ""

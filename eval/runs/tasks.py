@@ -1,4 +1,5 @@
-"""What a run asks of its models: POPE, CHAIR, AMBER, MME, multiple choice, visual question answering, speed."""
+"""What a run asks of its models: POPE, CHAIR, AMBER, MME, multiple choice, visual question
+answering, answers that a judge rates, speed."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from vlm_prune.eval.pope import PARSERS
 from vlm_prune.eval.records import choose
 from vlm_prune.eval.runs.sources import CocoData, Data, JsonlData, ScenesData
 from vlm_prune.eval.runs.strict import Count, Misplaced, Strict
+from vlm_prune.registry import load_entry
 
 Split = Literal["random", "popular", "adversarial"]
 
@@ -38,7 +40,7 @@ class TaskEntry(Strict):
 
     @property
     def kind(self) -> str:
-        """pope, chair, amber_g, amber_d, mme, choice, vqa or speed."""
+        """pope, chair, amber_g, amber_d, mme, choice, vqa, judged or speed."""
         kind: str = self.task  # type: ignore[attr-defined]
         return kind
 
@@ -207,6 +209,38 @@ class ChoiceTask(TaskEntry):
         return self
 
 
+class JudgedTask(TaskEntry):
+    """Open answers that a judge of yours rates, as MMHal-Bench has them rated.
+
+    Attributes:
+        judge: ``module:function`` of a module on the Python path. It is given ``question``, ``answer`` and
+            ``reference`` (the row's answers, a list) and returns a number.
+        good: a rating below it counts as bad; 3 of 6 in MMHal-Bench, whose hallucination rate that is.
+    """
+
+    task: Literal["judged"]
+    judge: str
+    good: float = 3.0
+    max_new_tokens: Count = 256
+
+    @field_validator("judge")
+    @classmethod
+    def _found(cls, judge: str) -> str:
+        try:
+            found = load_entry(judge)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{judge!r} cannot be imported ({error}): give module:function") from error
+        if not callable(found):
+            raise ValueError(f"{judge!r} is a {type(found).__name__}: a function is needed")
+        return judge
+
+    @model_validator(mode="after")
+    def _rows(self) -> JudgedTask:
+        _of_rows(self)
+        _asks(self)
+        return self
+
+
 def _of_rows(task: TaskEntry) -> None:
     """Raises where data are no rows of a benchmark."""
     if isinstance(task.data, ScenesData | CocoData):
@@ -253,6 +287,7 @@ Task = Annotated[
     | MmeTask
     | ChoiceTask
     | VqaTask
+    | JudgedTask
     | SpeedTask,
     Field(discriminator="task"),
 ]

@@ -47,6 +47,8 @@ class Server:
         if self.plan is not None:
             command += ["--hf-overrides", json.dumps({"vlm_prune": self.plan})]
         environment = {
+            # on a CPU: the default is nine tenths of all memory, which is seldom there
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "PYTHONUNBUFFERED": "1",

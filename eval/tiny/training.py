@@ -35,21 +35,23 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all matrices that have a gradient."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            shapes: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    shapes.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in shapes.items():
-                self._update(group, shape, matrices)
+                    shapes.setdefault(matrix.shape, []).append((matrix, matrix.grad))
+            for shape, pairs in shapes.items():
+                self._update(group, shape, pairs)
 
-    def _update(self, group: dict[str, Any], shape: torch.Size, matrices: list[nn.Parameter]) -> None:
+    def _update(
+        self, group: dict[str, Any], shape: torch.Size, pairs: list[tuple[nn.Parameter, torch.Tensor]]
+    ) -> None:
         moved = []
-        for matrix in matrices:
+        for matrix, gradient in pairs:
             average = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-            average.lerp_(matrix.grad, 1 - group["momentum"])
-            moved.append(matrix.grad.lerp(average, group["momentum"]))
+            average.lerp_(gradient, 1 - group["momentum"])
+            moved.append(gradient.lerp(average, group["momentum"]))
         lr = group["lr"]
-        for matrix, update in zip(matrices, orthogonal(torch.stack(moved)), strict=True):
+        for (matrix, _), update in zip(pairs, orthogonal(torch.stack(moved)), strict=True):
             matrix.mul_(1 - lr * group["weight_decay"])
             matrix.add_(update, alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
 

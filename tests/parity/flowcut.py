@@ -1,5 +1,6 @@
 """FlowCut against its released code: scores, counts, the whole tower, and complete models of three families."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,20 @@ def check_tower(golden: Golden) -> None:
     assert model.pruning.receipt.kept == official.tolist()
     assert model.pruning.receipt.tower_tokens == golden["tokens_in"].tolist()
 
+    check_masked(model, lambda: model.model.get_image_features(pixels))
+
+
+def check_masked(model: torch.nn.Module, call: Callable[[], object]) -> None:
+    """A tower that masks what it drops keeps what one keeps that cuts, layer by layer."""
+    cut = model.pruning.receipt
+    model.pruning._encoder.still = True
+    call()
+    masked = model.pruning.receipt
+    assert masked.tower_masked == (len(set(cut.tower_tokens)) > 2)
+    assert masked.kept == cut.kept
+    assert masked.tower_units == cut.tower_units
+    model.pruning._encoder.still = None
+
 
 PINPOINTS = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
 """The released code's sizes of grids, as (height, width) in its order, which settles ties."""
@@ -191,6 +206,8 @@ def check_model(golden: Golden) -> None:
     else:
         assert kept == official
 
+    if not several:
+        check_masked(model, lambda: model(input_ids=ids, **call))
     expected = golden["greedy_ids"][0, 1:].tolist()  # the first id stands for the prompt
     generated = model.generate(
         input_ids=ids, **call, max_new_tokens=len(expected), do_sample=False, suppress_tokens=[image_token]

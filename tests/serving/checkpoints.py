@@ -112,6 +112,14 @@ def random_qwen(kind: str, folder: Path) -> Path:
         text |= {"head_dim": 32}
         text["rope_parameters"]["mrope_interleaved"] = True
         vision |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+    if kind == "qwen3_vl_moe":
+        text |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+        }
     config = CONFIG_MAPPING[kind](text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     for table in (model.lm_head, model.get_input_embeddings()):
@@ -120,9 +128,15 @@ def random_qwen(kind: str, folder: Path) -> Path:
         for name, weight in model.model.language_model.named_parameters():
             if "self_attn" in name and name.endswith("proj.weight"):
                 weight.mul_(5)  # with less, positions make no difference worth the name
+            if "experts" in name:
+                weight.mul_(3)
         for merger in getattr(model.model.visual, "deepstack_merger_list", ()):
             merger.linear_fc2.weight.mul_(10)  # the same of what goes to the first layers
     model.save_pretrained(folder)
+    if kind == "qwen3_vl_moe":  # published ones, which vLLM reads, have them the other way round
+        weights = load_file(folder / "model.safetensors")
+        experts = {key: x.transpose(1, 2).contiguous() for key, x in weights.items() if "mlp.experts." in key}
+        save_file(weights | experts, folder / "model.safetensors", metadata={"format": "pt"})
     images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 80)
     if kind == "qwen2_5_vl":
         processor = Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor())

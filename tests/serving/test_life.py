@@ -1,4 +1,4 @@
-"""What servers are run with: adapters, speculative decoding, a ceiling."""
+"""What servers are run with: adapters, speculative decoding, mixtures of experts, a ceiling."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def test_speculative_decoding_by_ngrams(name, tmp_path):
         same(ask(llm, asks, 40), expect(model, asks, plan, 40))
         counts = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     assert counts["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_a_mixture_of_experts(tmp_path):
+    folder = random_qwen("qwen3_vl_moe", tmp_path / "moe")
+    with engine(folder, PLAN) as llm:
+        same(ask(llm, ASKS), expect(folder, ASKS, PLAN))
 
 
 def test_a_ceiling_counts_the_tokens_of_each_image(tmp_path):

@@ -65,6 +65,8 @@ def test_two_ranks_answer_as_one(folder, policy, monkeypatch):
 
 
 def test_a_compiled_language_model(folder, tmp_path, monkeypatch):
+    if "qwen3" in folder.name:
+        pytest.skip("vLLM warms up on the words of the published tokenizer, which this random model's lacks")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     with engine(folder, PLAN, enforce_eager=False) as llm:
         same(ask(llm, ASKS), expect(folder, ASKS, PLAN))

@@ -30,8 +30,11 @@ def test_images_that_come_as_embeddings_are_whole(folder, served):
     model, processor = hugging_face(folder)
     inputs = processor.image_processor(list(one.images), return_tensors="pt")
     with torch.no_grad():
-        embeds = model.get_image_features(**inputs).pooler_output
-    images = {"image_embeds": torch.cat([*embeds]), "image_grid_thw": inputs["image_grid_thw"]}
+        features = model.get_image_features(**inputs)
+    # what goes to the decoder's first layers stands after each row
+    layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
+    rows = [layer if isinstance(layer, torch.Tensor) else torch.cat([*layer]) for layer in layers]
+    images = {"image_embeds": torch.cat(rows, 1), "image_grid_thw": inputs["image_grid_thw"]}
     request = {"prompt": one.prompt, "multi_modal_data": {"image": images}}
     same(ask(served, [one], requests=[request]), expect(folder, [one], None))
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..call.rows import Rows
 from ..errors import UnsupportedCallError
-from ..kernels import gather_kv, live_order
+from ..kernels import gather_kv, live_order, numbers
 from . import storage
 from .masks import join_masks, past_mask
 
@@ -35,6 +35,7 @@ class PrunedLayer(CacheLayerMixin):
         prefilled: logical length when tokens were last pruned; after it, every row is one token.
         turn: the rows of the turn that ended there, ``None`` if they are no longer known.
         marks: values ``(batch, rows)`` of stored rows; rows after them, generated later, count as 0.
+        filled: whether some of its rows only fill up a batch of which other sequences have more.
         short: whether this layer, or another one of its cache, holds less than the caller passed.
         admitted: whether the next rows come from a pruned decoder. Only such a decoder knows the positions and masks
             of what is left here.
@@ -49,7 +50,12 @@ class PrunedLayer(CacheLayerMixin):
     def __init__(self, inner: CacheLayerMixin):
         self.inner = inner
         # a sliding layer's slots are its window, which does not depend on how many tokens there are
-        sparable = storage.is_static(inner) and not storage.is_sliding(inner) and not inner.is_initialized
+        sparable = (
+            type(inner) is not DynamicLayer
+            and storage.is_static(inner)
+            and not storage.is_sliding(inner)
+            and not inner.is_initialized
+        )
         self.spared: int | None = 0 if sparable else None
         self._forget()
 
@@ -61,7 +67,7 @@ class PrunedLayer(CacheLayerMixin):
         self.shift: torch.Tensor | None = None
         self.prefilled = self.decoded_from = 0
         self.turn: Rows | None = None
-        self.short = self.admitted = False
+        self.filled = self.short = self.admitted = False
         self.marks: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
         self.twin: Twin | None = None
@@ -126,6 +132,9 @@ class PrunedLayer(CacheLayerMixin):
     @property
     def dense_share(self) -> tuple[int, int]:
         """What this layer holds, and what it would hold without pruning: in rows, or in slots of a static layer."""
+        if type(self.inner) is DynamicLayer:
+            rows = self.inner.get_seq_length()
+            return rows, rows + self.missing
         if storage.is_static(self):
             return self.slots, self.slots + (self.spared or 0)
         if self.is_sliding:
@@ -257,7 +266,7 @@ class PrunedLayer(CacheLayerMixin):
         storage.write(self.inner, *pick_kv(keys, values, index), None)
         self.missing = logical - count
         self.seen = None if valid is None else torch.nn.functional.pad(valid, (self.missing, 0), value=False)
-        self.prefilled, self.turn = logical, None
+        self.prefilled, self.turn, self.filled = logical, None, self.filled or ragged
 
     def _batch(self, move: Callable[[torch.Tensor], torch.Tensor], twin: Callable[[Cache], Any]) -> None:
         """Apply a change of the batch to the bookkeeping of each sequence."""
@@ -362,7 +371,7 @@ def first_layer(cache: Cache | None) -> PrunedLayer | None:
 def pruned_layers(cache: Cache | None) -> list[PrunedLayer]:
     """The layers of a cache that hold a pruned prompt; empty for a stock cache."""
     layers = getattr(cache, "layers", ())  # the paged cache of continuous batching has none
-    return [layer for layer in layers if isinstance(layer, PrunedLayer)]
+    return [x for x in layers if type(x) is not DynamicLayer and isinstance(x, PrunedLayer)]
 
 
 def wrap(cache: Cache, index: int) -> PrunedLayer:
@@ -370,7 +379,9 @@ def wrap(cache: Cache, index: int) -> PrunedLayer:
     while len(cache.layers) <= index:  # a DynamicCache made without config grows its layers as they are used
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
-    if not isinstance(layer, PrunedLayer):
+    if type(layer) is DynamicLayer:  # by far the most: what follows asks abstract classes
+        cache.layers[index] = layer = PrunedLayer(layer)
+    elif not isinstance(layer, PrunedLayer):
         made = PrunedHybridLayer if isinstance(layer, storage.LINEAR) else PrunedLayer
         cache.layers[index] = layer = made(layer)
     return layer
@@ -395,6 +406,10 @@ def admit(layers: list[PrunedLayer]) -> None:
             layer.admitted = True
 
 
+SHARED = ("seen", "missing", "shift", "prefilled", "decoded_from", "turn", "filled")
+"""What layers that hold the same tokens know alike."""
+
+
 def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None) -> None:
     """Record in every layer of the cache which rows of the turn that just ended really exist.
 
@@ -410,8 +425,8 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
         before = layer.logical - rows.count
         like = alike.setdefault((id(rows), layer.like, before), index)
         if like < index:
-            for name in ("seen", "missing", "shift", "prefilled", "decoded_from", "turn"):
-                setattr(layer, name, getattr(cache.layers[like], name))
+            first = cache.layers[like].__dict__
+            layer.__dict__.update({name: first[name] for name in SHARED})
         else:
             dropped = rows.length - rows.count
             seen = join_masks(past_mask(layer, mask, before), rows.mask, before, rows.count)
@@ -420,23 +435,36 @@ def record_turn(cache: Cache, layer_rows: list[Rows], mask: torch.Tensor | None)
             if rows.shift is not None:
                 layer.shift = rows.shift if layer.shift is None else layer.shift + rows.shift
             layer.prefilled = layer.decoded_from = before + rows.length
-            layer.turn = rows
+            layer.turn, layer.filled = rows, layer.filled or rows.valid is not None
         layer.like = like
-        layer.describe_slots()
+        if layer.seen_slots is not None or type(layer.inner) is not DynamicLayer:
+            layer.describe_slots()
     layers = pruned_layers(cache)
     short = any(layer.missing or layer.seen is not None for layer in layers)
     for layer in layers:
         layer.short = short
 
 
-def trim(layer: PrunedLayer, rows: Rows, final: Rows) -> None:
-    """Remove from a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain."""
-    physical = layer.physical
+def stored_index(rows: Rows, final: Rows, physical: int) -> torch.Tensor:
+    """Which of a layer's ``physical`` stored rows are from before this turn, or hold a token of ``final``.
+
+    int64 ``(batch, rows)``; the last of them are this turn's ``rows``.
+    """
     place = final.order.new_zeros(len(final.order), rows.length)
-    place.scatter_(1, rows.order, torch.arange(rows.count, device=place.device).expand_as(rows.order))
-    index = place.gather(1, final.order) + physical - rows.count
-    past = torch.arange(physical - rows.count, device=index.device).expand(len(index), -1)
-    index = torch.cat([past, index], 1)
+    place.scatter_(1, rows.order, numbers(rows.count, place.device).expand_as(rows.order))
+    index = place.gather(1, final.order)
+    if past := physical - rows.count:
+        index = torch.cat([numbers(past, index.device).expand(len(index), -1), index + past], 1)
+    return index
+
+
+def trim(layer: PrunedLayer, rows: Rows, final: Rows, index: torch.Tensor | None = None) -> None:
+    """Take out of a layer the rows of this turn that were dropped later: ``rows`` it holds, ``final`` remain.
+
+    ``index`` is their `stored_index`, if it is known.
+    """
+    physical = layer.physical
+    index = stored_index(rows, final, physical) if index is None else index
     layer.marks = {name: x.gather(1, index.to(x.device)) for name, x in layer.marks.items()}
     keys, values = storage.read(layer.inner, physical)
     keys, values = gather_kv(keys, values, index.to(keys.device))
@@ -479,11 +507,11 @@ def evict_rows(
     index = live_order(live.flatten(0, 1), max(counts)).unflatten(0, live.shape[:2])
     past = layer.physical - rows.count
     before = torch.arange(past, device=index.device).expand(*live.shape[:2], -1)
-    stored = storage.read(layer.inner, layer.physical)
+    keys, values = storage.read(layer.inner, layer.physical)
     if merged is not None:
-        pairs = zip(stored, merged, strict=True)
-        stored = tuple(torch.cat([x[:, :, :past], new.to(x)], 2) for x, new in pairs)  # type: ignore[assignment]
-    keys, values = pick_kv(*stored, torch.cat([before, index + past], 2))
+        pairs = (keys, merged[0]), (values, merged[1])
+        keys, values = (torch.cat([x[:, :, :past], new.to(x)], 2) for x, new in pairs)
+    keys, values = pick_kv(keys, values, torch.cat([before, index + past], 2))
     by_row = torch.cat([before[:, 0], by_row + past], 1)
     layer.marks = {name: x.gather(1, by_row.to(x.device)) for name, x in layer.marks.items()}
     if smaller := layer.spared is not None and past == 0:
@@ -497,6 +525,6 @@ def kv_bytes(cache: Cache) -> tuple[int, int]:
     held = dense = 0
     for layer in cache.layers:
         here = storage.kv_bytes(layer)
-        rows, of = layer.dense_share if isinstance(layer, PrunedLayer) else (1, 1)
+        rows, of = layer.dense_share if type(layer) in (PrunedLayer, PrunedHybridLayer) else (1, 1)
         held, dense = held + here, dense + here * of // rows
     return held, dense

@@ -122,6 +122,8 @@ def past_mask(layer: Held | None, mask: torch.Tensor | None, logical: int) -> to
 
     ``mask`` is the caller's; it applies to a stock layer, and after the tokens that the layer describes itself.
     """
+    if not logical:
+        return None
     seen = layer.seen if layer is not None else None
     if seen is None:
         return None if mask is None else mask[:, :logical].bool()
@@ -141,8 +143,8 @@ def join_masks(
     past: torch.Tensor | None, now: torch.Tensor | None, logical: int, new: int
 ) -> torch.Tensor | None:
     """One mask of ``logical`` past and ``new`` present tokens, where ``None`` means all True."""
-    if past is None and now is None:
-        return None
+    if (past is None and now is None) or not logical:
+        return now
     if past is None:
         past = now.new_ones(len(now), logical)  # type: ignore[union-attr, arg-type]
     if now is None:

@@ -55,6 +55,8 @@ def has_rows(layer: Any) -> bool:
 
 def holds_rows(layer: Any) -> bool:
     """Whether a layer holds rows of a prompt."""
+    if type(layer) is DynamicLayer:
+        return bool(layer.is_initialized)
     return has_rows(layer) and bool(layer.is_initialized)
 
 
@@ -65,7 +67,8 @@ def is_sliding(layer: Any) -> bool:
 
 def is_static(layer: Any) -> bool:
     """Whether a stock layer, or the `cache.PrunedLayer` around one, has a fixed number of slots."""
-    return isinstance(getattr(layer, "inner", layer), StaticLayer)
+    inner = getattr(layer, "inner", layer)
+    return type(inner) is not DynamicLayer and isinstance(inner, StaticLayer)
 
 
 def is_quantised(layer: Any) -> bool:

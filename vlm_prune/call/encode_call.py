@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..contract.keep import Keep
+from ..kernels import planned
 from .receipt import Receipt, Segments
 from .timing import Stopwatch
 
@@ -92,6 +93,7 @@ class EncodeCall:
         packings: the result, image by image.
         offers: what the decoder's entry chooses among, if a policy does so there.
         entering: what entered the projector ``(tiles, units, channels)``, if that policy reads it.
+        still: whether the tower is to keep its shapes, see `TowerView`; ``masked`` says that tokens were masked for it.
         trusted: whether stock code is known to pass all rows on unchanged; else holes are counted on arrival.
         asked: the feature method that encoded them with its arguments, if one did; called again for another image.
     """
@@ -113,6 +115,8 @@ class EncodeCall:
     offers: list[Offer] = field(default_factory=list)
     entering: torch.Tensor | None = None
     trusted: bool = True
+    still: bool = False
+    masked: bool = False
     asked: tuple[str, dict[str, Any]] | None = None
 
     @property
@@ -157,6 +161,12 @@ class EncodeCall:
 
         int64 ``(rows,)`` on the host; 0 for rows that no budget counts: CLS, newlines.
         """
+        if self.arrangement is None:
+            key = ("visual tokens", tuple(self.units), self.extra)
+            return planned(key, lambda: self._numbers())
+        return self._numbers()
+
+    def _numbers(self) -> torch.Tensor:
         number, parts = 0, []
         if self.arrangement is None:
             for units in self.units:
@@ -202,6 +212,12 @@ class EncodeCall:
         if any(keep.valid is not None for keep in self.keeps):
             return None
         return sum(self.units) - sum(keep.index.numel() for keep in self.keeps)
+
+    def pass_layers(self, number: int, tokens: int, keeps: list[Keep] | None) -> None:
+        """Those of the first ``number`` tower layers that are not noted yet computed ``tokens``, of units ``keeps``."""
+        more = number - len(self.tower_tokens)
+        self.tower_tokens += [tokens] * more
+        self.tower_keeps += [keeps] * more
 
     def settle(self, alive: torch.Tensor) -> torch.Tensor:
         """Note which rows for the language model a late choice keeps, bool ``(rows,)``; returns it with newlines."""
@@ -282,6 +298,7 @@ class Encoding:
         once: whether the method calls its tower once; further calls come from elsewhere.
         done: whether it has.
         nested: running calls of the tower inside its own call, which come from elsewhere.
+        ended: those tiles, once their features are complete.
         recording: whether a graph is being recorded, so that the tiles are only left in ``ended``.
         captured: whether a graph computed the tiles or why not, if the model is to capture its calls.
     """

@@ -57,6 +57,8 @@ class ForwardCall:
         observed: the inputs of the current layer's attention.
         text_only: per layer, the last row's head outputs ``(batch, heads, head_dim)`` without the image.
         scores: by layer and ``id`` of a policy, what its `observe` returned for the layer's rows.
+        targets: by ``id`` of a policy, visual tokens that entered layer 0 and those that its budget wants in the end.
+        memo: what layers share, see `once`.
         step_attention: by layer, the attention inputs of a decoding step after which rows may be evicted.
         probing: True during that pass without the image.
         looking: True while a layer's attention is started only to be observed, see `look_ahead`.
@@ -87,6 +89,8 @@ class ForwardCall:
     observed: dict[str, Any] = field(default_factory=dict)
     text_only: dict[int, torch.Tensor] = field(default_factory=dict)
     scores: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    targets: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
     step_attention: dict[int, Any] = field(default_factory=dict)
     probing: bool = False
     looking: bool = False
@@ -99,6 +103,13 @@ class ForwardCall:
     wrapped: tuple[Any, list[Any]] | None = None
     captured: str | None = None
     owner: Any = None
+
+    def once(self, name: Any, make: Callable[[], Any], *tensors: Any) -> Any:
+        """What ``make()`` returns, made when it is first asked for with these very ``tensors``."""
+        key = (name, *map(id, tensors))
+        if key not in self.memo:
+            self.memo[key] = tensors, make()  # which keeps them, so that no other gets their number
+        return self.memo[key][1]
 
     def holes(self, embeds: torch.Tensor) -> torch.Tensor:
         """Which rows of ``embeds`` ``(batch, length, channels)`` are holes: bool ``(batch, length)``."""
@@ -113,6 +124,8 @@ class ForwardCall:
     @property
     def image_mask(self) -> torch.Tensor | None:
         """Placeholders of visual tokens of any kind: bool ``(batch, length)``; ``None`` if unknown."""
+        if len(self.image_masks) == 1:
+            return self.image_masks[0]
         return torch.stack(self.image_masks).any(0) if self.image_masks else None
 
     def has_visual_tokens(self) -> bool:

@@ -32,6 +32,8 @@ class Receipt:
         targets: visual tokens wanted of each tile.
         positions: the policy's rule for RoPE positions.
         tower_tokens: tokens that each tower layer computed for the largest tile, CLS included.
+        tower_masked: whether tokens that the tower dropped were masked in its layers, and computed all the same: faster
+            where the host is the slower one (`encode.fixed.STILL`).
         prompt_tokens: length of the prompt as the caller sees it.
         decoder_tokens: rows that each decoder layer computed in prefill.
         tower_size: channels of the tower, and elements of one of its layers' matrices.
@@ -64,6 +66,7 @@ class Receipt:
     trace: DecoderTrace | None = field(default=None, repr=False)
     tower_size: tuple[int, int] = (0, 0)
     stand_in: str | None = None
+    tower_masked: bool = False
     text_config: Any = field(default=None, repr=False)
     _tower_segments: tuple[Segments, Segments] = field(default=(list, list), repr=False)
     _tower_ms: Callable[[], float] | None = field(default=None, repr=False)
@@ -162,6 +165,7 @@ class Receipt:
         if self.tower_tokens:
             lines.append(
                 f"  tower    {_summary(self.tower_tokens)} tokens through {len(self.tower_tokens)} layers"
+                + (", those dropped masked and not cut" if self.tower_masked else "")
             )
         if self.stand_in is not None:
             lines.append(f"  scores   no CLS token in this tower: {self.stand_in}")

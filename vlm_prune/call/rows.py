@@ -23,7 +23,7 @@ class Rows:
         positions: int64 ``(batch or 1, rows)``, RoPE positions, before the shift from renumbering in earlier turns;
             with multimodal RoPE ``(axes, batch or 1, rows)``.
         shift: int64 ``(batch,)``, by how much this turn's last position was moved down; ``None`` if it was not.
-        padding: int64 ``(batch,)``, padding on the left that ``positions`` count; ``None`` if they count none.
+        given: the caller's padding mask ``(batch, tokens)`` if ``positions`` count the padding in front; else ``None``.
         visual: bool ``(batch, rows)``, visual tokens; ``None`` if no policy acts inside the decoder.
         carry: values ``(batch, rows)`` that the encode stage left for each visual token, 0 elsewhere.
     """
@@ -34,7 +34,7 @@ class Rows:
     valid: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     shift: torch.Tensor | None = None
-    padding: torch.Tensor | None = None
+    given: torch.Tensor | None = None
     visual: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -47,6 +47,11 @@ class Rows:
     def whole(self) -> bool:
         """Whether these are the turn's tokens as the caller passed them: none dropped, none moved."""
         return self.count == self.length and self.valid is None
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """Tokens of padding in front that ``positions`` count: int64 ``(batch,)``; ``None`` if they count none."""
+        return None if self.given is None else (self.given.cumsum(-1) == 0).sum(-1)
 
     def tail(self) -> int:
         """How many tokens at the end of the turn have all their rows, in every sequence. Waits for the device."""
@@ -121,7 +126,7 @@ class Rows:
             shift = moved if shift is None else shift + moved
         rows = replace(
             self,
-            order=self.order.gather(1, order),
+            order=order if self.whole else self.order.gather(1, order),
             positions=positions,
             valid=valid,
             mask=None if self.mask is None and valid is None else kept,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels import hole, live_order, place_rows
+from ..kernels import hole, live_order, numbers, place_rows, planned
 
 __all__ = [
     "compact",
@@ -105,7 +105,11 @@ def lay_out(
         mine = [x for x, kind in zip(values, kinds, strict=True) if kind == number]
         if not mine:
             continue
-        some = full[::repeats].masked_scatter(mask[::repeats], torch.cat(mine))
+        joined = mine[0] if len(mine) == 1 else torch.cat(mine)
+        if repeats == 1:
+            full = full.masked_scatter(mask, joined)
+            continue
+        some = full[::repeats].masked_scatter(mask[::repeats], joined)
         full = torch.where(mask, some.repeat_interleave(repeats, 0), full)
     return full
 
@@ -129,7 +133,7 @@ def grouped(index: torch.Tensor, size: int) -> torch.Tensor:
     """The rows of groups ``index`` ``(groups,)`` of ``size`` contiguous rows each."""
     if size == 1:
         return index
-    return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
+    return (index[:, None] * size + numbers(size, index.device)).flatten()
 
 
 def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> torch.Tensor:
@@ -137,6 +141,12 @@ def unit_patches(grid: tuple[int, int], merge: int, device: torch.device) -> tor
 
     ``grid`` counts patches; units are ``merge`` x ``merge`` squares of them, numbered in raster order themselves.
     """
-    rows, columns = grid
-    number = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)
-    return number.permute(0, 2, 1, 3).reshape(-1, merge * merge)
+
+    def make() -> torch.Tensor:
+        rows, columns = grid
+        number = torch.arange(rows * columns, device=device).view(
+            rows // merge, merge, columns // merge, merge
+        )
+        return number.permute(0, 2, 1, 3).reshape(-1, merge * merge)
+
+    return planned(("patches", grid, merge, device), make)

@@ -28,7 +28,9 @@ class Tower:
         has_cls: whether token 0 is CLS.
         keeps_cls: whether the language model gets CLS too (``vision_feature_select_strategy="full"``).
         merge: side of the square of patches that a pixel shuffle turns into one token (1: no shuffle).
-        resizing: keyword arguments of ``module`` that let it take an image of another size.
+        resizing: keyword arguments of ``module`` that let it take an image of another size; ``None`` if nothing does.
+        patch_mask: the argument of ``module``, if there is one, that says which patches are padding: bool ``(tiles,
+            rows, columns)``.
     """
 
     module: nn.Module
@@ -40,7 +42,8 @@ class Tower:
     has_cls: bool
     keeps_cls: bool
     merge: int
-    resizing: Mapping[str, Any] = field(default_factory=dict)
+    resizing: Mapping[str, Any] | None = field(default_factory=dict)
+    patch_mask: str | None = None
 
     @property
     def feature_layer(self) -> int:
@@ -68,7 +71,8 @@ class Tower:
     def weights(self) -> int:
         """Elements in the matrices of one layer."""
         config: Any = self.module.config
-        return 4 * self.width**2 + 2 * self.width * int(config.intermediate_size)
+        inner = getattr(config, "intermediate_size", None) or self.width * config.mlp_ratio
+        return 4 * self.width**2 + 2 * self.width * int(inner)
 
     def placeholders(self, call: Mapping[str, Any]) -> list[int] | None:
         """How many placeholders each tile of a forward's arguments needs; ``None`` if it brings no pixels."""
@@ -148,10 +152,12 @@ class FeatureTower:
     Attributes:
         methods: names of the methods of the base module that return features.
         sizes: how these rows divide into tiles.
+        deepstack: tower layers whose features the decoder's first layers add to visual tokens.
     """
 
     methods: tuple[str, ...]
     sizes: Sizes
+    deepstack: tuple[int, ...] = ()
 
     units = None  # known once features exist
     has_cls = keeps_cls = False
@@ -205,6 +211,8 @@ class Anatomy:
         base: the module that contains tower and decoder; its forward takes ``pixel_values`` and ``input_ids``.
         tower: the vision encoder. Where it is packed, its merger is the projector.
         projector: takes the tower's features ``(tiles, units, channels)``; ``None`` for a `FeatureTower`.
+        front: where the projector itself puts the patches of a unit together, the part of it that takes them as
+            ``(tiles, units, channels)``, or the units as ``(tiles, rows, columns, channels)``.
         decoder: the language model, called with ``inputs_embeds``.
         decoder_layers: its layers, in order.
         image_tokens: ids of the placeholders that visual features replace in ``input_ids``; where videos have a
@@ -226,6 +234,7 @@ class Anatomy:
     mrope: bool = False
     computes_on: bool = False
     features: tuple[FeatureCall, ...] = ()
+    front: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,14 @@ class Keep:
     ``index`` is ``(batch, kept)`` int64, ascending where valid. Rows that keep fewer than ``kept`` units are filled
     up with units they drop, marked False in ``valid``; ``valid=None`` says that every row keeps ``kept`` units.
     ``rows`` ``(batch, kept, channels)`` are new features for the kept units, where a policy merges others into them.
+    ``still`` says that ``index`` names all units in their places: the tower goes on with all of them, and masks those
+    that are dropped.
     """
 
     index: torch.Tensor
     valid: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    still: bool = False
 
     @classmethod
     def top(cls, scores: torch.Tensor, counts: int | list[int]) -> Keep:
@@ -37,6 +40,11 @@ class Keep:
             return cls(scores.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values)
         rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
         return cls.from_mask(rank < torch.tensor(counts, device=scores.device)[:, None], max(counts))
+
+    @classmethod
+    def masked(cls, mask: torch.Tensor) -> Keep:
+        """Those of ``mask``, bool ``(batch, units)``, without moving any; only the device knows how many they are."""
+        return cls(torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1), mask, still=True)
 
     @classmethod
     def all(cls, batch: int, units: int, device: torch.device) -> Keep:
@@ -82,7 +90,7 @@ class Keep:
     @classmethod
     def from_mask(cls, mask: torch.Tensor, width: int) -> Keep:
         """From a bool mask ``(batch, units)`` whose fullest row has ``width`` True entries."""
-        index = (~mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :width]
+        index = mask.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
         return cls(index, mask.gather(1, index))
 
     def sparing(self, spared: list[bool], units: int) -> Keep | None:
@@ -138,5 +146,6 @@ def top_mask(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> 
     """
     lowest = torch.finfo(scores.dtype).min
     ranked = scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(~among, -torch.inf)
-    rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (rank < count[:, None]) & among
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < count[:, None]
+    return torch.empty_like(among).scatter_(1, order, first) & among

@@ -120,6 +120,13 @@ class Policy:
         """
         return ()
 
+    def watched_layers(self, feature_layer: int) -> Collection[int]:
+        """Further vision layers whose attention `encode` finds in ``view.earlier`` at the next layer of `tower_layers`.
+
+        Layers between two cuts can so be scored together.
+        """
+        return ()
+
     def encode(self, view: TowerView) -> Keep | None:
         """After a vision layer: which units go on. ``None`` keeps all of them."""
         raise NotImplementedError(f"{self.name} names tower layers but does not encode")
@@ -196,8 +203,8 @@ class Policy:
         """After a prefill, or a decoding step that `evicts_at` names: which rows of a layer's KV cache stay.
 
         A keep mask, bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with the same number in every head of a
-        sequence. After a prefill, two more tensors may come with it, shaped like ``view.keys``: the rows that stay
-        hold these keys and values then, where evicted rows are merged into them. ``None`` keeps all.
+        sequence. After a prefill, two more tensors may come with it, shaped like ``view.keys`` and ``view.values``: the
+        rows that stay hold these keys and values then, where evicted rows are merged into them. ``None`` keeps all.
         """
         raise NotImplementedError(f"{self.name} names layers to evict from but does not evict")
 

@@ -11,6 +11,9 @@ import torch
 LogitEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes scaled logits ``(batch, heads, rows, keys)``, not masked yet, and the rows' numbers ``(batch, rows)``."""
 
+Once = Callable[..., torch.Tensor]
+"""See `ModulateView.once`."""
+
 View = TypeVar("View", bound="AttentionView | TowerView | FeaturesView")
 
 
@@ -61,6 +64,10 @@ class TowerView:
         carry: tensors ``(batch, units)`` that the policy passes to its next layer; the engine cuts them along with
             the tokens.
         pixels: ``(batch, 3, height, width)``, the normalised input of the tower.
+        earlier: what the attention of layers before computed with, by their number: those that
+            `Policy.watched_layers` names and that have run since tokens were last cut.
+        still: whether the tower is to keep its shapes, so that nothing waits for a number that depends on the image: a
+            policy whose counts do answers `Keep.masked`, with counts that stay on the device.
     """
 
     layer: int
@@ -74,10 +81,13 @@ class TowerView:
     valid: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
     pixels: torch.Tensor | None = None
+    earlier: dict[int, AttentionView] = field(default_factory=dict)
+    still: bool = False
 
     def of(self, tiles: torch.Tensor, target: int) -> TowerView:
         """The same for some ``tiles`` only, int64 numbers, with ``target`` units wanted."""
-        return replace(_of(self, tiles), attention=self.attention.of(tiles), target=target)
+        earlier = {layer: seen.of(tiles) for layer, seen in self.earlier.items()}
+        return replace(_of(self, tiles), attention=self.attention.of(tiles), earlier=earlier, target=target)
 
     def per_unit(self, per_patch: torch.Tensor) -> torch.Tensor:
         """Sum a quantity ``(batch, patches, ...)`` over the patches of each unit: ``(batch, units, ...)``.
@@ -165,6 +175,9 @@ class PrefillView:
         input: what the layer was given, shaped like ``hidden``.
         next_attention: returns the attention inputs that the next layer would have if all rows went on, if the policy
             reads ahead. Costs that layer's projections.
+        left: what `Policy.left` says of each sequence, int64 ``(batch,)``; ``None`` if it says nothing.
+        most_text: no sequence has more rows of text than this tells; ``None`` if that is not known. Waits for the
+            device once a prefill, if there are several sequences.
     """
 
     layer: int
@@ -181,6 +194,8 @@ class PrefillView:
 
     input: torch.Tensor | None = None
     next_attention: Callable[[], AttentionView] | None = None
+    left: torch.Tensor | None = None
+    most_text: Callable[[], int | None] = lambda: None
 
     @property
     def recorded(self) -> AttentionView:
@@ -192,8 +207,9 @@ class PrefillView:
     @property
     def text(self) -> torch.Tensor:
         """Rows after the last visual token, padding excluded: bool ``(batch, rows)``."""
-        last = self.visual.long().cumsum(-1)
-        text = (last == last[:, -1:]) & ~self.visual & (last > 0)
+        number = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
+        last = (self.visual * number).amax(-1, keepdim=True)
+        text = (number > last) & (last > 0)
         return text if self.valid is None else text & self.valid
 
 
@@ -252,6 +268,8 @@ class ModulateView:
             if no policy needs them.
         logit_edits: what earlier policies of a composition do to the logits, see `rows.LogitEdit`; a policy that
             recomputes rows applies them, and adds its own.
+        once: ``once(name, make, *tensors)`` is ``make()``, which follows from ``tensors`` alone, made once a call where
+            layers share these: visual marks and masks are the same tensors in all layers that hold the same tokens.
         most_text: how many queries are text in the sequence with most; ``None`` if unknown. Waits for the
             device once a prefill, if there are several sequences.
     """
@@ -273,6 +291,7 @@ class ModulateView:
     logit_edits: list[LogitEdit] = field(default_factory=list)
     brings: torch.Tensor | None = None
     most_text: Callable[[], int | None] = lambda: None
+    once: Once = lambda name, make, *tensors: make()
 
     @property
     def text_after_image(self) -> torch.Tensor:

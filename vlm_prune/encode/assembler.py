@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from ..call import stream
 from ..call.assembly import Group, Packing
-from ..call.encode_call import RIDE, EncodeCall, Encoding, Offer, encoding
+from ..call.encode_call import RIDE, EncodeCall, Encoding, Offer, encoding, let_ride
 from ..call.forward_call import ForwardCall, current_forward
 from ..capture.device import NotCapturable
 from ..contract.anatomy import FeatureCall
@@ -63,7 +64,11 @@ class FeatureMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
         with encoding(self.encoder.session, forward=self._forward()) as under_way:
-            return self.note(self._compute(under_way, args, kwargs), args, kwargs)
+            output = self._compute(under_way, args, kwargs)
+            # where the tower is a part of the stock one (Ovis2), its output is not the one that travels on
+            if under_way.ended is not None and isinstance(output, ModelOutput) and not hasattr(output, RIDE):
+                let_ride(output, under_way.ended)
+            return self.note(output, args, kwargs)
 
     def _compute(self, under_way: Encoding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the stock method returns, computed by a graph if the model captures its calls and this one can be."""

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..call import stream
-from ..call.encode_call import EncodeCall, Offer, encoding, let_ride
+from ..call.encode_call import EncodeCall, Offer, current_encoding, encoding, let_ride
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import FeatureTower
@@ -66,7 +66,8 @@ class FeatureEncoder(EncodeStage):
                 f"{self.session.family}: the model made {total} rows of image features, but its inputs imply "
                 f"{sum(sizes)}. Use the stock model for this call: unprune(model)."
             )
-        targets = [self.budget.units(size) for size in sizes]
+        media = frames_of(given, len(sizes))
+        targets = self.frame_targets(sizes, media)
         pixels = next(given[name] for name in MEDIA if given.get(name) is not None)
         call = EncodeCall(
             grids=grids,
@@ -79,10 +80,7 @@ class FeatureEncoder(EncodeStage):
         if not call.whole:
             rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in features])
             keys = tile_keys(pixels, len(sizes), rows.device)
-            alone = [1] * len(sizes)
-            opened = self._choose(
-                call, rows, keys, frames_of(given, len(sizes)) if self.over_frames else alone
-            )
+            opened = self._choose(call, rows, keys, media if self.together else [1] * len(sizes))
             if self.composition.entry is not None:
                 self._offer(call, rows, keys)
             parts = opened.split([x.shape[:-1].numel() for x in features])
@@ -143,6 +141,8 @@ class FeatureReader(FeatureMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock method returns, with holes where tokens are dropped."""
+        if current_encoding(self.encoder.session) is not None:  # videos that are encoded as images are
+            return self.stock(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
         with encoding(self.encoder.session, forward=self._forward()) as under_way:
             output = self._compute(under_way, args, kwargs)
@@ -196,9 +196,10 @@ def _replaced(output: Any, features: Any, opened: list[torch.Tensor]) -> Any:
 
 def tile_keys(pixels: Any, tiles: int, device: torch.device) -> torch.Tensor:
     """A number per tile that depends on its pixels alone, int64 ``(tiles,)``; 0 where tiles cannot be told apart."""
-    several = (
-        [pixels, pixels.flatten(0, 1)] if isinstance(pixels, torch.Tensor) and pixels.dim() == 5 else [pixels]
-    )
+    several = [pixels]
+    if isinstance(pixels, torch.Tensor) and pixels.dim() == 5:
+        flat = pixels.flatten(0, 1)
+        several += [flat, flat[(flat != 0).flatten(1).any(-1)]]  # without the black ones that fill prompts up
     for given in several:
         if isinstance(given, torch.Tensor) and len(given) == tiles:
             return content_key(given).to(device)

@@ -17,41 +17,82 @@ from torch import nn
 from ..call import stream
 from ..call.assembly import read_packing
 from ..call.encode_call import EncodeCall, Offer, current_encoding, let_ride
+from ..call.flops import tower_flops
 from ..call.forward_call import check_rows
 from ..call.timing import Stopwatch
 from ..composition import Composition
 from ..contract.anatomy import Tower
-from ..contract.policy import Keep
+from ..contract.policy import Keep, Policy
 from ..contract.views import AttentionView, FeaturesView, TowerView
 from ..errors import PruningError, UnsupportedCallError, UnsupportedModelError
-from ..kernels import gather_rows, to_device
+from ..kernels import gather_rows, numbers, to_device
 from ..sites import Site
 from .fixed_state import TowerState
 from .projection import Projection
 from .shrink import grid_places, shrink
 from .stage import EncodeStage, content_key
 
+STILL = {"cuda": 60e9}
+"""FLOPs of a tower layer up to which tokens are masked and not cut, by kind of device.
+
+On an H200 the host takes about 480 us to launch a layer of CLIP-L/336, and the device 90 us to compute it for one image
+(14.5 GFLOP): four images are computed in the time in which the host launches them.
+"""
+
 
 class Encoder(EncodeStage):
-    """All hooks of the encode stage for one model and one policy."""
+    """All hooks of the encode stage for one model and one policy.
 
-    def __init__(self, tower: Tower, projector: nn.Module, composition: Composition, session: Any):
+    ``front`` is the part of the projector that takes units, if it is not the projector itself.
+
+    Attributes:
+        still: whether shapes are kept inside the tower whatever `STILL` says, as recording a call needs; ``None``
+            leaves it to that rule.
+
+    Raises:
+        UnsupportedModelError: a policy asks of tower or projector what it cannot do.
+    """
+
+    still: bool | None = None
+
+    def __init__(
+        self,
+        tower: Tower,
+        projector: nn.Module,
+        composition: Composition,
+        session: Any,
+        front: nn.Module | None = None,
+    ):
         super().__init__(tower, projector, composition, session)
-        self.tower = tower
+        self.tower, self.front = tower, front or projector
+        for policy in self.policies:
+            if tower.resizing is None and type(policy).tower_grid is not Policy.tower_grid:
+                raise UnsupportedModelError(
+                    f"{policy.name} shows the vision tower a smaller image, and that of {session.family} takes one "
+                    "size only. Choose a policy that drops tokens, such as uniform, or pool, which averages them."
+                )
+            if policy.calls_projector and front is not None:
+                raise UnsupportedModelError(
+                    f"{policy.name} calls the projector on features of its own, and that of {session.family} also "
+                    "puts patches together. Choose a policy that chooses among features, such as divprune."
+                )
 
     def install(self, handles: list[Any]) -> None:
         """Register hooks and attention sites; what must be undone goes to ``handles`` and `sites` at once."""
         module = self.tower.module
         handles.append(module.register_forward_pre_hook(self.enter_tower, with_kwargs=True))
         handles.append(module.register_forward_hook(self.leave_tower, always_call=True))
-        for number, layer in enumerate(self.tower.layers):
+        asked = {number for number, policies in self.asked.items() if policies}
+        built = range(len(self.tower.layers))
+        for number in sorted({*asked, *self.tower.feature_layers} & {*built}):
             # before transformers' own hooks that collect hidden states: they must see the cut ones
-            handles.append(layer.register_forward_hook(partial(self.leave_layer, number), prepend=True))
+            hook = partial(self.leave_layer, number)
+            handles.append(self.tower.layers[number].register_forward_hook(hook, prepend=True))
         # from the first cut on, every layer must mask the fill of tiles that keep fewer tokens than others
         for number in range(min(self.asked, default=len(self.tower.layers)), len(self.tower.layers)):
             self.sites.append(Site(self.tower.attentions[number], number, self.see_attention))
         self._check_attention(UnsupportedModelError)
-        handles.append(self.projector.register_forward_pre_hook(self.enter_projector))
+        handles.append(self.front.register_forward_pre_hook(self.enter_projector))
         handles.append(self.projector.register_forward_hook(self.leave_projector, always_call=True))
 
     # --- inside the tower ---
@@ -88,21 +129,38 @@ class Encoder(EncodeStage):
             if under_way is not None and under_way.forward is not None:
                 check_rows(under_way.forward, [span.rows for span in call.spans])
         if not call.whole or self.observes:
-            units = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
+            units = numbers(count, pixels.device).expand(len(pixels), -1)
             slots = None
             if merge > 1:
                 slots = stream.unit_patches(patches, merge, pixels.device).expand(len(pixels), -1, -1)
             call.state = TowerState(patches, int(self.tower.has_cls), merge, units, slots)
+            mask = kwargs.get(self.tower.patch_mask) if self.tower.patch_mask else None
+            call.state.real = None if mask is None else mask.flatten(1)
         shapes = (policy.tower_grid(grid, targets[0]) for policy in self.policies if not call.whole)
         small = next((shape for shape in shapes if shape is not None), None)
         if small is not None and self.tower.resizing:
             self._check_at_hand()
+        if call.state is not None and len(call.groups(list(range(call.tiles)))) == 1 and not any(call.late):
+            call.still = self._keeps_shapes(pixels.device, call)
         self.begin(call)
         if small is None:
             return None
         pixels = self._shrink(call, small)
-        kwargs = {**kwargs, **self.tower.resizing}
+        kwargs = {**kwargs, **(self.tower.resizing or {})}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _keeps_shapes(self, device: torch.device, call: EncodeCall) -> bool:
+        """Whether policies whose counts depend on the image are to mask tokens in this tower instead of cutting them.
+
+        Cutting waits for the device at each cut, and saves arithmetic; masking does neither. So it is better as long as
+        the device computes a whole layer in less time than the host takes to launch one: `STILL`. A CPU waits for
+        nothing.
+        """
+        if self.still is not None:
+            return self.still
+        tokens = call.units[0] * self.tower.merge**2 + int(self.tower.has_cls)
+        layer = tower_flops(self.tower.width, self.tower.weights, [[tokens] * call.tiles])
+        return layer <= STILL.get(device.type, 0)
 
     def _check_attention(self, error: type[PruningError]) -> None:
         """Raise if the layers' attention takes no key mask, which is needed where tiles keep different numbers."""
@@ -129,7 +187,7 @@ class Encoder(EncodeStage):
         (height, width), merge, device = call.pixels.shape[-2:], state.merge, call.pixels.device
         (rows, columns), *_ = call.grids
         places = to_device(grid_places((rows, columns), small), device)
-        state.units = places.expand(call.tiles, -1)
+        state.units, state.real = places.expand(call.tiles, -1), None
         if state.slots is not None:
             slots = stream.unit_patches((small[0] * merge, small[1] * merge), merge, device)
             state.slots = slots.expand(call.tiles, -1, -1)
@@ -155,9 +213,13 @@ class Encoder(EncodeStage):
             return None
         state.follow(query.device)
         valid = state.valid_tokens()
-        if layer in self.asked:
-            state.attention = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
-        return valid
+        if (asked := self.asked.get(layer)) is not None:
+            seen = AttentionView(query, key, value, scaling, self.tower.has_cls, valid)
+            if asked:
+                state.attention = seen
+            else:
+                state.earlier[layer] = seen
+        return valid if state.real is None or (valid is None and state.whole) else state.attended()
 
     def _state(self) -> TowerState | None:
         call = self.under_way()
@@ -169,13 +231,11 @@ class Encoder(EncodeStage):
         if call is None:
             return None
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        call.tower_tokens.append(hidden.shape[1])
         state: TowerState | None = call.state
-        if state is not None:
-            state.follow(hidden.device)
-        call.tower_keeps.append(None if state is None else [Keep(state.units, state.valid)])
         if state is None:
             return None
+        state.follow(hidden.device)
+        call.pass_layers(number + 1, hidden.shape[1], [Keep(state.units, state.valid)])
         if state.attention is not None:
             hidden = self._ask(number, hidden, call, state, state.attention)
         if number in self.tower.feature_layers:
@@ -198,12 +258,17 @@ class Encoder(EncodeStage):
             valid=state.valid,
             pixels=call.pixels.to(hidden.device),
             carry=state.carry,
+            earlier=state.earlier,
+            still=call.still,
         )
-        state.attention = None
+        state.attention, state.earlier = None, {}
         for keep in self._answers(number, view, call):
             spared = keep.sparing(call.late, state.units.shape[1])
             if spared is not None:
-                hidden = state.cut(hidden, spared) + stream.overflow(view.hidden)
+                call.masked |= spared.still
+                hidden = state.cut(hidden, spared)
+                if not spared.still:  # what is masked goes on, and is seen at the next cut
+                    hidden = hidden + stream.overflow(view.hidden)
         return hidden
 
     def _answers(self, number: int, view: TowerView, call: EncodeCall) -> list[Keep]:
@@ -231,6 +296,8 @@ class Encoder(EncodeStage):
             return
         state: TowerState | None = call.state
         let_ride(output, call)
+        computed = None if state is None else [Keep(state.units, state.valid)]
+        call.pass_layers(len(self.tower.layers), output.last_hidden_state.shape[1], computed)
         if state is not None:
             # again after the projector, where policies may merge
             call.carry = state.carried(call.units[0], call.extra)
@@ -254,6 +321,10 @@ class Encoder(EncodeStage):
         if call is None:
             return None
         features: torch.Tensor = args[0]
+        if features.dim() == 4:  # units on their grid
+            features = features.flatten(1, 2)
+        if (entry := self.composition.entry) is not None and entry.reads_tower:
+            call.entering = features[:, call.extra :]
         rows = self._choose(call, features, after_projector=False)
         if call.keeps is None:
             return None
@@ -301,7 +372,8 @@ class Encoder(EncodeStage):
             return None
         call.keeps = [keep]
         rows = gather_rows(features, keep.index) if keep.rows is None else keep.rows
-        return torch.cat([cls, rows + stream.overflow(features)], 1)
+        rows = rows + stream.overflow(features)
+        return torch.cat([cls, rows], 1) if call.extra else rows
 
     def _rows(self, keep: Keep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of the features that a `Keep` selects, including CLS where the language model gets it."""
@@ -344,13 +416,15 @@ class Encoder(EncodeStage):
             self.forget()
         if output is None:
             return None
+        if output.dim() == 4:
+            output = output.flatten(1, 2)
         rows = self._choose(call, output, after_projector=True)
-        if (entry := self.composition.entry) is not None:
-            call.entering = args[0][:, call.extra :] if entry.reads_tower else None
+        if self.composition.entry is not None:
             self._offer(call, output)
         if call.state is not None:
             call.carry, call.state = call.state.carried(call.units[0], call.extra), None
         segments = [[tokens] * call.tiles for tokens in call.tower_tokens]
+        call.receipt.tower_masked = call.masked
         call.record_tower(lambda: segments, lambda: segments[:1] * len(segments))
         if call.arrangement is None:  # otherwise `assembler.Assembler` ends the call
             self.end(call)

@@ -86,7 +86,7 @@ class Merger:
         pieces, begin, dropped = [], 0, False
         project = None if after_projector else Projection(self.stage.projector, group)
         alone = [range(i, i + 1) for i in range(call.tiles)]
-        for tiles in state.media if self.stage.over_frames else alone:
+        for tiles in state.media if self.stage.together else alone:
             units = sum(state.tiles[i].count for i in tiles) // self.group
             mine = features[begin : begin + units * group].reshape(units, -1)
             begin += units * group

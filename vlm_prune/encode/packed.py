@@ -23,7 +23,7 @@ from ..contract.policy import Keep
 from ..contract.views import AttentionView, TowerView
 from ..sites import Site
 from .merger import Merger
-from .packed_state import PackedState, Tile, fit, frames_to_patches, lengths, pick, window_order
+from .packed_state import PackedState, Seen, Tile, fit, frames_to_patches, lengths, pick, window_order
 from .shrink import grid_places, shrink
 from .stage import EncodeStage
 
@@ -82,7 +82,9 @@ class PackedEncoder(EncodeStage):
         pixels: torch.Tensor = given["hidden_states"]
         sizes = given["grid_thw"].tolist()  # stock code waits for them too
         grids = self.tower.grids(sizes)
-        targets = [self.budget.units(rows * columns) for rows, columns in grids]
+        targets = self.frame_targets(
+            [rows * columns for rows, columns in grids], [frames for frames, *_ in sizes]
+        )
         call = EncodeCall(
             grids=grids,
             targets=targets,
@@ -176,12 +178,24 @@ class PackedEncoder(EncodeStage):
         )
         scaling = state.seen[0][3]
         state.seen = []
+        if not self.asked[number]:
+            state.earlier[number] = query, key, value, scaling
+            return None
+        earlier, state.earlier = state.earlier, {}
         kept, begin = [], 0
         for i, tile in enumerate(state.tiles):
             rows, end = tile.raster_rows, begin + tile.count
-            q, k, v = (pick(x[:, :, begin:end], rows, 2) for x in (query, key, value))
-            seen = AttentionView(q, k, v, scaling, has_cls=False)
-            view = self._view(number, call, i, output[None, begin:end], rows, seen)
+
+            def of_tile(
+                seen: Seen, begin: int = begin, end: int = end, rows: torch.Tensor | None = rows
+            ) -> AttentionView:
+                q, k, v = (pick(x[:, :, begin:end], rows, 2) for x in seen[:3])
+                return AttentionView(q, k, v, seen[3], has_cls=False)
+
+            view = self._view(
+                number, call, i, output[None, begin:end], rows, of_tile((query, key, value, scaling))
+            )
+            view.earlier = {layer: of_tile(seen) for layer, seen in earlier.items()}
             mine = output[begin:end]
             for keep in self.ask_layer(number, view, call.targets[i] == call.units[i]):
                 mine = mine[self._cut(tile, keep, rows)] + stream.overflow(view.hidden)[0]

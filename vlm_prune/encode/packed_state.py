@@ -74,6 +74,8 @@ class PackedState:
         sides: patches along a unit, frames of a patch, pixels along a patch.
         media: the tiles of each image or video, by their numbers.
         fitted: a block's arguments for what is alive.
+        seen: what a block's attention computed with, call by call.
+        earlier: the same, joined, of blocks that a later one is to be judged with.
     """
 
     tiles: list[Tile]
@@ -83,6 +85,7 @@ class PackedState:
     sides: tuple[int, int, int]
     media: list[range]
     seen: list[Seen] = field(default_factory=list)
+    earlier: dict[int, Seen] = field(default_factory=dict)
     fitted: dict[Any, Any] = field(default_factory=dict)
     segments: list[torch.Tensor] = field(default_factory=list)
     segments_dense: list[torch.Tensor] = field(default_factory=list)

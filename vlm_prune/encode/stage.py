@@ -22,7 +22,7 @@ class EncodeStage:
     """The policies of a composition that look at a tower, and the layers after which they do.
 
     Attributes:
-        asked: the policies to ask after each tower layer.
+        asked: the policies to ask after each tower layer. Where there are none, a later one wants to have seen it.
         observes: whether policies of later stages observe the tower without dropping anything in it.
         sites: attention sites to close when the model is unpruned.
         capture: what captures feature methods, or why nothing can; ``None`` if nothing is to.
@@ -38,12 +38,16 @@ class EncodeStage:
         self.projector: Any = projector  # None where the engine knows finished features only
         self.composition, self.session = composition, session
         self.policies, self.budget = composition.policies, composition.share(composition.encoder)
-        self.layers = tower.layers
+        self.layers, self.feature_layer = tower.layers, tower.feature_layer
         self.asked: dict[int, list[Policy]] = {}
         for policy in self.policies:
             for layer in policy.tower_layers(tower.feature_layer):
                 if layer < len(tower.layers):
                     self.asked.setdefault(layer, []).append(policy)
+        for policy in self.policies:
+            for layer in policy.watched_layers(tower.feature_layer):
+                if layer < len(tower.layers):
+                    self.asked.setdefault(layer, [])
         self.observes = any(
             (p.enters or not p.encodes) and p.tower_layers(tower.feature_layer) for p in self.policies
         )
@@ -91,6 +95,39 @@ class EncodeStage:
     def over_frames(self) -> bool:
         """Whether one choice is made among all frames of a video."""
         return any(policy.over_frames for policy in self.policies)
+
+    @property
+    def together(self) -> bool:
+        """The same, whether the policy or the budget asks for it."""
+        return self.over_frames or self.shares_late
+
+    def frame_targets(self, units: list[int], media: list[int]) -> list[int]:
+        """Units to keep of each tile, of its ``units``; ``media`` are the tiles of each image, frames of each video.
+
+        Frames that compete for a budget have even parts of it, which add up to it.
+
+        Raises:
+            UnsupportedCallError: frames compete for a budget that belongs to a policy which sees them one by one.
+        """
+        owner, shared = self.composition.owner, self.composition.budget.joint
+        shared = shared and max(media) > 1 and not any(policy.per_image for policy in self.policies)
+        if shared and owner is not None and (self.sees_tiles(owner) or not owner.late):
+            raise UnsupportedCallError(
+                f'per="image": {owner.name} sees the frames of a video one by one, and these would have to share a '
+                'budget. Give the budget per="tile", or choose a policy that decides after the tower, such as uniform '
+                "or divprune."
+            )
+        if not self.shares_late:
+            return [self.budget.units(count) for count in units]
+        targets: list[int] = []
+        for frames in media:
+            share, rest = divmod(self.budget.units(sum(units[len(targets) : len(targets) + frames])), frames)
+            targets += [share + (number < rest) for number in range(frames)]
+        return targets
+
+    def sees_tiles(self, policy: Policy) -> bool:
+        """Whether a policy looks into the tower, or decides after the features are complete."""
+        return bool(policy.tower_layers(self.feature_layer)) or policy.enters or not policy.encodes
 
     def check_shared(self) -> None:
         """Raise if tokens must be chosen among all tiles of an image and a policy cannot do that."""
@@ -144,11 +181,12 @@ class EncodeStage:
     def end(self, call: EncodeCall) -> None:
         """The features of a call are complete: publish its receipt, and register it with its forward, if any."""
         under_way = current_encoding(self.session)
-        if under_way is not None and under_way.recording:
+        if under_way is not None:
             under_way.ended = call
-            return
-        if under_way is not None and under_way.captured is not None:
-            call.receipt.captured[TOWER_PART] = under_way.captured
+            if under_way.recording:
+                return
+            if under_way.captured is not None:
+                call.receipt.captured[TOWER_PART] = under_way.captured
         self.session.publish(call.receipt)
         if under_way is not None and under_way.forward is not None:
             under_way.forward.add_encoded(call)

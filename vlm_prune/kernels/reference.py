@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .plans import numbers, planned
+
 CHUNK = 128
 """Rows of the attention map computed at a time."""
 
@@ -18,7 +20,7 @@ def live_order(live: torch.Tensor, length: int) -> torch.Tensor:
     ``live`` is bool ``(batch, full length)``. Live rows keep their order, right-aligned; sequences with fewer than
     ``length`` of them are padded on the left with dead rows, each used once.
     """
-    return live.to(torch.int8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
+    return live.view(torch.uint8).argsort(dim=-1, stable=True)[:, live.shape[1] - length :]
 
 
 def gather_rows(
@@ -34,10 +36,15 @@ def hole(like: torch.Tensor) -> torch.Tensor:
 
     The pattern survives casts, copies, other devices and scaling, and no overflow looks like it.
     """
-    row = like.new_full(like.shape[-1:], torch.inf)
-    row[2::2] = -torch.inf
-    row[:1] = torch.nan
-    return row
+    channels, dtype, device = like.shape[-1], like.dtype, like.device
+
+    def make() -> torch.Tensor:
+        row = torch.full((channels,), torch.inf, dtype=dtype, device=device)
+        row[2::2] = -torch.inf
+        row[:1] = torch.nan
+        return row
+
+    return planned(("hole", channels, dtype, device), make)
 
 
 def place_rows(
@@ -63,14 +70,15 @@ def close_holes(
     """See `vlm_prune.kernels.close_holes`."""
     batch = len(x)
     order = live_order(live, length).contiguous()
-    kept = live.gather(1, order)
+    kept = live.gather(1, order) if ragged or mask is None else mask.gather(1, order)
     rows = gather_rows(x, order, kept if ragged else None)
-    if mask is not None:
+    if ragged and mask is not None:
         kept = kept & mask.gather(1, order)
-    shift = order.new_zeros(batch)
     if gone is not None:
         before = gone.cumsum(-1)
-        positions, shift = positions - before, before[:, -1].clone()
+        positions, shift = positions - before, gone.sum(-1)
+    else:
+        shift = order.new_zeros(batch)
     positions = positions.expand(*positions.shape[:-2], batch, -1)
     index = order.expand(*positions.shape[:-2], -1, -1)
     return rows, order, kept, positions.gather(-1, index), shift
@@ -106,20 +114,22 @@ def attention_mass(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `vlm_prune.kernels.attention_mass`."""
     (batch, heads, rows, dim), (shared, keys) = query.shape, key.shape[1:3]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key, past = key.to(dtype).mT, keys - rows
-    total = key.new_zeros(batch, rows)
-    peak = total.clone()
+    total: torch.Tensor | None = None
+    peak: torch.Tensor | None = None
     for some, vote in zip(index.split(CHUNK, dim=1), votes.split(CHUNK, dim=1), strict=True):
         asked = query.gather(2, some[:, None, :, None].expand(-1, heads, -1, dim)).to(dtype)
         logits = ((asked.reshape(batch, shared, -1, dim) @ key) * scaling).view(batch, heads, -1, keys)
-        seen = torch.arange(keys, device=some.device) <= some[..., None] + past
+        hidden = numbers(keys, some.device) > (some[..., None] + past if past else some[..., None])
         if valid is not None:
-            seen = seen & valid[:, None]
-        paid = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[..., past:]
+            hidden = hidden | ~valid[:, None]
+        paid = logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1).mean(1)[..., past:]
         paid = paid.masked_fill(~vote[..., None], 0)
-        total += paid.sum(1)
-        peak = torch.maximum(peak, paid.amax(1))
+        total = paid.sum(1) if total is None else total + paid.sum(1)
+        peak = paid.amax(1) if peak is None else torch.maximum(peak, paid.amax(1))
+    if total is None or peak is None:  # nobody is asked
+        return key.new_zeros(batch, rows), key.new_zeros(batch, rows)
     return total, peak
 
 

@@ -6,51 +6,50 @@ import torch
 import triton
 import triton.language as tl
 
+from .plans import numbers
+
 
 @triton.jit
 def merge_kernel(
-    x, into, weight, out, rows, count, channels, x_batch, x_row, x_channel,
+    x, order, ends, weight, out, rows, count, channels, x_batch, x_row, x_channel,
     SCAN: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Program (one row of one sequence's result, block of channels).
 
-    It scans the destinations and reads those rows of ``x`` that belong to its result row, so that each row is read once
-    in total, without atomics and in a fixed order.
+    The rows that go into one stand together in ``order``, so that each row of ``x`` is read once in all, without
+    atomics and in a fixed order.
     """
     b = (tl.program_id(0) // count).to(tl.int64)
     j = tl.program_id(0) % count
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     total = tl.zeros([COLS], tl.float32)
-    for first in range(0, rows, SCAN):
+    start = tl.load(ends + b * (count + 1) + j)
+    end = tl.load(ends + b * (count + 1) + j + 1)
+    for first in range(start, end, SCAN):
         i = first + tl.arange(0, SCAN)
-        joins = tl.load(into + b * rows + i, mask=i < rows, other=-1) == j
-        if tl.max(joins.to(tl.int32), axis=0) > 0:
-            share = tl.load(weight + b * rows + i, mask=joins, other=0.0).to(tl.float32)
-            where = x + b * x_batch + i[:, None].to(tl.int64) * x_row + c[None, :].to(tl.int64) * x_channel
-            both = joins[:, None] & (c < channels)[None, :]
-            value = tl.load(where, mask=both, other=0.0).to(tl.float32)
-            total += tl.sum(value * share[:, None], axis=0)
+        source = tl.load(order + b * rows + i, mask=i < end, other=0)
+        share = tl.load(weight + b * rows + source, mask=i < end, other=0.0).to(tl.float32)
+        where = x + b * x_batch + source[:, None] * x_row + c[None, :].to(tl.int64) * x_channel
+        value = tl.load(where, mask=(i < end)[:, None] & (c < channels)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(value * share[:, None], axis=0)
     tl.store(out + (b * count + j) * channels + c, total, mask=c < channels)
 
 
 def merge_rows(x: torch.Tensor, into: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:
-    """Launch `merge_kernel`."""
+    """Sort the rows by where they go, then launch `merge_kernel`.
+
+    A kernel that looks through all destinations for each result row needs ``rows * count`` comparisons: on an H200 that
+    took four times as long as torch's scattered sum at 7290 rows into 1458.
+    """
     batch, rows, channels = x.shape
     out = x.new_empty(batch, count, channels, dtype=torch.float32)
     if out.numel():
+        into, order = into.sort(dim=-1, stable=True)
+        ends = torch.searchsorted(into, numbers(count + 1, into.device).expand(batch, -1).contiguous())
         cols = min(128, triton.next_power_of_2(channels))
         merge_kernel[batch * count, triton.cdiv(channels, cols)](
-            x,
-            into.contiguous(),
-            weight.contiguous(),
-            out,
-            rows,
-            count,
-            channels,
-            *x.stride(),
-            SCAN=32,
-            COLS=cols,
-        )
+            x, order, ends, weight.contiguous(), out, rows, count, channels, *x.stride(), SCAN=8, COLS=cols
+        )  # fmt: skip
     return out
 
 

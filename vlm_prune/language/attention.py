@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ class DecoderAttention:
         logit_edits: list[Any] = []
         brings: torch.Tensor | None = None
         if call.rows is not None and call.entered is not None and call.entered.visual is not None:
-            brings = call.entered.visual.any(-1).to(query.device) if len(output) > 1 else None
+            bringing = call.entered.visual
+            if len(output) > 1:
+                brings = call.once("brings", lambda: bringing.any(-1).to(query.device), bringing)
         for policy in self.modulated[layer]:
             view = ModulateView(
                 layer=layer,
@@ -103,6 +106,7 @@ class DecoderAttention:
                 logit_edits=logit_edits,
                 brings=brings,
                 most_text=call.text_width,
+                once=call.once,
             )
             edited = policy.modulate(view)
             output = output if edited is None else edited
@@ -116,9 +120,12 @@ class DecoderAttention:
     ) -> dict[str, torch.Tensor]:
         """Facts about each key ``(batch, keys)``: whether it is a visual token, and what the encode stage left."""
         queries, keys = query.shape[2], key.shape[2]
-        known = stored.marks if stored is not None else {}
+        known, pad = stored.marks if stored is not None else {}, torch.nn.functional.pad
         if call.rows is None:
-            return {name: torch.nn.functional.pad(x, (0, keys - x.shape[1])) for name, x in known.items()}
+            return {
+                name: call.once(("marks", keys), partial(pad, x, (0, keys - x.shape[1])), x)
+                for name, x in known.items()
+            }
         rows = call.rows.to(query.device)
         now = dict(rows.carry)
         if rows.visual is not None:
@@ -126,9 +133,12 @@ class DecoderAttention:
         marks: dict[str, torch.Tensor] = {}
         for name in {**known, **now}:
             new = now.get(name)
+            if new is not None and keys == queries:  # nothing came before
+                marks[name] = new
+                continue
             new = known[name].new_zeros(len(known[name]), queries) if new is None else new
             past = known.get(name, new.new_zeros(len(new), 0))
-            past = torch.nn.functional.pad(past, (0, keys - queries - past.shape[1]))
+            past = pad(past, (0, keys - queries - past.shape[1]))
             marks[name] = torch.cat([past, new], 1)
         return marks
 
@@ -137,6 +147,23 @@ class DecoderAttention:
     ) -> torch.Tensor | None:
         """Keys of a layer that may be attended, bool ``(batch, keys)``; ``None`` if all may."""
         queries, keys = query.shape[2], key.shape[2]
+        missing = stored.missing if stored is not None else 0
+        if queries == 1 and call.rows is None and call.observed.get("mask", query) is None:
+            return None  # stock code looked, and made no mask
+        seen = stored.seen if stored is not None else None
+        shared = None if call.rows is None else call.rows.mask
+        return call.once(
+            ("valid", missing, queries, keys, query.device),
+            lambda: self._joined(call, stored, query, queries, keys),
+            seen,
+            call.mask,
+            shared,
+        )
+
+    @staticmethod
+    def _joined(
+        call: ForwardCall, stored: PrunedLayer | None, query: torch.Tensor, queries: int, keys: int
+    ) -> torch.Tensor | None:
         missing = stored.missing if stored is not None else 0
         logical = keys - queries + missing
         now = call.rows.mask if call.rows is not None else None

@@ -7,6 +7,7 @@ the hook after it restores the full length and records it in the cache. What hap
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..call.receipt import DECODER_PART, JoinedReceipt
 from ..call.rows import Rows
 from ..call.timing import Stopwatch
 from ..errors import UnsupportedCallError
+from ..kernels import numbers
 from ..versions import cache_of
 from .drafts import join, split
 from .entry import Entry
@@ -68,6 +70,9 @@ class Decoder:
         rope = getattr(module.config, "rope_parameters", None) or {}
         scaling = any(hasattr(child, "softmax_scaling") for child in module.modules())
         self.scales = scaling or "llama_4_scaling_beta" in rope
+        # OPT looks positions up in a table, by what its padding mask leaves
+        table = getattr(module, "embed_positions", None)
+        self.counts = table is not None and "attention_mask" in inspect.signature(table.forward).parameters
         self.ends: weakref.WeakKeyDictionary[Cache, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def install(self, handles: list[Any]) -> None:
@@ -191,6 +196,8 @@ class Decoder:
         """Fit a call without new visual tokens to what earlier, pruned ones left in the cache."""
         embeds, layer, mask = kwargs["inputs_embeds"], first_layer(past), kwargs.get("attention_mask")
         slots, length = slot_mask(mask, past), embeds.shape[1]
+        if self.counts and layer is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = self._numbers(embeds, mask, layer.get_seq_length())
         if slots is None or (self.layers is not None and self.layers.modulated):
             call.mask = self._padding(call, kwargs, past)
         if slots is None:
@@ -200,12 +207,22 @@ class Decoder:
         if layer.shift is not None:
             positions = kwargs.get("position_ids")
             if positions is None:
-                positions = torch.arange(length, device=embeds.device)[None] + layer.get_seq_length()
+                positions = self._numbers(embeds, mask, layer.get_seq_length())
             kwargs["position_ids"] = positions - layer.shift[:, None]
         if slots is not None:
             kwargs["attention_mask"] = slots_of(slots, layer, layer)
         elif layer.seen is not None:
             kwargs["attention_mask"] = behind(layer.seen, call.mask, lambda: layer.logical + length)
+
+    def _numbers(self, embeds: torch.Tensor, mask: torch.Tensor | None, logical: int) -> torch.Tensor:
+        """The positions that stock code gives rows of which none are said: int64 ``(batch or 1, rows)``.
+
+        ``logical`` rows are before them.
+        """
+        length = embeds.shape[1]
+        if self.counts and mask is not None and mask.dim() == 2:
+            return (mask.long().cumsum(-1) * mask - 1)[:, -length:]
+        return numbers(logical + length, embeds.device)[None, logical:]
 
     def _unwrap(self, call: ForwardCall, kwargs: dict[str, Any], past: Cache | None) -> None:
         """Show stock cache layers to a decoder whose indexers query their length.
@@ -251,25 +268,27 @@ class Decoder:
         batch, length, _ = embeds.shape
         logical = int(past.get_seq_length()) if past is not None else 0
         now = None if mask is None else mask[:, -length:].bool()
-        positions, padding = kwargs.get("position_ids"), None
+        positions, given = kwargs.get("position_ids"), None
         if positions is None:
-            positions = torch.arange(logical, logical + length, device=embeds.device)[None]
-            padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
+            positions = self._numbers(embeds, mask, logical)
+            given = None if self.counts else mask
         # padding goes too where rows differ anyway; at batch 1 it stays, since counting it would wait for the device
-        alive = ~call.holes(embeds) if holes else None
+        gone = call.holes(embeds) if holes else None
+        alive = None if gone is None else ~gone
         if choosing and self.entry is not None:
             chosen, embeds = self.entry.choose(call, embeds, now)
             alive = chosen if alive is None else alive & chosen
+            gone = None
         live = alive if alive is None or now is None or batch == 1 else alive & now
         if alive is not None:
             overflow = embeds[..., 0].isnan() & alive if batch > 1 and holes else None
             call.count(live, alive, overflow)
         rows = Rows(
             length=length,
-            order=torch.arange(length, device=embeds.device).expand(batch, -1),
+            order=numbers(length, embeds.device).expand(batch, -1),
             positions=positions,
             mask=now,
-            padding=padding,
+            given=given,
         )
         if inside:
             rows = call.mark_visual(rows)
@@ -279,7 +298,8 @@ class Decoder:
                 self._note_deepstack(call, kwargs, kwargs["visual_pos_masks"], list(features))
             return rows
 
-        census, gone = call.count(), ~alive if self.positions == "compact" else None
+        census = call.count()
+        gone = None if self.positions != "compact" else ~alive if gone is None else gone
         if logical and not census.even and forgets(self.module.config):
             raise UnsupportedCallError(
                 f"The sequences of this batch are left with different numbers of tokens ({min(census.live)} to "

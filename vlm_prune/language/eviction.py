@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from ..cache.layers import PrunedLayer, evict_rows, trim, wrap
+from ..cache.layers import PrunedLayer, evict_rows, stored_index, trim, wrap
 from ..cache.masks import past_mask
 from ..cache.storage import is_static, read
 from ..call.budget import Budget
@@ -64,13 +64,17 @@ class Eviction:
         """
         lives: dict[int, torch.Tensor] = {}
         merged: dict[int, Pair] = {}
+        reached: dict[int, torch.Tensor] = {}  # layers between two cuts hold the same rows
+        trimmed: dict[tuple[int, int], torch.Tensor] = {}
         left = list(held)
         for number, entries in self.layers.items():
             rows, stored = held[number], wrap(cache, number)
             if rows.visual is None:
                 continue
-            remaining = _reached(final, rows)
-            keys, values = read(stored.inner, stored.physical)
+            if id(rows) not in reached:
+                reached[id(rows)] = _reached(final, rows)
+            remaining = reached[id(rows)]
+            keys, values = (x[:, :, -rows.count :] for x in read(stored.inner, stored.physical))
             keep: torch.Tensor | None = None
             for policy, _ in entries:
                 scores = {layer: x for (layer, owner), x in call.scores.items() if owner == id(policy)}
@@ -83,17 +87,20 @@ class Eviction:
                     target=targets[id(policy)],
                     scores=scores.get(number),
                     all_scores=scores,
-                    keys=keys[:, :, -rows.count :],
-                    values=values[:, :, -rows.count :],
+                    keys=keys,
+                    values=values,
                 )
                 mine, pair = _apart(policy, view, policy.evict(view))
                 keep = _both(keep, mine)
-                if pair is not None:
-                    merged[number] = pair
-            if keep is remaining:
+                if pair is not None:  # which the next policy sees, and may merge on
+                    merged[number] = keys, values = pair
+            if keep is remaining and number not in merged:
                 left[number] = final
                 if rows is not final:  # even if the longest sequence loses none
-                    trim(stored, rows, final)
+                    key = id(rows), stored.physical
+                    if key not in trimmed:
+                        trimmed[key] = stored_index(rows, final, stored.physical)
+                    trim(stored, rows, final, trimmed[key])
             elif keep is not None:
                 lives[number] = _live(keep, rows.visual, rows.mask)
             if self.steps:
@@ -101,7 +108,7 @@ class Eviction:
         self._remember(cache, left)
         for number, counts in zip(lives, _counts(list(lives.values())), strict=True):
             live, rows, stored = lives[number], held[number], wrap(cache, number)
-            if min(counts) == rows.count:
+            if min(counts) == rows.count and number not in merged:
                 continue
             left[number] = evict_rows(stored, rows, live, counts, merged.get(number))
         return left
@@ -185,13 +192,18 @@ def _apart(policy: Policy, view: CacheView, answer: Any) -> tuple[torch.Tensor |
     """A keep mask, checked, and the keys and values of the rows that stay, where a policy merges."""
     if not isinstance(answer, tuple):
         return _checked(policy, view, answer), None
-    keep, *pair = answer
-    if len(pair) != 2 or any(getattr(x, "shape", None) != view.keys.shape for x in pair):
-        given = [tuple(getattr(x, "shape", ())) for x in pair]
+    given, needed = [_shape(x) for x in answer], [tuple(x.shape) for x in (view.keys, view.values)]
+    if given[0] is None or given[1:] != needed:
         raise PolicyError(
-            f"{policy.name}.evict returned merged rows {given}: keys and values {tuple(view.keys.shape)} are needed."
+            f"{policy.name}.evict returned a tuple of shapes {given}: a keep mask, and merged rows of keys and values "
+            f"{needed} are needed."
         )
-    return _checked(policy, view, keep), (pair[0], pair[1])
+    keep, keys, values = answer
+    return _checked(policy, view, keep), (keys, values)
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    return tuple(x.shape) if isinstance(x, torch.Tensor) else None
 
 
 def _checked(policy: Policy, view: CacheView, keep: Any) -> torch.Tensor | None:

@@ -28,12 +28,13 @@ from ..composition import Composition
 from ..contract.policy import Policy
 from ..contract.views import AttentionView, PrefillView
 from ..errors import UnsupportedCallError
+from ..kernels import to_device
 from ..sites import Site
 from ..versions import HOOKS_RUN_AGAIN, cache_of
 from .attention import DecoderAttention
 from .checks import runs_again
 from .eviction import Eviction
-from .kinds import STATES, layer_kinds, layer_mask
+from .kinds import FULL, STATES, layer_kinds, layer_mask
 from .look_ahead import look_ahead
 from .standard import check_layers
 
@@ -158,32 +159,35 @@ class DecoderLayers:
         if call is None or call.probing:
             return None
         hidden: torch.Tensor = args[0]
-        call.observed = {"hidden": hidden}
         call.positions = None  # stock code has made its rotary embeddings by now
         cache: Cache | None = cache_of(kwargs)
+        modulated = number in self.modulated
         if call.rows is not None:
             call.layer_rows.append(call.rows)
-            if cache is not None and number in self.modulated:
+            if cache is not None and modulated:
                 wrap(cache, number)
-            spare_slots(cache, number, call.rows, trimmed=number in self.eviction.layers)
-        layer, first = _pruned_layer(cache, number), first_layer(cache)
-        call.observed["layer"] = layer
-        looked_at = number in self.modulated or (self.sites and call.rows is not None)
-        stored = getattr(cache, "layers", ())[number : number + 1]
-        if looked_at and stored and is_static(stored[0]):
-            call.observed["rows"] = stored_rows(stored[0]) + hidden.shape[1]
+            if not _grows(cache, number):
+                spare_slots(cache, number, call.rows, trimmed=number in self.eviction.layers)
+        layer = _pruned_layer(cache, number)
+        call.observed = {"hidden": hidden, "layer": layer}
+        if (modulated or (self.sites and call.rows is not None)) and not _grows(cache, number):
+            stored = getattr(cache, "layers", ())[number : number + 1]
+            if stored and is_static(stored[0]):
+                call.observed["rows"] = stored_rows(stored[0]) + hidden.shape[1]
         changed: dict[str, Any] = {}
         if under_way is None:
             kwargs = {name: x for name, x in kwargs.items() if name != RESUME}
         if number == 0:
-            call.first = _key(call.entered, first)
+            call.first = _key(call.entered, first_layer(cache))
         if not self._stock_fits(call, number, layer, cache):
             key = (self.kinds[number], *_key(call.rows, layer))
             if key not in call.fitted:
-                call.fitted[key] = self._fit(call, number, hidden, layer, first, kwargs)
-            changed |= call.fitted[key]
-        if number in self.modulated and (under_way is None or runs_again(module)):
-            changed[RESUME] = replace(call)
+                call.fitted[key] = self._fit(call, number, hidden, layer, first_layer(cache), kwargs)
+            changed = call.fitted[key]
+        if modulated:
+            call.observed["mask"] = {**kwargs, **changed}.get("attention_mask")
+        if modulated and (under_way is None or runs_again(module)):
+            changed = {**changed, RESUME: replace(call)}
         return (args, {**kwargs, **changed}) if changed or under_way is None else None
 
     def _stock_fits(
@@ -195,7 +199,7 @@ class DecoderLayers:
         if _key(call.rows, layer) != call.first:
             return False
         like = self.like[number]
-        return like == number or _key(call.rows, _pruned_layer(cache, like)) == call.first
+        return like in (0, number) or _key(call.rows, _pruned_layer(cache, like)) == call.first
 
     def _fit(
         self,
@@ -220,7 +224,7 @@ class DecoderLayers:
         mask = kwargs.get("attention_mask")
         slots = mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
         if slots is None or call.rows is not None or layer is None or not is_static(layer):
-            mask = self._mask(call, number, hidden, layer, cache_of(kwargs))
+            mask = self._mask(call, number, hidden, layer, cache_of(kwargs), mask)
         else:
             mask = slots_of(slots, layer, first)
         if mask is not None:
@@ -247,7 +251,9 @@ class DecoderLayers:
         hidden: torch.Tensor,
         layer: PrunedLayer | None,
         past: Cache | None,
+        given: Any,
     ) -> torch.Tensor | None:
+        """The mask of layer ``number``; ``given`` is what stock code made for the first layer of its kind."""
         kind, config = self.kinds[number], self.decoder.config
         if kind in STATES and call.rows is not None:
             return layer_mask(config, kind, hidden, call.rows.mask, None, None)
@@ -255,13 +261,31 @@ class DecoderLayers:
         # a stock layer may hold tokens too, from earlier turns without an image
         stored = past.layers[number] if past is not None and number < len(past.layers) else DynamicLayer()
         logical = int(stored.get_seq_length())
-        now = None if call.mask is None else call.mask[:, logical:].bool()
-        if call.rows is not None:
-            now = call.rows.mask
+        if self._needs_no_mask(call, number, layer, given, count):
+            return None
+        now = None if call.rows is None else call.rows.mask
+        if call.rows is None and call.mask is not None:
+            now = call.mask[:, logical:].bool()
         mask = join_masks(past_mask(layer, call.mask, logical), now, logical, count)
         cache = None if past is None else Cache(layers=[stored])
         mask = None if mask is None else mask.to(hidden.device)
         return layer_mask(config, kind, hidden, mask, cache, None)
+
+    def _needs_no_mask(
+        self, call: ForwardCall, number: int, layer: PrunedLayer | None, given: Any, count: int
+    ) -> bool:
+        """Whether stock code would make no mask, known without asking the device once more whether there is padding.
+
+        It asked for layer 0, and made none: so no row there is masked out, and what layer ``number`` holds are some of
+        these and no fill. A single row needs no mask then, nor do the rows of a prompt that nothing comes before.
+        """
+        if given is not None or self.kinds[number] != FULL or self.like[number] != 0 or call.owner is None:
+            return False
+        if 0 in self.eviction.layers or (call.rows is not None and call.rows.valid is not None):
+            return False
+        if layer is not None and (layer.filled or is_static(layer)):
+            return False
+        return count == 1 or layer is None or layer.physical == 0
 
     def leave_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -276,11 +300,13 @@ class DecoderLayers:
         visual = rows.visual
         if visual is None:
             return None
-        gone = torch.zeros_like(visual)
+        gone: torch.Tensor | None = None
         closed_up: torch.Tensor | None = None
+        left = self._left(call, number) if number in self.pruned else None
         merged = hidden
         for policy, budget in self.pruned.get(number, []):  # all see the layer before any cut
             view = self._view(call, rows, visual, policy, budget, number, hidden)
+            view.left = None if left is None else to_device(left, hidden.device)
             if policy.reads_ahead:
                 view.next_attention = partial(self._next_attention, call, number, hidden, kwargs)
             keep = policy.prefill(view)
@@ -289,9 +315,10 @@ class DecoderLayers:
             rows.carry.update(view.carry)
             call.rows.carry.update({name: x.to(home) for name, x in view.carry.items()})
             if keep is not None:
-                gone = gone | (visual & ~keep)
+                dropped = visual & ~keep
+                gone = dropped if gone is None else gone | dropped
                 if policy.positions == "compact":
-                    closed_up = visual & ~keep if closed_up is None else closed_up | (visual & ~keep)
+                    closed_up = dropped if closed_up is None else closed_up | dropped
         hidden = merged
         for policy, budget in self.observed.get(number, []):
             scores = policy.observe(self._view(call, rows, visual, policy, budget, number, hidden))
@@ -300,7 +327,8 @@ class DecoderLayers:
         if call.deepstack is not None:
             hidden = call.deepstack.add(number, hidden)
         if number in self.pruned:
-            hidden = self._drop(call, number, rows, visual, hidden, gone, closed_up)
+            gone = torch.zeros_like(visual) if gone is None else gone
+            hidden = self._drop(call, number, rows, visual, hidden, gone, closed_up, left)
             call.rows = call.rows.to(home)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -328,13 +356,15 @@ class DecoderLayers:
             norm=lambda x: self.decoder.norm(x).to(x.device),
             unpadded=partial(self._unpadded, rows),
             input=call.observed["hidden"].to(hidden.device),
+            most_text=call.text_width,
         )
 
     def _unpadded(self, rows: Rows, key: torch.Tensor) -> torch.Tensor:
         """Rotate keys ``(batch, heads, rows, head_dim)`` back by the padding that their positions count."""
-        if rows.padding is None:
+        padding = rows.padding
+        if padding is None:
             return key
-        cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, rows.padding[:, None]))
+        cos, sin = (x[:, None] for x in self.decoder.rotary_emb(key, padding[:, None]))
         turned, rest = key.split([cos.shape[-1], key.shape[-1] - cos.shape[-1]], -1)
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([second, -first], -1) * sin, rest], -1)
@@ -371,12 +401,15 @@ class DecoderLayers:
         self, call: ForwardCall, policy: Policy, budget: Budget, visual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual tokens that entered layer 0, and how many the budget keeps in the end: two int64 ``(batch,)``."""
+        if id(policy) in call.targets:
+            return call.targets[id(policy)]
         entered = call.entered.visual if call.entered is not None else None
         initial = visual.sum(-1) if entered is None else entered.sum(-1)
         mask = call.image_mask
         dense = initial if mask is None else mask.sum(-1)
         # a policy of several stages keeps a share of all tokens, not of what its own encode stage left
-        return initial, budget.of_visual(dense if policy.encodes else initial, call)
+        call.targets[id(policy)] = initial, budget.of_visual(dense if policy.encodes else initial, call)
+        return call.targets[id(policy)]
 
     def _drop(
         self,
@@ -387,15 +420,16 @@ class DecoderLayers:
         hidden: torch.Tensor,
         gone: torch.Tensor,
         closed_up: torch.Tensor | None,
+        left: list[int] | None,
     ) -> torch.Tensor:
         """Remove the rows ``gone`` from ``hidden``, and padding too where sequences differ anyway.
 
-        Positions close up over the rows ``closed_up``, if any.
+        Positions close up over the rows ``closed_up``, if any. ``left`` is what `_left` returns.
         """
         live = ~gone
         if rows.mask is not None and len(hidden) > 1:
             live = live & rows.mask
-        if (left := self._left(call, number)) is not None:
+        if left is not None:
             dropped = sum(call.left or ()) - sum(left)
             counts = [text + kept for text, kept in zip(call.count().text, left, strict=True)]
         else:
@@ -450,7 +484,15 @@ class DecoderLayers:
 
 def _pruned_layer(cache: Cache | None, number: int) -> PrunedLayer | None:
     stored = getattr(cache, "layers", ())[number : number + 1]
-    return stored[0] if stored and isinstance(stored[0], PrunedLayer) else None
+    if not stored or type(stored[0]) is DynamicLayer:  # instances of abstract classes take longer to tell
+        return None
+    return stored[0] if isinstance(stored[0], PrunedLayer) else None
+
+
+def _grows(cache: Cache | None, number: int) -> bool:
+    """Whether a cache layer is, or wraps, the plain kind that grows: it has no slots to spare or to count."""
+    stored = getattr(cache, "layers", ())[number : number + 1]
+    return bool(stored) and type(getattr(stored[0], "inner", stored[0])) is DynamicLayer
 
 
 def _key(rows: Rows | None, layer: PrunedLayer | None) -> tuple[int, int]:

@@ -20,6 +20,7 @@ CLASSES = {
     "LlavaForConditionalGeneration": "vlm_prune.serving.models:PrunedLlava",
     "Qwen2_5_VLForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen2_5",
     "Qwen3VLForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen3",
+    "Qwen3VLMoeForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen3Moe",
 }
 """Architectures that vLLM finds in a checkpoint, and the classes that take their place."""
 

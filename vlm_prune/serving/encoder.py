@@ -31,6 +31,8 @@ class _TowerOutput:
 class ServedEncoder(ServedStage, Encoder):
     """Encoder hooks on the modules of a vLLM model; the arguments are those of `ServedStage`."""
 
+    still = False  # tiles of many requests come together
+
     def __init__(self, parts: Parts, gather: Gather, policy: Policy):
         super().__init__(parts, gather, policy)
         tower = parts.tower

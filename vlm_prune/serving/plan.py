@@ -79,6 +79,7 @@ FAMILIES = {
     "llava": llava_tiles,
     "qwen2_5_vl": qwen_tiles,
     "qwen3_vl": qwen_tiles,
+    "qwen3_vl_moe": qwen_tiles,
 }
 """``config.model_type`` of what can be pruned in vLLM, and the function that reads its geometry."""
 

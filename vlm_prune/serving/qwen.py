@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
+from vllm.model_executor.models import qwen2_5_vl, qwen3_vl, qwen3_vl_moe
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
@@ -229,3 +229,12 @@ class Qwen3Pruning(QwenPruning, qwen3_vl.Qwen3VLMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(Qwen3Pruning, info=Qwen3Info, dummy_inputs=Qwen3Dummies)
 class PrunedQwen3(PrunedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
     """Qwen3-VL."""
+
+
+class Qwen3MoeInfo(QwenInfo, qwen3_vl_moe.Qwen3VLMoeProcessingInfo):
+    """Qwen3-VL's limits, of a mixture of experts."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen3Pruning, info=Qwen3MoeInfo, dummy_inputs=Qwen3Dummies)
+class PrunedQwen3Moe(PrunedQwen, qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL, a mixture of experts."""
