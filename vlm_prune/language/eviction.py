@@ -73,18 +73,22 @@ class Eviction:
                 continue
             if id(rows) not in reached:
                 reached[id(rows)] = _reached(final, rows)
-            remaining = reached[id(rows)]
             keys, values = (x[:, :, -rows.count :] for x in read(stored.inner, stored.physical))
+            device = keys.device  # of this layer, where the layers of a model are spread over several
+            visual, remaining = rows.visual.to(device), reached[id(rows)].to(device)
+            mask = None if rows.mask is None else rows.mask.to(device)
             keep: torch.Tensor | None = None
             for policy, _ in entries:
-                scores = {layer: x for (layer, owner), x in call.scores.items() if owner == id(policy)}
+                scores = {
+                    layer: x.to(device) for (layer, owner), x in call.scores.items() if owner == id(policy)
+                }
                 view = CacheView(
                     layer=number,
                     depth=self.depth,
-                    visual=rows.visual,
-                    valid=rows.mask,
+                    visual=visual,
+                    valid=mask,
                     remaining=remaining,
-                    target=targets[id(policy)],
+                    target=targets[id(policy)].to(device),
                     scores=scores.get(number),
                     all_scores=scores,
                     keys=keys,
@@ -102,7 +106,7 @@ class Eviction:
                         trimmed[key] = stored_index(rows, final, stored.physical)
                     trim(stored, rows, final, trimmed[key])
             elif keep is not None:
-                lives[number] = _live(keep, rows.visual, rows.mask)
+                lives[number] = _live(keep, visual, mask).to(rows.order.device)
             if self.steps:
                 stored.state |= {_target_of(p): targets[id(p)] for p, _ in entries}
         self._remember(cache, left)
