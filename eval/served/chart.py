@@ -13,7 +13,7 @@ MARKERS = {"dense": "o", "pruned": "s"}
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Times over the rate of arrivals, requests per second at saturation, and images per GiB, as a PNG."""
+    """Times against the arrival rate, requests per second at saturation, and images per GiB, as a PNG."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 4, width_ratios=[3, 3, 2, 2])
