@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 axis.plot(rates, times, style, color=colour, marker=MARKERS[name], label=label)
         axis.set(title=title, xlabel="requests arriving per second", ylim=(0, None))
         axis.legend(fontsize=7)
-    bars = (
+    bars: tuple[tuple[Any, str, Callable[[dict[str, Any]], float]], ...] = (
         (axes[2], "requests/s at saturation", lambda side: side["points"][-1]["per_second"]),
         (axes[3], "images per GiB of KV cache", lambda side: side["images_per_gib"]),
     )

@@ -115,12 +115,9 @@ def good_cases(scenes: int) -> list[Case]:
         images = [make_scene((number, part)).image for part in range(number % 2 + 1)]
         for budget in BUDGETS:
             given = budget or {"tokens": PLAN["tokens"]}
-            body = chat(
-                [encoded(image) for image in images],
-                max_tokens=NEW_TOKENS,
-                add_special_tokens=True,  # the test model's template writes no <s>
-                **({} if budget is None else {"vlm_prune": budget}),
-            )
+            asked: dict[str, Any] = {} if budget is None else {"vlm_prune": budget}
+            asked["add_special_tokens"] = True  # the test model's template writes no <s>
+            body = chat([encoded(image) for image in images], max_tokens=NEW_TOKENS, **asked)
             with pruned(model, PLAN["policy"], **given):
                 words, prompt = _answer(model, processor, body, images)
             cases.append(Case("good", body, 200, words, prompt))
@@ -155,7 +152,7 @@ def bad_cases() -> list[Case]:
         ("many", "sets its own budget"),
         ([], "sets its own budget"),
     ]
-    short = {"max_tokens": NEW_TOKENS}
+    short: dict[str, Any] = {"max_tokens": NEW_TOKENS}
     cases = [
         Case("wrong budget", chat([scene], vlm_prune=budget, **short), 400, words)
         for budget, words in budgets

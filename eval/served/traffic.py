@@ -114,7 +114,7 @@ def send(url: str, dues: list[float], new_tokens: int, seed: int) -> list[Took]:
     Raises:
         OSError: the server refuses a request.
     """
-    more = {"max_tokens": new_tokens, "ignore_eos": True, "stream": True}
+    more: dict[str, Any] = {"max_tokens": new_tokens, "ignore_eos": True, "stream": True}
     more["stream_options"] = {"include_usage": True}
     bodies = [chat([scene_url(seed, number)], **more) for number in range(len(dues))]
     return asyncio.run(_all(url, bodies, dues))

@@ -35,7 +35,7 @@ def take_budgets() -> None:
         validate(mm_processor_kwargs=rest or None, **others)
 
     trusting.stock = validate  # type: ignore[attr-defined]
-    module.validate_request_mm_kwargs = trusting
+    vars(module)["validate_request_mm_kwargs"] = trusting
 
 
 def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
