@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from tests.models import IMAGE, TEXT, make, prompt
 from tests.policy_checks import CLOSE, RAGGED, generate, tiny
-from vlm_prune import PolicyError, UnsupportedCallError, prune, pruned
+from vlm_prune import PolicyError, UnsupportedCallError, prune, pruned, unprune
 from vlm_prune.eval.census.prompts import prompt as some_prompt
 from vlm_prune.eval.census.shrink import tiny_model
 from vlm_prune.policies.contrast import contrasted, implausible
@@ -249,6 +249,20 @@ def test_guiding_without_a_cache():
         with pruned(model, policy):
             cached = generate(model, row.inputs).sequences
             assert torch.equal(generate(model, row.inputs, use_cache=False).sequences, cached)
+
+
+@pytest.mark.parametrize("policy", ["vcd", "pai", "dola"])
+def test_a_deep_copy_is_guided_by_itself(policy):
+    model, row = make("llava"), prompt("llava", [(3, -1, 5)])
+    stock = model(**row.inputs).logits
+    prune(model, policy)
+    ours, twin = model(**row.inputs).logits, copy.deepcopy(model)
+    unprune(model)
+    for weight in model.parameters():
+        weight.zero_()
+    assert torch.equal(twin(**row.inputs).logits, ours)
+    unprune(twin)
+    assert torch.equal(twin(**row.inputs).logits, stock)
 
 
 def test_refusals():

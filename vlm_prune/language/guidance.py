@@ -65,7 +65,8 @@ class Guidance:
     """The hooks on a model for the policy that guides its decoding."""
 
     def __init__(self, model: Any, anatomy: Anatomy, policy: Policy, session: Any):
-        self.model, self.anatomy, self.policy, self.session = model, anatomy, policy, session
+        self.session = session  # first: a deep copy gets here before any other part, and copies in this order
+        self.model, self.anatomy, self.policy = model, anatomy, policy
         self.early = tuple(sorted(policy.early_layers(len(anatomy.decoder_layers))))
 
     def install(self, handles: list[Any]) -> None:
