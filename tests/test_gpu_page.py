@@ -12,9 +12,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from vlm_prune.eval.bench import gpu
+from vlm_prune.eval.bench import bars, gpu
 
-TITLES = ["CUDA tests", "Against the CPU", "Kernels", "Whole calls", "Answers"]
+TITLES = ["CUDA tests", "Against the CPU", "Kernels", "Whole calls", "Captured calls", "Answers"]
 
 
 def run(*options):
@@ -43,7 +43,7 @@ def test_every_section_runs(tmp_path):
         assert not section["failed"] + section["left_out"]
         assert len({tuple(row) for row in section["rows"]}) == 1, "all rows of a table have the same columns"
         assert f"## {section['title']}" in page
-    tests, correct, kernels, whole, answers = (section["rows"] for section in stored["sections"])
+    tests, correct, kernels, whole, graphs, answers = (section["rows"] for section in stored["sections"])
     assert tests[0]["failed"] == 0
     assert [row["same"] for row in correct] == [row["cells"] for row in correct] == [2]
     assert {"close_holes", "merge_rows", "attention_mass"} <= {row["op"] for row in kernels}
@@ -52,7 +52,12 @@ def test_every_section_runs(tmp_path):
         ("uniform", 1),
         ("flowcut", 1),
     ]
+    assert [row["policy"] for row in graphs] == ["dense", "none", "uniform"]
+    assert all("need a CUDA device" in row["eager"] for row in graphs[1:]), (
+        "nothing is captured on a CPU, and the page says so"
+    )
     assert {row["batch"] for row in answers} == {1, 2}
+    assert (tmp_path / "dry-run-on-a-cpu.png").stat().st_size > 1000
     assert stored["facts"]["commit"] == "abc"
     assert f"torch {torch.__version__}" in page
 
@@ -137,3 +142,28 @@ def test_it_starts_where_few_packages_are():
     unexpected = {"matplotlib", "pandas", "scipy", "datasets", "torchvision", "hypothesis", "pycocotools"}
     assert "vlm_prune" in foreign
     assert not foreign & unexpected
+
+
+def test_bars_are_over_the_eager_stock_call_of_the_same_batch(tmp_path):
+    whole = [
+        {"policy": "dense", "batch": 1, "wall ms": 40.0, "peak MiB": 100.0},
+        {"policy": "uniform", "batch": 1, "wall ms": 50.0, "peak MiB": 25.0},
+        {"policy": "flowcut", "batch": 16, "wall ms": 50.0},
+    ]
+    graphs = [
+        {"policy": "dense", "batch": 1, "wall ms": 20.0, "captured": ""},
+        {"policy": "none", "batch": 1, "wall ms": 10.0, "captured": "vision tower"},
+        {"policy": "uniform", "batch": 1, "wall ms": 5.0, "captured": "vision tower"},
+        {"policy": "flowcut", "batch": 1, "wall ms": 30.0, "captured": ""},
+    ]
+    sections = [{"title": "Whole calls", "rows": whole}, {"title": "Captured calls", "rows": graphs}]
+    page = {"title": "a card", "facts": {"commit": "abc", "calls": "x"}, "sections": sections}
+    rows = bars.whole_calls(page)
+    assert bars.over_stock(rows, "wall ms") == {
+        "batch 1, eager": {"uniform": 1.25},
+        "batch 1, captured": {"none": 0.5, "uniform": 0.25},
+    }
+    assert bars.over_stock(rows, "peak MiB") == {"batch 1, eager": {"uniform": 0.25}}
+    (tmp_path / "card.json").write_text(json.dumps(page))
+    bars.main([str(tmp_path / "card.json")])
+    assert (tmp_path / "card.png").stat().st_size > 1000

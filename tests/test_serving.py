@@ -155,9 +155,9 @@ def test_policies_that_vllm_has_no_place_for_say_why(name):
         check_served(policy_class(name)())
         return
     reason = {
-        "cdpruner": "knows no question",
+        "cdpruner": "does not know the question",
         "downsample": "smaller image",
-        "mmtok": "knows no question",
+        "mmtok": "does not know the question",
         "none": "stock model",
         "mustdrop": "block table",
         "prumerge": "layer after the consumed one",

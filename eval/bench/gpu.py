@@ -28,6 +28,7 @@ import transformers
 import typer
 
 from vlm_prune import PruningError, __version__, pruned
+from vlm_prune.eval.bench.bars import draw
 from vlm_prune.eval.bench.calls import EVERYDAY, calls
 from vlm_prune.eval.bench.clock import interleaved, peak_bytes
 from vlm_prune.eval.bench.speed import answering
@@ -317,6 +318,37 @@ def whole_calls(machine: Machine, section: Section, plan: Plan) -> Iterator[Row]
             section.left_out.append(f"batch {batch}: it does not fit into the memory of this card")
 
 
+CAPTURED: Plan = {
+    1: (5, ("uniform", "divprune", "visionzip", "agilepruner", "flowcut")),
+    16: (3, ("uniform", "flowcut")),
+}
+"""Batch -> rounds and policies of the captured calls; "none", the stock model captured, comes with each batch."""
+
+
+def captured_calls(machine: Machine, section: Section, plan: Plan) -> Iterator[Row]:
+    """Whole calls whose tower and prefill are captured, over eager and over captured stock in the same rounds."""
+    subject, tokens = built(machine.device)
+    for batch, (rounds, policies) in plan.items():
+        try:
+            for call in calls(subject.batched(batch), policies, tokens, rounds, machine.device, capture=True):
+                parts = call.captured or {}
+                yield {
+                    "policy": call.policy,
+                    "batch": batch,
+                    "wall ms": call.wall_ms,
+                    "over stock": call.wall_over_dense,
+                    "over captured stock": call.wall_over_captured,
+                    "peak MiB": call.peak_bytes / 2**20,
+                    "captured": ", ".join(part for part, how in parts.items() if how == "captured"),
+                    "eager": "; ".join(f"{part} {how}" for part, how in parts.items() if how != "captured"),
+                }
+                if machine.left < 0:
+                    section.left_out.append(f"what follows {call.policy} at batch {batch}, for want of time")
+                    return
+        except torch.OutOfMemoryError:
+            section.left_out.append(f"batch {batch}: it does not fit into the memory of this card")
+
+
 @torch.no_grad()
 def answers(machine: Machine, section: Section, batches: Sequence[int], new: int) -> Iterator[Row]:
     """Requests and tokens a second of ``generate``, interleaved with stock."""
@@ -354,12 +386,14 @@ Measure = Callable[[Machine, Section], Iterator[Row]]
 def sections(dry: bool) -> list[tuple[str, Measure, float]]:
     """Title, what measures it, and its share of the time; what an earlier one does not use falls to the next."""
     plan: Plan = {1: (1, ("uniform", "flowcut")), 2: (1, ("uniform",))} if dry else PLAN
+    graphs: Plan = {1: (1, ("uniform",))} if dry else CAPTURED
     batches, new = ((1, 2), 2) if dry else (tuple(PLAN), 34)
     return [
         ("CUDA tests", tests, 0.15),
-        ("Against the CPU", correctness, 0.2),
+        ("Against the CPU", correctness, 0.15),
         ("Kernels", kernels, 0.05),
-        ("Whole calls", partial(whole_calls, plan=plan), 0.45),
+        ("Whole calls", partial(whole_calls, plan=plan), 0.35),
+        ("Captured calls", partial(captured_calls, plan=graphs), 0.15),
         ("Answers", partial(answers, batches=batches, new=new), 0.15),
     ]
 
@@ -375,6 +409,9 @@ SAYS = {
     "tower, and the stock language model on as few rows as `uniform` leaves. *Device ms* is the sum over all kernels "
     "and copies of one run; *launches* and *waits* (for a stream or an event) are the host's. Memory is above the "
     "weights.",
+    "Captured calls": "The same calls with `capture=True`: tower and prefill recorded once and replayed. *Over stock* "
+    "is over the eager stock call, *over captured stock* over that of `none` captured, in the same rounds. *Eager* "
+    "says which parts were not captured, and why.",
     "Answers": "`generate` at the same shapes, greedy, with the dynamic cache.",
 }
 
@@ -426,7 +463,16 @@ def facts(card: str, commit: str | None) -> dict[str, str]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": f"vlm_prune {__version__}, torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
+        "calls": "LLaVA-1.5-7B's shapes, 576 -> 64 visual tokens, bf16",
     }
+
+
+def picture(page: Page) -> str:
+    """Draw the page's bars beside it, if this machine has matplotlib; returns what to add to the list of files."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"; draw the bars elsewhere: python -m vlm_prune.eval.bench.bars {page.path}.json"
+    stored = json.loads(page.path.with_suffix(".json").read_text(encoding="utf-8"))
+    return f", {page.path}.png" if draw(stored, page.path.with_suffix(".png")) else ""
 
 
 def main(
@@ -454,10 +500,10 @@ def main(
     sys.path.insert(0, "")  # for the models of the tests
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     card = "dry run on a CPU" if dry_run else torch.cuda.get_device_name()
-    about = facts(card, commit) | ({"figures": "mean nothing; sizes are tiny"} if dry_run else {})
+    about = facts(card, commit) | ({"figures": "mean nothing", "calls": "tiny sizes"} if dry_run else {})
     page = Page(out / card.lower().replace(" ", "-"), card, about)
     measure(page, "cpu" if dry_run else "cuda", minutes)
-    typer.echo(f"{page.path}.md, {page.path}.json")
+    typer.echo(f"{page.path}.md, {page.path}.json{picture(page)}")
     if any(section.failed for section in page.sections):
         raise typer.Exit(1)
 

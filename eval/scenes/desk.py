@@ -1,7 +1,7 @@
-"""Desks: scenes with what decides in practice, beside a few objects: a sign to read, a chart, tiny objects, clutter.
+"""Desks: scenes with a few objects and what is hard in practice: a sign to read, a chart, tiny objects, clutter.
 
-Words are of three letters and differ in one (cat, car, cap), so that a sign is read only where every
-character is seen. Bars of a chart differ in height by a patch at least.
+Words have three letters and differ in one (cat, car, cap), so a sign can be read only if every character is seen.
+Bars of a chart differ in height by at least one patch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ CHARACTERS = "0123456789" + "".join(sorted({letter for word in SIGN_WORDS for le
 """Characters of signs: digits, and the letters of `SIGN_WORDS`."""
 
 TINY = 7.0
-"""Objects of a smaller radius (pixels) are tiny: hardly more than one patch."""
+"""Objects with a smaller radius (in pixels) are tiny: hardly larger than one patch."""
 
 SIGN_RATE, CHART_RATE, CLUTTER_RATE = 0.75, 0.4, 0.4
-"""Share of the desks that have a sign, a chart, clutter."""
+"""Shares of the desks that have a sign, a chart, clutter."""
 
 TINY_RATE = 0.3
 """Share of the objects that are tiny."""
@@ -42,8 +42,8 @@ def make_desk(seed: int | Sequence[int], size: tuple[int, int] = (128, 128)) -> 
     """Draw one desk.
 
     Args:
-        seed: fixes it completely.
-        size: width and height in pixels, each a multiple of 8, 128 at least.
+        seed: fixes the desk completely.
+        size: width and height in pixels, each a multiple of 8 and at least 128.
     """
     if any(side < 128 or side % PATCH for side in size):
         raise ValueError(
@@ -78,7 +78,7 @@ def make_desks(count: int, seed: int, sizes: Sequence[tuple[int, int]] = ((128, 
 
 
 BAR, GAP, LEVEL = 8, 3, 8
-"""Width of a bar, the room between two, and the step between heights, in pixels."""
+"""Width of a bar, the gap between two bars, and the step between heights, in pixels."""
 
 
 @cache
@@ -104,7 +104,7 @@ def _free(box: Box, taken: Sequence[Box]) -> bool:
 def _spot(
     rng: np.random.Generator, across: int, down: int, canvas: np.ndarray, taken: list[Box]
 ) -> tuple[int, int]:
-    """Left top corner of a free box of the given size, which is taken from now on."""
+    """Upper left corner of a free box of the given size, which is marked as taken."""
     height, width = canvas.shape[:2]
     while True:
         left, top = int(rng.integers(1, width - across)), int(rng.integers(1, height - down))
@@ -115,7 +115,7 @@ def _spot(
 
 
 def _write_sign(rng: np.random.Generator, canvas: np.ndarray, taken: list[Box]) -> tuple[Glyph, ...]:
-    """Paint a plate with a number of two or three digits, or a word."""
+    """Paint a sign with a number of two or three digits, or a word."""
     if rng.random() < 0.5:
         text = "".join(str(digit) for digit in rng.integers(0, 10, int(rng.integers(2, 4))))
     else:
@@ -132,7 +132,7 @@ def _write_sign(rng: np.random.Generator, canvas: np.ndarray, taken: list[Box]) 
     middle = down / 2
     centers = [2 + advance * (index + 0.5) for index in range(len(text))]
     for character, x in zip(text, centers, strict=True):
-        # a common baseline, as letters of a word have
+        # a common baseline, as for letters of a word
         pen.text((x, middle + 0.36 * size), character, fill=255, font=_font(size), anchor="ms")
     alpha = np.asarray(mask, np.float32)[..., None] / 255
     canvas[top : top + down, left : left + across] = plate + alpha * (ink - plate)
@@ -142,7 +142,7 @@ def _write_sign(rng: np.random.Generator, canvas: np.ndarray, taken: list[Box]) 
 
 
 def _draw_chart(rng: np.random.Generator, canvas: np.ndarray, taken: list[Box]) -> tuple[Bar, ...]:
-    """Paint a panel with three or four bars; heights differ by `LEVEL` at least."""
+    """Paint a panel with three or four bars; heights differ by at least `LEVEL`."""
     count = int(rng.integers(3, 5))
     across, down = count * (BAR + GAP) + GAP, 5 * LEVEL + 4
     left, top = _spot(rng, across, down, canvas, taken)
@@ -161,7 +161,7 @@ def _draw_chart(rng: np.random.Generator, canvas: np.ndarray, taken: list[Box]) 
 def _place_objects(
     rng: np.random.Generator, count: int, taken: Sequence[Box], width: int, height: int
 ) -> tuple[SceneObject, ...]:
-    """Free spots for `count` objects, left to right; some may find none."""
+    """Free spots for up to `count` objects, left to right; fewer where there is no room."""
     colors, placed = tuple(COLORS), list[SceneObject]()
     for name in draw_names(rng, count):
         tiny = rng.random() < TINY_RATE
@@ -180,7 +180,7 @@ def _place_objects(
 
 
 def _draw_clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Paint strokes and dots of dull colours, in place."""
+    """Paint strokes and dots in dull colours, in place."""
     height, width = canvas.shape[:2]
     layer = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(layer)

@@ -21,8 +21,8 @@ def pope_questions(scenes: Sequence[Scene], split: str, seed: int) -> list[dict[
     """POPE questions about `scenes`, built by the rules of the official code.
 
     Per scene with at least three distinct objects: the first three, each followed by an absent object that
-    was not asked before. The absent one is drawn uniformly (`random`), is the most frequent (`popular`), or
-    goes most often with the object just asked (`adversarial`).
+    was not asked about before. The absent one is drawn uniformly (`random`), is the most frequent (`popular`), or
+    appears most often with the object just asked about (`adversarial`).
 
     Returns:
         Dictionaries: `question_id` from 1, `image` (position in `scenes`), `text`, `label` (yes/no),

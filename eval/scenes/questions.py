@@ -1,7 +1,7 @@
 """Questions about scenes and desks whose answers are true by construction, by category.
 
-A kind of question is a function of what is visible and of all there is: a model in training is asked only
-about what its kept visual tokens can show, an evaluation about everything.
+A kind of question is a function of the visible parts and of all parts: training asks a model only about what
+its kept visual tokens can show, an evaluation asks about everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom lef
 EXISTENCE = "Is there {} in the image?"
 
 APART = 12.0
-"""Objects whose centres differ by less (pixels, across) are not asked for left and right."""
+"""Objects whose centres differ by fewer pixels across are not compared as left and right."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class View:
-    """What is asked about.
+    """What questions are about.
 
     Attributes:
-        visible: the parts that can be seen, in the order of `parts`.
+        visible: the visible parts, in the order of `parts`.
         parts: all parts of the scene.
         size: width and height of the scene in pixels.
     """
@@ -83,7 +83,7 @@ def place(item: SceneObject, size: tuple[int, int]) -> str:
 
 
 def existence(rng: np.random.Generator, view: View) -> Turn:
-    """Whether an object is there; absent ones are often partners of those that are."""
+    """Whether an object is there; absent ones are often partners of present ones."""
     names = [item.shape for item in view.seen]
     there = {item.shape for item in view.objects}
     absent = [name for name in SHAPES if name not in there]
@@ -118,7 +118,7 @@ def tiny(rng: np.random.Generator, view: View) -> Turn | None:
 
 
 def counting(rng: np.random.Generator, view: View) -> Turn | None:
-    """How many objects, or objects of one shape, there are."""
+    """The number of objects, or of objects of one shape."""
     if len(view.seen) < len(view.objects):
         return None
     if rng.random() < 0.5 or not view.objects:
@@ -129,7 +129,7 @@ def counting(rng: np.random.Generator, view: View) -> Turn | None:
 
 
 def where(rng: np.random.Generator, view: View) -> Turn | None:
-    """In which cell of a 3 x 3 grid an object lies."""
+    """The cell of a 3 x 3 grid that an object is in."""
     found = view.unique("shape")
     if not found:
         return None
@@ -138,7 +138,7 @@ def where(rng: np.random.Generator, view: View) -> Turn | None:
 
 
 def side(rng: np.random.Generator, view: View) -> Turn | None:
-    """Whether one object is left (or right) of another."""
+    """Whether one object is to the left (or right) of another."""
     found = view.unique("shape")
     pairs = [(a, b) for a in found for b in found if abs(a.x - b.x) > APART]
     if not pairs:
@@ -181,7 +181,7 @@ CATEGORIES: dict[str, Kind] = {
     "clutter": attribute,
     "objects": attribute,
 }
-"""What an evaluation asks of a desk. "clutter" and "objects" ask alike, of desks with and without clutter."""
+"""What an evaluation asks about a desk; "clutter" and "objects" ask the same, with and without clutter."""
 
 
 def desk_questions(scenes: Sequence[Scene], seed: int) -> list[tuple[int, str, Turn]]:

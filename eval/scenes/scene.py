@@ -2,10 +2,10 @@
 
 A scene is a textured background with a few coloured shapes. Shapes are drawn from a long-tailed prior and
 come in co-occurring pairs (a star often brings a moon), so that the random, popular and adversarial splits
-of POPE differ by construction. These are procedural scenes: nothing here is, or stands for, a COCO image.
+of POPE differ by construction. These are procedural scenes: nothing here is, or represents, a COCO image.
 
 Every pixel knows its object, so labels, boxes and patch masks are exact. A seed (an integer or a sequence of
-integers) fixes a scene completely. `desk.py` adds what is to be read: signs, charts, tiny objects, clutter.
+integers) fixes a scene completely. `desk.py` adds signs, charts, tiny objects and clutter.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Bar:
 
 
 Part = SceneObject | Glyph | Bar
-"""Whatever owns pixels of a scene."""
+"""Anything that owns pixels of a scene."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Scene:
         index_map: int8 `(height, width)`, the part (position in `parts`) at a pixel, -1 for background.
         sign: the characters of its sign in reading order, if it has one.
         chart: the bars of its chart, left to right, if it has one.
-        cluttered: whether strokes that mean nothing lie around.
+        cluttered: whether there are meaningless strokes.
     """
 
     image: Image.Image

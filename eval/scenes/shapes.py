@@ -22,7 +22,7 @@ SHAPES = (
     "house",
     "crown",
 )
-"""Object names, the likelier first. Neighbours (0, 1), (2, 3), ... are co-occurring partners."""
+"""Object names, the most likely first. Pairs (0, 1), (2, 3), ... are co-occurring partners."""
 
 COLORS = {
     "red": (214, 40, 40),

@@ -1,1 +1,1 @@
-"""A vLLM server under load: measured dense against pruned, and tried for a long time."""
+"""A vLLM server under load: dense and pruned servers measured, and a pruned one tested for a long time."""

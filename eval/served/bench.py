@@ -1,4 +1,4 @@
-"""The same requests to a dense and to a pruned server: times, requests per second, and what the KV cache holds."""
+"""The same requests to a dense and to a pruned server: times, requests per second, and use of the KV cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent.
+    """The requests to send.
 
     Attributes:
-        rates: requests per second, on average, each measured by itself.
-        requests: of each measurement.
-        new_tokens: of each answer.
-        seed: of images and arrival times.
+        rates: requests per second, on average, each in a separate measurement.
+        requests: in each measurement.
+        new_tokens: in each answer.
+        seed: for images and arrival times.
     """
 
     rates: tuple[float, ...] = (0.5, 1.0)
@@ -36,7 +36,7 @@ class Load:
     def __post_init__(self) -> None:
         if self.requests < 1 or self.new_tokens < 2:
             raise ValueError(
-                "choose at least one request, and two new tokens, between which time can be taken"
+                "choose at least one request, and two new tokens, so that the time between them can be measured"
             )
         if any(rate <= 0 for rate in self.rates):
             raise ValueError(f"--rate {min(self.rates)}: choose a number of requests per second above 0")
@@ -68,12 +68,12 @@ class Side:
 
     @property
     def images_per_gib(self) -> float:
-        """How many prompts with an image a GiB of KV cache holds."""
+        """How many prompts with an image fit into a GiB of KV cache."""
         return 2**30 / self.image_bytes
 
 
 def kv_bytes(config: Any, dtype_bytes: int) -> int:
-    """Bytes that a token takes in the KV cache of a decoder of full attention, of all layers."""
+    """Bytes of a token in the KV cache, over all layers of a decoder with full attention."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -81,7 +81,7 @@ def kv_bytes(config: Any, dtype_bytes: int) -> int:
 
 
 class CacheWatch:
-    """The most tokens that the KV cache holds while its block lasts, asked for a few times a second."""
+    """The peak use of the KV cache within its block, polled a few times a second."""
 
     def __init__(self, server: Server):
         self.server, self.most, self.over = server, 0.0, threading.Event()
@@ -104,7 +104,7 @@ class CacheWatch:
 
 
 def point(rate: float | None, took: Sequence[Took], cached: int) -> Point:
-    """What a measurement says."""
+    """The figures of a measurement."""
     span = max(one.end for one in took) - min(one.due for one in took)
 
     def spread(of: Callable[[Took], float]) -> dict[int, float]:
@@ -117,13 +117,13 @@ def point(rate: float | None, took: Sequence[Took], cached: int) -> Point:
 
 
 def measure(server: Server, load: Load, token_bytes: int, say: Callable[[str], None]) -> Side:
-    """All measurements of a server that is up; it is warmed up first."""
+    """All measurements of a running server, after a warm-up."""
     side = Side(server.plan, cache_room=server.cache_tokens())
     warm = send(server.url, [0.0] * 2, load.new_tokens, seed=load.seed + 1)
     side.prompt = warm[0].prompt
     side.image_bytes = (side.prompt + load.new_tokens) * token_bytes
     for number, rate in enumerate([*load.rates, None]):
-        seed = load.seed + 2 + number  # images that no cache has seen, the same for both servers
+        seed = load.seed + 2 + number  # images that are in no cache, the same for both servers
         dues = [0.0] * load.requests if rate is None else poisson(load.requests, rate, seed)
         with CacheWatch(server) as watch:
             took = send(server.url, dues, load.new_tokens, seed)
@@ -143,7 +143,7 @@ def compare(
     dtype_bytes: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure a dense server, then a pruned one: what ``bench.json`` holds."""
+    """Measure a dense server, then a pruned one; returns the content of ``bench.json``."""
     token_bytes = kv_bytes(AutoConfig.from_pretrained(model), dtype_bytes)
     sides = {}
     for name, asked in (("dense", None), ("pruned", plan)):
@@ -153,9 +153,9 @@ def compare(
     dense, pruned = sides["dense"], sides["pruned"]
     if pruned.prompt >= dense.prompt:
         raise OSError(
-            f"the server that was to prune had prompts of {pruned.prompt} tokens, the dense one of {dense.prompt}: the "
-            "plug-in was not found, or the budget is all there is. vLLM finds it once this package is installed with "
-            "pip, in the same environment."
+            f"prompts have {pruned.prompt} tokens on the server that should prune, {dense.prompt} on the dense one: "
+            "vLLM did not find the plug-in, or the budget keeps all tokens. Install this package with pip in vLLM's "
+            "environment."
         )
     return {
         "model": str(model),

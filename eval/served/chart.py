@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ MARKERS = {"dense": "o", "pruned": "s"}
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Times over the rate of arrivals, requests per second at saturation, and images per GiB, as a PNG."""
+    """Times against the arrival rate, requests per second at saturation, and images per GiB, as a PNG."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 4, width_ratios=[3, 3, 2, 2])
@@ -30,7 +31,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 axis.plot(rates, times, style, color=colour, marker=MARKERS[name], label=label)
         axis.set(title=title, xlabel="requests arriving per second", ylim=(0, None))
         axis.legend(fontsize=7)
-    bars = (
+    bars: tuple[tuple[Any, str, Callable[[dict[str, Any]], float]], ...] = (
         (axes[2], "requests/s at saturation", lambda side: side["points"][-1]["per_second"]),
         (axes[3], "images per GiB of KV cache", lambda side: side["images_per_gib"]),
     )

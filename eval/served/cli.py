@@ -17,7 +17,7 @@ app = typer.Typer()
 
 
 def check_vllm() -> None:
-    """Raise where there is no vLLM."""
+    """Raise if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise ImportError('vLLM is not installed: pip install "vlm-prune[vllm]", see docs/serving.md')
 
@@ -28,7 +28,7 @@ def bench_serving(
         str | None, typer.Option(help="Folder or name of a checkpoint; default tiny-llava.")
     ] = None,
     wide: Annotated[
-        int | None, typer.Option(help="A LLaVA of random weights instead, with a decoder of this width.")
+        int | None, typer.Option(help="Instead a LLaVA with random weights and a decoder of this width.")
     ] = None,
     policy: Annotated[str, typer.Option(help="Of the encode stage.")] = "flowcut",
     tokens: Annotated[int | None, typer.Option(help="Per tile; default 64, unless --ratio is given.")] = None,
@@ -38,9 +38,9 @@ def bench_serving(
     ] = None,
     requests: Annotated[int, typer.Option(help="Of each measurement.")] = 32,
     new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of images and times of arrival.")] = 0,
+    seed: Annotated[int, typer.Option(help="For images and arrival times.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    server: Annotated[str, typer.Option(help="Further options of both servers, in one string.")] = "",
+    server: Annotated[str, typer.Option(help="Further options for both servers, in one string.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.png and logs.")] = Path(
         "runs/bench-serving"
     ),
@@ -93,14 +93,14 @@ def bench_serving(
 @app.command("soak-serving")
 def soak_serving(
     minutes: Annotated[float, typer.Option(help="How long.")] = 10,
-    kill_every: Annotated[float, typer.Option(help="Minutes between kills of the engine; 0: none.")] = 4,
+    kill_every: Annotated[float, typer.Option(help="Minutes between kills of the engine; 0: never.")] = 4,
     clients: Annotated[int, typer.Option(help="That send at once.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the choice of requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="For the choice of requests.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for soak.json and the server's log.")] = Path(
         "runs/soak-serving"
     ),
 ) -> None:
-    """Try a pruned vLLM server for a long time: good and bad requests, cut-off streams, a killed engine.
+    """Test a pruned vLLM server for a long time: good and bad requests, aborted streams, a killed engine.
 
     Exits with 1 if an answer was wrong, the server died by itself, or its memory grew.
     """
@@ -118,7 +118,7 @@ def soak_serving(
         f"{found['restarts']} restarts, {found['lost_to_restarts']} requests lost to them; memory grew by "
         + (
             ", ".join(f"{share:.1%}" for share in found["memory_growth"])
-            or "an amount that took too short to say"
+            or "an unknown amount: the soak was too short to measure it"
         )
     )
     for line in found["wrong"][:20]:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible vLLM server in processes of its own, from its start until it is stopped."""
+"""An OpenAI-compatible vLLM server in separate processes: start, requests, stop."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from types import TracebackType
 from typing import Any
 
 START = 900
-"""Seconds in which a server has to be up."""
+"""Seconds after which a server that is not up has failed."""
 
 
 class Server:
-    """Serves ``model`` under the name ``served`` while its block lasts.
+    """Serves ``model`` under the name ``served`` within its block.
 
     Args:
         model: folder or name of a checkpoint.
-        plan: what ``hf_overrides`` say of pruning; ``None`` for a stock server.
-        log: file for what it writes.
-        options: further ones of the server's command line.
+        plan: the entry for pruning in ``hf_overrides``; ``None`` for a stock server.
+        log: file for its output.
+        options: further options for the server's command line.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Server:
         self.port = 0
 
     def start(self) -> None:
-        """Start it, and wait until it is well."""
+        """Start it, and wait until it is healthy."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -47,7 +47,7 @@ class Server:
         if self.plan is not None:
             command += ["--hf-overrides", json.dumps({"vlm_prune": self.plan})]
         environment = {
-            # on a CPU: the default is nine tenths of all memory, which is seldom there
+            # on a CPU the default is nine tenths of all memory, which is seldom free
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -60,14 +60,14 @@ class Server:
         for _ in range(START):
             if self.process.poll() is not None:
                 tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-                raise OSError(f"the server stopped as it started; its log, {self.log}, ends:\n{tail}")
+                raise OSError(f"the server stopped while starting; its log, {self.log}, ends:\n{tail}")
             if self.well():
                 return
             time.sleep(1)
         raise OSError(f"the server was not up after {START} seconds: see {self.log}")
 
     def stop(self) -> None:
-        """End it with all its processes."""
+        """Stop it and all its processes."""
         if self.process is None:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -103,7 +103,7 @@ class Server:
             return text
 
     def well(self) -> bool:
-        """Whether it says so."""
+        """Whether it reports that it is healthy."""
         try:
             self.read("/health")
         except OSError:
@@ -111,7 +111,7 @@ class Server:
         return True
 
     def metrics(self) -> dict[str, float]:
-        """What ``/metrics`` says, summed over labels."""
+        """The metrics of ``/metrics``, summed over labels."""
         found: dict[str, float] = {}
         for name, value in re.findall(
             r"^([a-zA-Z_:]+)(?:\{.*\})? (\S+)$", self.read("/metrics"), re.MULTILINE

@@ -1,8 +1,8 @@
-"""A pruned server under requests of all kinds, good and bad, for as long as wanted, with its engine killed in between.
+"""A pruned server under good and bad requests for a given time, with its engine killed now and then.
 
-Every answer is compared with what the pruned Hugging Face model says, every refusal with what it has to say. A killed
-engine ends its server, as vLLM means it to; the supervisor here starts it again, as one in production does. Requests
-that were under way then may fail, and no others. Memory is that of all processes of the server.
+Every answer is compared with that of the pruned Hugging Face model, every refusal with the expected message. A killed
+engine stops its server, as vLLM intends; a supervisor here restarts it, as one in production does. Only requests that
+are under way then may fail. Memory is that of all processes of the server.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ BUDGETS: tuple[dict[str, Any] | None, ...] = (
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8")
 NEW_TOKENS = 16
 GROWTH = 0.1
-"""What memory may grow by, between the second quarter of a server's life and the last, as a share."""
+"""Growth of memory that is allowed from the second quarter of a server's life to the last, as a share."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A request and what comes back.
+    """A request and the expected answer.
 
     Attributes:
-        kind: what it is.
+        kind: the kind of request.
         body: its JSON.
         status: of the answer.
-        words: that have to be in it: all of it for status 200, a part of the sentence else.
+        words: the whole answer for status 200, otherwise a part of the error message.
         prompt: tokens of the prompt.
     """
 
@@ -66,14 +66,14 @@ class Case:
 
 @dataclass
 class Report:
-    """What happened.
+    """The result of a soak.
 
     Attributes:
-        counts: of requests, by kind.
-        wrong: what should not have been, in words.
-        restarts: times that the engine was killed and the server started again.
+        counts: requests of each kind.
+        wrong: descriptions of what went wrong.
+        restarts: times that the engine was killed and the server restarted.
         lost: requests that were under way then.
-        memory: of each life of the server, MiB every few seconds.
+        memory: MiB every few seconds, a list for each life of the server.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -83,7 +83,7 @@ class Report:
     memory: list[list[float]] = field(default_factory=list)
 
     def growth(self) -> list[float]:
-        """Of each life of the server that was long enough to say: the share that its memory grew by."""
+        """The share by which memory grew in each life of the server that was long enough to measure it."""
         found = []
         for life in self.memory:
             quarter = len(life) // 4
@@ -108,19 +108,16 @@ class Report:
 
 @torch.no_grad()
 def good_cases(scenes: int) -> list[Case]:
-    """Requests with one image, two or none, and what the pruned Hugging Face model answers."""
+    """Requests with one image, two or none, with the answers of the pruned Hugging Face model."""
     model, processor = load_model(MODEL)
     cases = []
     for number in range(scenes):
         images = [make_scene((number, part)).image for part in range(number % 2 + 1)]
         for budget in BUDGETS:
             given = budget or {"tokens": PLAN["tokens"]}
-            body = chat(
-                [encoded(image) for image in images],
-                max_tokens=NEW_TOKENS,
-                add_special_tokens=True,  # the test model's template writes no <s>
-                **({} if budget is None else {"vlm_prune": budget}),
-            )
+            asked: dict[str, Any] = {} if budget is None else {"vlm_prune": budget}
+            asked["add_special_tokens"] = True  # the test model's template writes no <s>
+            body = chat([encoded(image) for image in images], max_tokens=NEW_TOKENS, **asked)
             with pruned(model, PLAN["policy"], **given):
                 words, prompt = _answer(model, processor, body, images)
             cases.append(Case("good", body, 200, words, prompt))
@@ -142,7 +139,7 @@ def _answer(model: Any, processor: Any, body: dict[str, Any], images: list[Any])
 
 
 def bad_cases() -> list[Case]:
-    """Requests that have to be refused, and one of an image that is merely large."""
+    """Requests that have to be refused, and one with an image that is merely large."""
     scene = encoded(make_scene((0, 0)).image)
     bomb = encoded(Image.new("1", (16000, 16000)))
     url = "data:image/png;base64,"
@@ -155,7 +152,7 @@ def bad_cases() -> list[Case]:
         ("many", "sets its own budget"),
         ([], "sets its own budget"),
     ]
-    short = {"max_tokens": NEW_TOKENS}
+    short: dict[str, Any] = {"max_tokens": NEW_TOKENS}
     cases = [
         Case("wrong budget", chat([scene], vlm_prune=budget, **short), 400, words)
         for budget, words in budgets
@@ -165,22 +162,22 @@ def bad_cases() -> list[Case]:
         *cases,
         Case("malformed image", chat([url + "bm90IGFuIGltYWdl"], **short), 400, ""),
         Case("malformed image", chat([truncated], **short), 400, ""),
-        # vLLM takes Pillow's refusal for a fault of its own: 500, and goes on
+        # vLLM reports Pillow's refusal as an internal error, 500, and keeps running
         Case("oversize image", chat([bomb], **short), 500, ""),
         Case("too many images", chat([scene] * 20, vlm_prune={"tokens": 128}, **short), 400, ""),
     ]
 
 
 class Soak:
-    """Clients of one server, its supervisor, and a scale.
+    """The clients of one server, its supervisor, and a watch on its memory.
 
     Args:
-        seconds: how long.
+        seconds: how long to run.
         kill_every: seconds between kills of the engine; 0 for none.
-        clients: that send at once.
+        clients: number of clients that send at the same time.
         folder: for logs and the report.
-        seed: of the choice of requests.
-        say: told how it goes.
+        seed: for the choice of requests.
+        say: called with progress messages.
     """
 
     def __init__(
@@ -206,7 +203,7 @@ class Soak:
 
     def run(self) -> dict[str, Any]:
         """Soak, and write ``soak.json``."""
-        self.say("asking the Hugging Face model")
+        self.say("computing expected answers with the Hugging Face model")
         self.good, self.bad = good_cases(6), bad_cases()
         self.say("starting the server")
         try:
@@ -229,7 +226,7 @@ class Soak:
             for task in others:
                 task.cancel()
         if not self.server.well():
-            self.report.wrong.append("the server was not well at the end")
+            self.report.wrong.append("the server was not healthy at the end")
 
     async def _client(self, session: aiohttp.ClientSession) -> None:
         while time.monotonic() < self.end:
@@ -245,7 +242,7 @@ class Soak:
             if trouble and (life != self.life or not self.up.is_set()):
                 self.report.lost += 1
             elif trouble:
-                # an engine that dies is noticed by its clients before its supervisor
+                # clients notice a dead engine before the supervisor does
                 await asyncio.sleep(3)
                 if life == self.life and self.up.is_set():
                     self.report.wrong.append(f"{kind}: {trouble}")
@@ -253,7 +250,7 @@ class Soak:
                     self.report.lost += 1
 
     async def _ask(self, session: aiohttp.ClientSession, case: Case) -> str:
-        """What is wrong with the answer; nothing, hopefully."""
+        """What is wrong with the answer, or an empty string."""
         async with session.post(f"{self.server.url}/v1/chat/completions", json=case.body) as answer:
             text = await answer.text()
             if answer.status != case.status:
@@ -268,7 +265,7 @@ class Soak:
             return "" if right else f"{said!r} for a prompt of {prompt}, not {case.words!r} for {case.prompt}"
 
     async def _cut_off(self, session: aiohttp.ClientSession, case: Case) -> str:
-        """Open a stream, read a little of it, and leave."""
+        """Open a stream, read a little of it, and close the connection."""
         body = {**case.body, "stream": True, "max_tokens": 200, "ignore_eos": True}
         async with session.post(f"{self.server.url}/v1/chat/completions", json=body) as answer:
             if answer.status != 200:
@@ -288,13 +285,13 @@ class Soak:
                     continue
 
     async def _kill(self) -> None:
-        """Kill the engine now and then; start the server again whenever it has ended."""
+        """Kill the engine now and then; restart the server whenever it has stopped."""
         due = time.monotonic() + (self.kill_every or float("inf"))
         while True:
             await asyncio.sleep(0.5)
             process = self.server.process
             if process is not None and process.poll() is not None:
-                self.report.wrong.append(f"the server ended by itself, with {process.returncode}")
+                self.report.wrong.append(f"the server stopped by itself, with exit code {process.returncode}")
                 await self._restart()
             elif process is not None and time.monotonic() > due and time.monotonic() < self.end - 30:
                 due = time.monotonic() + self.kill_every
@@ -305,7 +302,7 @@ class Soak:
                 try:
                     await asyncio.to_thread(process.wait, 60)
                 except Exception:
-                    self.report.wrong.append("the server did not end with its engine")
+                    self.report.wrong.append("the server did not stop after its engine was killed")
                 self.report.restarts += 1
                 await self._restart()
                 due = time.monotonic() + self.kill_every

@@ -1,4 +1,4 @@
-"""Requests to a server at given times, over HTTP, and what they took."""
+"""Requests to a server at given times, over HTTP, with their latencies."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Took:
     """One answered request, in seconds since the first was due.
 
     Attributes:
-        due: when it was to be sent.
-        first: when its first token came.
-        end: when its last token came.
+        due: when it was due to be sent.
+        first: when its first token arrived.
+        end: when its last token arrived.
         prompt: tokens of the prompt.
         tokens: of the answer.
     """
@@ -66,7 +66,7 @@ def encoded(image: Image.Image) -> str:
 
 @cache
 def scene_url(seed: int, number: int) -> str:
-    """A scene of its own for each request."""
+    """A different scene for each request."""
     return encoded(make_scene((seed, number)).image)
 
 
@@ -112,9 +112,9 @@ def send(url: str, dues: list[float], new_tokens: int, seed: int) -> list[Took]:
     """Send requests with an image each when they are due, and wait for ``new_tokens`` of each.
 
     Raises:
-        OSError: the server refuses one.
+        OSError: the server refuses a request.
     """
-    more = {"max_tokens": new_tokens, "ignore_eos": True, "stream": True}
+    more: dict[str, Any] = {"max_tokens": new_tokens, "ignore_eos": True, "stream": True}
     more["stream_options"] = {"include_usage": True}
     bodies = [chat([scene_url(seed, number)], **more) for number in range(len(dues))]
     return asyncio.run(_all(url, bodies, dues))

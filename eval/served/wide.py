@@ -1,4 +1,4 @@
-"""A LLaVA of random weights with 576 visual tokens and a decoder as wide as wanted: no download."""
+"""A LLaVA with random weights, 576 visual tokens and a decoder of any width: no download."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from vlm_prune.eval.models import model_path
 
 LARGE = 4096
-"""Width from which on layers are as many as in LLaVA-1.5-7B."""
+"""Width from which on the decoder has as many layers as LLaVA-1.5-7B."""
 
 
 def wide_model(folder: Path, width: int) -> Path:
-    """tiny-llava's folder with other sizes and no weights; vLLM makes some up, with ``--load-format dummy``."""
+    """tiny-llava's folder with other sizes and no weights; vLLM makes random ones with ``--load-format dummy``."""
     if width < 256 or width % 256:
         raise ValueError(f"--wide {width}: choose a multiple of 256, such as 1024 or 4096")
     stock = model_path("tiny-llava")

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from ..models import MODELS, WEIGHTS
-from ..scenes import PAIR_RATE, PARTNER
+from ..scenes import PARTNER
+from ..scenes.scene import PAIR_RATE
 from .curves import RATIOS, SPLITS
 from .decoder import SEEN, SINGLE_SHARE
 from .measure import ORIGINAL_RULES, measure

@@ -1,1 +1,1 @@
-"""Captured calls: parts of a call recorded once for each shape, and replayed by the device without the host."""
+"""Captured calls: parts of a call are recorded once for each shape, and replayed on the device without the host."""

@@ -1,4 +1,4 @@
-"""Prompt lengths in few buckets, as pure functions: how long, padded on the left, and what may look at what."""
+"""Buckets of prompt lengths, as pure functions: the padded length, left padding, and the attention mask."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ SMALLEST = 32
 def bucket(rows: int) -> int:
     """The length to which a sequence of ``rows`` is padded.
 
-    Up to 128 a multiple of 32, above that a quarter of a power of two, so at most a fifth of a bucket is padding from
-    there on: 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, ...
+    Multiples of 32 up to 128, and quarters of a power of two above that, where at most a fifth of a bucket is
+    padding: 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, ...
     """
     step = max(SMALLEST, 1 << max(0, (rows - 1).bit_length() - 3))
     return -(-rows // step) * step
 
 
 def pad_left(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
-    """``x`` with zeros in front of dimension ``dim``, ``length`` long in all."""
+    """``x`` padded with zeros at the start of dimension ``dim``, to ``length``."""
     missing = length - x.shape[dim]
     if missing == 0:
         return x
@@ -29,10 +29,10 @@ def pad_left(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
 
 
 def square_mask(there: torch.Tensor) -> torch.Tensor:
-    """What each row may look at: bool ``(batch, 1, rows, rows)``, from which rows are ``there``, ``(batch, rows)``.
+    """The causal mask, bool ``(batch, 1, rows, rows)``; ``there``, bool ``(batch, rows)``, marks the real rows.
 
-    Rows that are not there look at themselves alone: with nothing to look at, some attention kernels make NaN of them,
-    and NaN would reach the others through a weight of 0.
+    Padding rows attend to themselves alone: some attention kernels return NaN for a row that attends to nothing, and
+    NaN would reach the others through a weight of 0.
     """
     rows = there.shape[1]
     number = torch.arange(rows, device=there.device)

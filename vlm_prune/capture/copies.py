@@ -1,4 +1,4 @@
-"""What a recorded part handed back, built anew for a caller: buffers of a graph are never handed out."""
+"""Copies of what a recorded part returned: callers never get the buffers of a graph."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def rebuilt(value: Any, known: dict[int, torch.Tensor], device: torch.device) -> Any:
-    """``value`` with a copy of every tensor on ``device``, in lists, dicts, tuples and dataclasses of its own.
+    """``value`` with a copy of every tensor on ``device``, in new lists, dicts, tuples and dataclasses.
 
-    ``known`` are tensors to put in place of others, by ``id`` of these. What is on the host is a constant and shared.
+    ``known`` maps the ``id`` of a tensor to the one that replaces it. Tensors on the host are constants and shared.
     """
     new = dict(known)
     copied = [x for x in tensors_in(value) if id(x) not in new and x.device == device]

@@ -1,6 +1,6 @@
 """The device side of captured calls: a `Recorder` runs a part once and can replay it. On a GPU it makes CUDA graphs.
 
-Tests put a recorder for the CPU beside it in `RECORDERS`, which replays by hand and looks at what no graph may do.
+Tests add a recorder for the CPU to `RECORDERS`, which replays the operations and checks for what a graph cannot do.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ T = TypeVar("T")
 
 
 class NotCapturable(Exception):
-    """A part of a call runs eagerly; the message is the reason, as half a sentence."""
+    """A part of a call has to run eagerly; the message is the reason, as a clause."""
 
 
 class Graph(Protocol):
     """A recorded part."""
 
     def replay(self) -> None:
-        """Compute again what is in the static inputs by now."""
+        """Compute again, from what the static inputs hold now."""
 
     def reset(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
 
 
 class Recorder(Protocol):
     """Records parts of calls on one device."""
 
     def record(self, compute: Callable[[], T], inputs: list[torch.Tensor]) -> tuple[T, Graph]:
-        """Run ``compute``, which reads the static ``inputs``; what it returns holds the buffers a replay writes to.
+        """Run ``compute``, which reads the static ``inputs``; its result holds the buffers that a replay writes to.
 
         Raises:
-            NotCapturable: the host takes part in it.
+            NotCapturable: it needs the host.
         """
 
     def turn(self) -> Any:
-        """A context in which inputs are written, a graph replayed, and outputs copied, after those before it."""
+        """A context for writing inputs, replaying a graph and copying outputs; one starts after the last has ended."""
 
 
 READS = ("_local_scalar_dense", "equal", "is_nonzero")
@@ -54,11 +54,11 @@ SIZED_BY_VALUES = (
 
 
 class Watch(TorchDispatchMode):
-    """Looks at what a part does on ``device`` before it is recorded.
+    """Checks the operations of a part on ``device`` before it is recorded.
 
-    Raises `NotCapturable` where the host would wait, and keeps what is copied to the device from the host: its values
-    are the same in every replay, but a graph would read them out of host memory that is somebody else's by then. The
-    same operations ``again`` are given those copies.
+    Raises `NotCapturable` where the host would wait, and keeps what is copied from the host to the device: its values
+    are the same in every replay, but a graph would read them from host memory that has been reused by then. When the
+    same operations run ``again``, they are given those copies.
     """
 
     def __init__(self, device: torch.device):
@@ -69,13 +69,13 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
-        """Hand out the copies that were kept, in their order."""
+        """Reuse the copies that were kept, in order."""
         self.again = iter(self.constants)
         with self:
             yield
 
     def _constant(self, source: torch.Tensor) -> torch.Tensor:
-        """``source``, a tensor on the host, on the device."""
+        """The copy on the device of ``source``, a tensor on the host."""
         if self.again is None:
             kept = source.to(self.device)
             self.constants.append((source, kept))
@@ -94,7 +94,7 @@ class Watch(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.device.type == self.device.type
         ]
         if name in ("lift_fresh", "_to_copy") and not args[0].numel():
-            return func(*args, **kwargs)  # nothing to copy: stock caches begin with such
+            return func(*args, **kwargs)  # nothing to copy: stock caches begin with empty tensors
         if here and name in (*READS, *SIZED_BY_VALUES):
             raise NotCapturable(f"the host waits for aten.{name}")
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
@@ -102,7 +102,7 @@ class Watch(TorchDispatchMode):
         ):
             raise NotCapturable(f"the host waits for aten.{name} by a mask")
         if here and name == "lift_fresh":
-            raise NotCapturable("it makes a tensor on the device of numbers that the host has")
+            raise NotCapturable("it makes a tensor on the device from numbers on the host")
         if name == "_to_copy" and kwargs.get("device") is not None:
             to = torch.device(kwargs["device"]).type
             if here and to != self.device.type:
@@ -120,8 +120,8 @@ class Watch(TorchDispatchMode):
 class CudaRecorder:
     """Records CUDA graphs; all of them share one memory pool.
 
-    Memory of a graph that is free when it ends is used by the next one, so no two may run at a time, and what a graph
-    leaves has to be copied before the next begins: `turn` orders them, whatever streams their callers use.
+    The next graph uses the memory that is free at the end of one. So no two may run at a time, and the outputs of one
+    have to be copied before the next begins: `turn` orders them, whatever streams their callers use.
     """
 
     def __init__(self, device: torch.device):
@@ -138,10 +138,10 @@ class CudaRecorder:
             with torch.cuda.stream(stream):
                 with watch:
                     compute()
-                compute()  # libraries make handles and workspaces, and choose kernels, when first called
+                compute()  # libraries create handles and workspaces, and choose kernels, at their first call
             torch.cuda.synchronize()
-            gc.collect()  # a tensor that goes in the middle would free its memory there
-            torch._C._cuda_clearCublasWorkspaces()  # the graph gets one of its own, in its pool
+            gc.collect()  # a tensor collected during the capture would free its memory there
+            torch._C._cuda_clearCublasWorkspaces()  # the graph gets a separate one, in its pool
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream):
                 try:
@@ -160,10 +160,10 @@ class CudaRecorder:
         return result, _Kept(graph, watch.constants)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed: the stream works again, and the graph's memory is free."""
+        """End a capture that failed: make the stream usable again, and free the graph's memory."""
         try:
             graph.capture_end()
-        except RuntimeError:  # it is void; torch then still counts the graph among those that use the pool
+        except RuntimeError:  # it is invalid; torch then still counts the graph as a user of the pool
             for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
                 with suppress(RuntimeError):
                     undo(self.device.index, self.pool)
@@ -184,7 +184,7 @@ class CudaRecorder:
 
 
 class _Kept:
-    """A CUDA graph, and the constants that it reads."""
+    """A CUDA graph with the constants that it reads."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, constants: list[Any]):
         self.graph, self.constants = graph, constants
@@ -200,4 +200,4 @@ class _Kept:
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
-"""How parts are recorded on devices of a type."""
+"""The recorder for each type of device."""

@@ -1,4 +1,4 @@
-"""The graphs of one pruned model: recorded when a shape is first seen, replayed from then on, and not too many."""
+"""The graphs of one pruned model: recorded when a shape is first seen, replayed from then on, limited in number."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .device import RECORDERS, Graph, NotCapturable, Recorder
 R = TypeVar("R")
 
 LIMIT = 16
-"""Graphs that one model keeps; when another is needed, the one that was used longest ago goes."""
+"""The most graphs that one model keeps; a further one replaces the least recently used."""
 
 
 @dataclass
 class Recorded:
-    """A part as it was recorded.
+    """A recorded part.
 
     Attributes:
-        inputs: buffers that it reads.
+        inputs: the buffers that it reads.
         result: what it returned; its tensors are buffers that every replay writes to.
-        graph: how to compute it again.
+        graph: the recording.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -35,9 +35,9 @@ class Recorded:
 
 
 class Graphs:
-    """Graphs by what they compute, least recently used first.
+    """Graphs by what they compute, the least recently used first.
 
-    One thread at a time writes inputs, replays, and copies what comes of it.
+    One thread at a time writes inputs, replays, and copies the result.
     """
 
     def __init__(self, limit: int = LIMIT):
@@ -51,7 +51,7 @@ class Graphs:
         return len(self._recorded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        """A copy of a model has weights elsewhere, so graphs of its own."""
+        """A copied model has its weights elsewhere, so it starts without graphs."""
         return type(self)(self.limit)
 
     def run(
@@ -64,10 +64,11 @@ class Graphs:
         """What ``take`` makes of ``compute(inputs)``, computed by a graph.
 
         Args:
-            key: all that the computation depends on beside ``inputs``, their shapes and dtypes, and how torch is set.
+            key: all that the computation depends on in addition to ``inputs``, their shapes and dtypes, and torch's
+                settings.
             inputs: tensors on one device.
-            compute: the part; reads nothing but what it is given and weights, and leaves nothing behind.
-            take: copies out of the graph's buffers whatever is to be handed on.
+            compute: the part; reads nothing but its arguments and weights, and has no side effects.
+            take: copies the result out of the graph's buffers.
 
         Raises:
             NotCapturable: it has to be computed eagerly.
@@ -105,7 +106,7 @@ class Graphs:
             raise NotCapturable(reason)
         while len(self._recorded) >= self.limit:
             self._recorded.popitem(last=False)[1].graph.reset()
-        # a graph outlives the call, whose mode may be another next time, and the casts of weights that autocast keeps
+        # a graph outlives the call, whose mode may differ next time, and the casts of weights that autocast caches
         with torch.inference_mode(False), torch.no_grad(), _uncached_autocast():
             static = {name: x.detach().clone() for name, x in inputs.items()}
             try:
@@ -119,7 +120,7 @@ class Graphs:
         return recorded
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         with self._lock:
             while self._recorded:
                 self._recorded.popitem()[1].graph.reset()
@@ -128,7 +129,7 @@ class Graphs:
 
 
 class _uncached_autocast:
-    """Autocast keeps no casts of weights: they would belong to a graph, and be used outside of it."""
+    """Turns autocast's cache off: casts of weights would lie in a graph's memory, and be used outside of it."""
 
     def __enter__(self) -> None:
         self.before = torch.is_autocast_cache_enabled()
@@ -147,12 +148,12 @@ def _refusal(device: torch.device) -> str | None:
     if _get_current_dispatch_mode() is not None:
         return f"{type(_get_current_dispatch_mode()).__name__} looks at each operation"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return "the call is being captured already, by somebody else"
+        return "the caller is capturing the call already"
     return None
 
 
 def settings(device: torch.device) -> tuple[Hashable, ...]:
-    """How torch is set to compute."""
+    """The settings of torch that change what is computed, or how."""
     autocast = torch.is_autocast_enabled(device.type)
     return (
         torch.get_autocast_dtype(device.type) if autocast else None,

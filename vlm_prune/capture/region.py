@@ -14,13 +14,13 @@ from torch.nn.modules import module as torch_module
 from .device import NotCapturable
 
 COLLECTING = "transformers.utils.output_capturing"
-"""Where hooks come from that collect hidden states during a call; what they collect is part of what it returns."""
+"""The module whose hooks collect hidden states during a call; what they collect is part of its output."""
 
 
 class Region:
-    """The modules below ``roots``, and the parameters that ``holder`` itself has.
+    """The modules in ``roots``, and the parameters of ``holder`` itself.
 
-    ``own`` are the ids of hooks, and ``stand_ins`` the forward methods, that belong to the engine.
+    ``own`` are the ids of the engine's hooks, ``stand_ins`` the types of its forward methods.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Region:
         self._state: tuple[Any, ...] | None = None  # modules are read when first needed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
-        """The same modules of a copied model, which may not be complete yet."""
+        """The same modules in a copied model, which may not be complete yet."""
         roots, holder = copy.deepcopy((self.roots, self.holder), memo)
         return type(self)(roots, self.own, holder, self.stand_ins)
 
@@ -59,7 +59,7 @@ class Region:
         """A number that changes with the modules and the memory of their weights.
 
         Raises:
-            NotCapturable: a graph cannot do what they do.
+            NotCapturable: a graph cannot compute them.
         """
         if self._state is None or self._now() != self._state:
             self.version += 1
@@ -73,9 +73,7 @@ class Region:
         for hooks in self._hooks:
             for number, hook in hooks.items() if hooks else ():
                 if number not in self.own and getattr(hook, "__module__", "") != COLLECTING:
-                    raise NotCapturable(
-                        "somebody else has hooks on its modules, which a replay would not call"
-                    )
+                    raise NotCapturable("its modules have hooks of other code, which a replay would not call")
         for x in self._modules:
             if "forward" in x and not isinstance(x["forward"], self.stand_ins):
                 raise NotCapturable(
@@ -85,7 +83,7 @@ class Region:
 
     def _refusal(self, modules: list[nn.Module]) -> str | None:
         if any(type(module).__module__.startswith("peft.") for module in modules):
-            return "PEFT adapters can be switched on and off at any time: merge_and_unload() to capture"
+            return "PEFT adapters can be switched on and off at any time: call merge_and_unload() to capture"
         if any(x.is_meta for x in self._weights):
             return "weights are offloaded"
         weights = [x for x in self._weights if isinstance(x, nn.Parameter)]

@@ -1,7 +1,7 @@
-"""The tower part of a call, captured: a feature method with tower and projector, and what policies choose there.
+"""The tower part of a call, captured: a feature method with tower and projector, and the choices of policies there.
 
-A replay computes the features; what the engine knows of the tiles (`EncodeCall`, with the receipt) is built anew from
-that of the recorded call, so that everything after it goes on as after an eager one.
+A replay computes the features. What the engine knows of the tiles (`EncodeCall`, with the receipt) is copied from the
+recorded call, so everything after it works as after an eager one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..capture.graphs import Graphs, Recorded
 from ..capture.region import Region
 
 MOST_PIXELS = 32 * 3 * 336 * 336
-"""Numbers in the pixels of a call, up to which it is captured. A graph holds what the tower hands on of them."""
+"""The most pixel values with which a call is captured. A graph holds the features that the tower makes of them."""
 
 
 class CapturedTower:
-    """Computes feature methods of one model by ``graphs``.
+    """Computes feature methods of one model with ``graphs``.
 
-    ``roots`` are the modules that compute, ``base`` the module whose methods these are, ``own`` the ids of our hooks.
+    ``roots`` are the modules that compute, ``base`` is the module with these methods, ``own`` are the ids of our hooks.
     """
 
     def __init__(self, graphs: Graphs, session: Any, roots: list[nn.Module], base: nn.Module, own: set[int]):
@@ -38,10 +38,10 @@ class CapturedTower:
     def run(
         self, method: str, stock: Callable[..., Any], given: Mapping[str, Any], under_way: Encoding
     ) -> Any:
-        """What ``stock(**given)`` returns, with holes; ``under_way`` is left as the stock method leaves it.
+        """What ``stock(**given)`` returns, with holes; ``under_way`` ends up as after the stock method.
 
         Raises:
-            NotCapturable: nothing has been computed; compute it eagerly.
+            NotCapturable: nothing has been computed, and it has to run eagerly.
         """
         version = self.region.check()
         inputs, values, key = split_arguments(given)
@@ -59,7 +59,7 @@ class CapturedTower:
             return output, call
 
         if (arrangement := under_way.arrangement) is not None:
-            # the stock code packs by these, from arguments of which the key holds the values
+            # the stock code packs images by these, which come from arguments whose values are in the key
             key = (*key, tuple(arrangement.images))
         device = next(iter(inputs.values())).device
         stopwatch = Stopwatch(device)
@@ -86,13 +86,13 @@ class CapturedTower:
 def split_arguments(
     given: Mapping[str, Any],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], tuple[Hashable, ...]]:
-    """The arguments that a graph reads anew at each replay, the others, and the key that these others make.
+    """The arguments that a graph reads at each replay, the other arguments, and the key that identifies these.
 
-    Numbers such as the sizes of images decide shapes, so graphs are made for their values: they are brought to the
+    Integers such as the sizes of images decide shapes, so a graph holds for their values alone: they are copied to the
     host, where stock code reads them anyway.
 
     Raises:
-        NotCapturable: an argument is of a kind that can be neither.
+        NotCapturable: an argument is of a type that can be neither.
     """
     inputs: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -110,10 +110,10 @@ def split_arguments(
             key.append((name, _frozen(name, x)))
         values[name] = x
     if not inputs:
-        raise NotCapturable("it is given no pixels as a tensor")
+        raise NotCapturable("it gets no pixels as a tensor")
     if (numbers := sum(x.numel() for x in inputs.values())) > MOST_PIXELS:
         raise NotCapturable(
-            f"{numbers} pixels keep the device busy anyway, and a graph would hold what they become"
+            f"{numbers} pixel values keep the device busy anyway, and a graph would hold their features"
         )
     if len({x.device for x in inputs.values()}) > 1:
         raise NotCapturable("its inputs are on several devices")

@@ -1,7 +1,7 @@
 """The prefill of the language model, captured: the decoder's forward on the live rows, in buckets of lengths.
 
-What enters is padded on the left to its bucket. A graph computes hidden states, keys and values of the whole bucket;
-those of real rows are copied to the caller and, by the cache's own ``update``, into the cache, of whatever kind it is.
+Inputs are padded on the left to their bucket. A graph computes hidden states, keys and values of the whole bucket;
+those of real rows are copied to the caller and, by the cache's ``update`` method, into a cache of any kind.
 Decoding is left to transformers: ``generate(cache_implementation="static")`` compiles it.
 """
 
@@ -28,18 +28,18 @@ from ..versions import CACHE, cache_of
 from .kinds import FULL, layer_kinds
 
 ATTENTION = ("sdpa", "eager")
-"""Implementations that take a mask of any form, as padding inside a bucket needs."""
+"""Implementations that take any mask, which padding inside a bucket needs."""
 IGNORED = ("use_cache", "return_dict", "logits_to_keep", "num_items_in_batch")
-"""Arguments of a decoder that change nothing of what it computes."""
+"""Arguments of a decoder that do not change what it computes."""
 MOST_ROWS = 4096
-"""Rows of all sequences together, up to which a prefill is captured. A graph holds their keys and values."""
+"""The most rows, over all sequences, with which a prefill is captured. A graph holds their keys and values."""
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class CapturedPrefill:
-    """Stands in for the ``forward`` of a decoder until `remove` is called.
+    """Replaces the ``forward`` of a decoder until `remove` is called.
 
-    ``why_not`` is why no prefill of this model can be captured, ``None`` if some can. ``own`` are the ids of our hooks.
+    ``why_not`` says why no prefill of this model can be captured, ``None`` if some can. ``own`` are ids of our hooks.
     """
 
     def __init__(self, decoder: Any, graphs: Graphs, session: Any, own: set[int], why_not: str | None):
@@ -55,15 +55,15 @@ class CapturedPrefill:
         object.__setattr__(decoder, "forward", self)
 
     def remove(self) -> None:
-        """Give the module its own forward back."""
+        """Restore the module's forward."""
         if vars(self.decoder).get("forward") is not self:
-            return  # somebody has replaced it since
+            return  # other code has replaced it since
         object.__delattr__(self.decoder, "forward")
         if self.before is not None:
             object.__setattr__(self.decoder, "forward", self.before)
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward itself."""
+        """The original forward."""
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.decoder).forward(self.decoder, *args, **kwargs)
@@ -124,7 +124,7 @@ class CapturedPrefill:
     def _compute(
         self, attention: str, static: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Hidden states, and keys and values of each layer, of a bucket."""
+        """Hidden states of a bucket, and its keys and values in each layer."""
         embeds, mask = static["embeds"], square_mask(static["there"])
         if attention == "eager":
             mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(
@@ -140,21 +140,21 @@ class CapturedPrefill:
                 **{CACHE: cache},
             )
         if more := [name for name in output if name not in ("last_hidden_state", CACHE, "past_key_values")]:
-            raise NotCapturable(f"the decoder hands on {more[0]}")
+            raise NotCapturable(f"the decoder also returns {more[0]}")
         return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def unfit(decoder: nn.Module) -> str | None:
-    """Why no prefill of a decoder can be captured, ``None`` if it can."""
+    """Why no prefill of a decoder can be captured, or ``None``."""
     config: Any = decoder.config
     if others := sorted({kind for kind in layer_kinds(config) if kind != FULL}):
         return f"its decoder has layers of {' and '.join(others).replace('_', ' ')}"
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
-        return f"{kind} rotary embeddings ask how long the prompt is"
+        return f"{kind} rotary embeddings depend on the prompt's length"
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "hidden_size_per_layer_input", 0):
-        return "its decoder's layers share keys, or have inputs of their own"
+        return "its decoder's layers share keys, or have per-layer inputs"
     return None
 
 
@@ -186,13 +186,13 @@ def check_arguments(
         *OUTPUTS,
     )
     if more := [name for name, x in kwargs.items() if name not in known and x is not None]:
-        raise NotCapturable(f"the decoder is given {more[0]}")
+        raise NotCapturable(f"the decoder gets the argument {more[0]}")
     if past is not None and any(getattr(layer, "is_initialized", True) for layer in past.layers):
-        raise NotCapturable("it goes on with what a cache holds")
+        raise NotCapturable("it continues from a cache that holds tokens")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-        raise NotCapturable("its mask is made beforehand, for each query")
+        raise NotCapturable("its attention mask is prepared already, not a 2-D padding mask")
     if mask is not None and mask.shape != kwargs["inputs_embeds"].shape[:2]:
-        raise NotCapturable("its mask is of another length")
+        raise NotCapturable("its attention mask and its input differ in length")
     if positions is not None and mask is None and past is None:
-        raise NotCapturable("its positions may be those of several sequences in a row")
+        raise NotCapturable("its positions may be those of several packed sequences")
     return past, mask, positions

@@ -1,8 +1,8 @@
-"""Guided decoding: what a policy makes of the logits of a model, and the second pass that it compares them with.
+"""Guided decoding: a policy changes the logits of a model, often by comparing them with those of a second pass.
 
-A second pass is the same model, with all its policies, asked about the same text and another image, or none. It runs in
-front of each forward, and its cache is a `Twin` of the caller's, so it follows beams, crops and copies of that.
-Everything is at the model's forward, not at ``generate``: sampling, beams, drafts and loops of one's own all see guided
+A second pass runs the same model, with all its policies, on the same text and another image, or none. It runs before
+each forward, and its cache is a `Twin` of the caller's, so it follows beams, crops and copies of that cache.
+All of this happens in the model's forward, not in ``generate``: sampling, beams, drafts and custom loops all see guided
 logits.
 """
 
@@ -31,10 +31,10 @@ from ..versions import CACHE, cache_of
 from .checks import TOKEN_TYPES
 
 PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
-"""Arguments that hold pixels, and where a packed one says how many patches each image has."""
+"""Arguments that hold pixels, each with the argument that gives the grid of each image where pixels are packed."""
 
 KEPT = ("use_cache", "logits_to_keep", "return_dict")
-"""Arguments of a forward that its second pass without images shares."""
+"""Arguments of a forward that are passed on to a second pass without images."""
 
 _under_way: ContextVar[tuple[Guided, ...]] = ContextVar("vlm_prune_guided", default=())
 
@@ -44,11 +44,11 @@ class Guided:
     """One guided forward.
 
     Attributes:
-        owner: whose forward it is.
-        after: bool ``(batch, tokens)``, the rows to guide among those of this call; ``None`` guides none.
-        second: logits of the second pass, whose last rows are those of this call's.
-        twin: what is remembered of these sequences, to be left with the caller's cache.
-        second_pass: True while that pass is under way.
+        owner: the `Guidance` of the model.
+        after: bool ``(batch, tokens)``, the rows of this call to guide; ``None`` guides none.
+        second: logits of the second pass; its last rows correspond to those of this call.
+        twin: the state of these sequences, to be attached to the caller's cache.
+        second_pass: True while that pass is running.
         shows_hidden: whether the caller asked for hidden states.
     """
 
@@ -80,7 +80,7 @@ class Guidance:
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Run the second pass, and ask for what the policy reads of the first."""
+        """Run the second pass, and request the hidden states that the policy reads of the first."""
         if _inside(self):
             return None
         guided = Guided(self)
@@ -88,7 +88,7 @@ class Guidance:
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         rows = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if rows is None:
-            return None  # which stock code has an error for
+            return None  # stock code raises an error for this
         images, twin = self._images(given, rows), twin_of(cache_of(given))
         if images is not None or twin is not None:
             active = (
@@ -105,7 +105,7 @@ class Guidance:
         return args, {**kwargs, "output_hidden_states": True}
 
     def _images(self, given: Mapping[str, Any], rows: torch.Tensor) -> torch.Tensor | None:
-        """Which rows of a call are to become visual tokens, bool ``(batch, length)``; ``None`` if it brings none."""
+        """The rows of a call that hold visual tokens, bool ``(batch, length)``; ``None`` if there are none."""
         features = [x for x in (given.get("mm_encoder_outputs") or {}).values() if x is not None]
         pixels = [name for name in PIXELS if given.get(name) is not None]
         if not (features or pixels):
@@ -123,7 +123,7 @@ class Guidance:
         return torch.stack(masks).any(0) if masks else None
 
     def _after(self, images: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-        """Rows with no visual token at their place or after it: bool ``(batch, length)``."""
+        """Rows that come after the last visual token: bool ``(batch, length)``."""
         if images is None:
             return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         return images.flip(-1).cumsum(-1).flip(-1) == 0
@@ -133,7 +133,7 @@ class Guidance:
     def _second(
         self, guided: Guided, given: dict[str, Any], images: torch.Tensor | None, twin: Twin | None
     ) -> None:
-        """Ask the model a second time, and leave everything else as it is."""
+        """Run the model a second time, and leave all other state as it is."""
         guided.second_pass = True
         receipt = self.session.receipt
         try:
@@ -155,7 +155,7 @@ class Guidance:
         use_cache = given.get("use_cache", getattr(self.anatomy.decoder.config, "use_cache", True))
         held = None if twin is None else twin.cache
         if held is None and (cache is not None or use_cache):
-            # what came before the first image is the same for both passes
+            # rows before the first image are the same in both passes
             before = cache is not None and int(cache.get_seq_length()) > 0
             held = copy.deepcopy(cache) if before else DynamicCache(config=self.anatomy.decoder.config)
         known = None if twin is None else twin.mask
@@ -171,12 +171,12 @@ class Guidance:
             guided.cost = self._cost(asked, output, held)
 
     def _mask(self, given: dict[str, Any], known: torch.Tensor | None) -> torch.Tensor | None:
-        """The padding mask of a call; ``generate`` makes others of it for static caches."""
+        """The padding mask of a call, also where ``generate`` has prepared another from it for a static cache."""
         mask: torch.Tensor | None = given.get("attention_mask")
         rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         if mask is None or not is_prepared(mask):
             return mask
-        if rows.shape[1] == 1:  # a step: nothing but prompts is padded
+        if rows.shape[1] == 1:  # a decoding step: only prompts are padded
             return None if known is None else torch.nn.functional.pad(known.to(rows.device), (0, 1), value=1)
         return padding_mask(mask, cache_of(given), blocks=False)
 
@@ -188,7 +188,7 @@ class Guidance:
         mask: torch.Tensor | None,
         held: Cache | None,
     ) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """The arguments of a pass that sees other images, and which of the tokens after it are real."""
+        """The arguments of a pass with distorted images, and the padding mask after it."""
         left_out = ("labels", "output_hidden_states", "past_key_values", CACHE)
         asked = {name: x for name, x in given.items() if name not in left_out}
         for name, grid in PIXELS.items():
@@ -199,7 +199,7 @@ class Guidance:
         return {**asked, "attention_mask": mask}, mask
 
     def _distorted(self, pixels: Any, grid: torch.Tensor | None) -> Any:
-        """Other pixels: of each image of a packed tensor ``(patches, values)``, of each tile of others."""
+        """Distorted pixels: image by image in a packed tensor ``(patches, values)``, tile by tile otherwise."""
         if isinstance(pixels, list | tuple):
             return type(pixels)(self._distorted(x, None) for x in pixels)
         if pixels.dim() == 2:
@@ -209,16 +209,15 @@ class Guidance:
         return self.policy.distort(tiles).view_as(pixels)
 
     def _encoded(self, given: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Any]:
-        """What the feature methods return for other images than those that ``encoded`` came from."""
+        """What the feature methods return for distorted copies of the images that ``encoded`` came from."""
         found = {}
         for kind, output in encoded.items():
             ride = ride_of(output)
             if ride is None or ride.asked is None:
                 raise UnsupportedCallError(
                     "The image features of this call are not all that the tower of this pruned model returned: chunked "
-                    "prefill takes a part, or they come from elsewhere. The tower has to be asked again about another "
-                    f"image for {self.policy.name}. Leave prefill_chunk_size out, or encode the images with the pruned "
-                    "model."
+                    f"prefill takes a part, or they come from elsewhere. {self.policy.name} has to run the tower again "
+                    "on another image. Leave prefill_chunk_size out, or encode the images with the pruned model."
                 )
             method, arguments = ride.asked
             other = {**arguments}
@@ -231,7 +230,7 @@ class Guidance:
         return found
 
     def _repeated(self, given: dict[str, Any], kind: str, output: Any, copies: int) -> Any:
-        """Features of a batch as ``generate`` repeats them for beams or several samples."""
+        """Features of a batch, repeated as ``generate`` repeats them for beams or several samples."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         repeated = self.model._expand_multimodal_outputs(
             None if ids is None else ids[::copies],
@@ -249,7 +248,7 @@ class Guidance:
         mask: torch.Tensor | None,
         held: Cache | None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """The arguments of a pass without images, and which of the tokens after it are real."""
+        """The arguments of a pass without images, and the padding mask after it."""
         asked = {name: given[name] for name in KEPT if given.get(name) is not None}
         rows = {
             name: given[name]
@@ -263,7 +262,7 @@ class Guidance:
             if mask is None
             else mask[:, -length:].to(torch.int64)
         )
-        if images is not None:  # what is left moves to the end, where the rows to compare are
+        if images is not None:  # text rows move to the end, where the rows to compare are
             left = ~images
             order = left.to(torch.int8).argsort(dim=-1, stable=True)[:, -int(left.sum(-1).max()) :]
             rows = {name: stream.compact(x, order) for name, x in rows.items()}
@@ -287,7 +286,7 @@ class Guidance:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Put guided logits in place of the stock ones; also called after an exception."""
+        """Replace the stock logits by guided ones; also called after an exception."""
         if _inside(self):
             return None
         guided = _pop(self)
@@ -313,7 +312,7 @@ class Guidance:
         logits, second = output.logits, guided.second
         count = logits.shape[1] if second is None else min(logits.shape[1], second.shape[1])
         after = guided.after.to(logits.device)
-        if self.early and count > 1:  # the head is costly: let it compute nothing that is not looked at
+        if self.early and count > 1:  # the head is costly: compute only the rows that are guided
             count = min(count, max(int(after.sum(-1).max()), 1))
         old = logits[:, -count:]
         early: Mapping[int, torch.Tensor] = {}
@@ -328,7 +327,7 @@ class Guidance:
         return output
 
     def _read(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits that the head makes of ``hidden`` ``(batch, rows, channels)``, in fp32, scaled as stock code does."""
+        """The head's logits for ``hidden`` ``(batch, rows, channels)``, in fp32, scaled as stock code does."""
         head, config = self.model.get_output_embeddings(), self.anatomy.decoder.config
         logits: torch.Tensor = head(hidden.to(next(head.parameters()).device)).float()
         logits = (
@@ -342,7 +341,7 @@ class Guidance:
 
 
 class _Lazy(Mapping[int, torch.Tensor]):
-    """A mapping whose values are computed when asked for, and not kept."""
+    """A mapping whose values are computed on access, and not kept."""
 
     def __init__(self, keys: tuple[int, ...], compute: Callable[[int], torch.Tensor]):
         self._keys, self._compute = keys, compute
@@ -364,14 +363,14 @@ def guiding(policies: tuple[Policy, ...]) -> Policy | None:
     found = [policy for policy in policies if policy.acts.guides]
     if len(found) > 1:
         raise PolicyError(
-            f"{' and '.join(policy.name for policy in found)} both guide decoding: keep one, beside policies of "
-            "other stages."
+            f"{' and '.join(policy.name for policy in found)} both guide decoding: choose one of them, composed with "
+            "policies of other stages."
         )
     return found[0] if found else None
 
 
 def _inside(owner: Guidance) -> bool:
-    """Whether a second pass of ``owner`` is under way."""
+    """Whether a second pass of ``owner`` is running."""
     return any(guided.owner is owner and guided.second_pass for guided in _under_way.get())
 
 
@@ -386,5 +385,5 @@ def _pop(owner: Guidance) -> Guided | None:
 
 
 def forget_guided(owner: Guidance) -> None:
-    """End everything of ``owner`` that an interrupt may have left under way in this thread."""
+    """Discard the forwards of ``owner`` that an interrupt may have left open in this thread."""
     _under_way.set(tuple(guided for guided in _under_way.get() if guided.owner is not owner))

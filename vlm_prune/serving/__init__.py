@@ -1,6 +1,6 @@
-"""The policies inside vLLM, as a plug-in that needs no patch of it: see ``docs/serving.md``.
+"""The policies inside vLLM, as a plug-in that does not patch it: see ``docs/serving.md``.
 
-Installed, it is found by the entry point ``vllm.general_plugins`` and acts where an engine is started with
+Once installed, vLLM finds it by the entry point ``vllm.general_plugins``. It acts where an engine is started with
 ``hf_overrides={"vlm_prune": {"policy": "flowcut", "tokens": 64}}``.
 """
 
@@ -22,11 +22,11 @@ CLASSES = {
     "Qwen3VLForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen3",
     "Qwen3VLMoeForConditionalGeneration": "vlm_prune.serving.qwen:PrunedQwen3Moe",
 }
-"""Architectures that vLLM finds in a checkpoint, and the classes that take their place."""
+"""Architectures that vLLM reads from a checkpoint's config, and the classes that replace theirs."""
 
 
 def register() -> None:
-    """Make the classes known to vLLM. Called by it in each of its processes."""
+    """Register the classes with vLLM, which calls this in each of its processes."""
     from vllm import ModelRegistry
 
     for architecture, entry in CLASSES.items():
@@ -36,7 +36,7 @@ def register() -> None:
     stock = ModelRegistry.inspect_model_cls
 
     def inspect_model_cls(architectures: Any, model_config: Any) -> Any:
-        """Refuse to serve unpruned what was asked to be pruned."""
+        """Raise for a model that is to be pruned and would be served unpruned."""
         info, architecture = stock(architectures, model_config)
         if getattr(model_config.hf_config, KEY, None) is None:
             return info, architecture

@@ -1,4 +1,4 @@
-"""What a pruning engine is refused for when it starts."""
+"""Checks of a pruning engine when it starts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def check_engine(vllm_config: Any) -> None:
     if speculative is not None and speculative.method != "ngram":
         raise UnsupportedModelError(
             f"speculative decoding by {speculative.method!r}: a drafter that reads the prompt would have to be pruned "
-            'as the model is, and none is. Choose method "ngram", which looks at tokens alone, or leave it out.'
+            'like the model, and none is. Choose method "ngram", which reads token ids only, or leave it out.'
         )
     if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
         raise UnsupportedModelError(
-            "enable_tower_connector_lora=True: adapters of the vision tower or the projector replace the modules that "
-            "vlm_prune has hooks on. Leave it out; adapters of the language model may be used."
+            "enable_tower_connector_lora=True: adapters of the vision tower or the projector replace modules on which "
+            "vlm_prune has hooks. Leave it out; adapters of the language model may be used."
         )
     options = vllm_config.model_config.multimodal_config.mm_processor_kwargs or {}
     if KEY in options:
         raise UnsupportedModelError(
-            f'mm_processor_kwargs={{"{KEY}": ...}} of the engine: its budget belongs into hf_overrides, as in '
-            f'hf_overrides={{"{KEY}": {{"policy": "flowcut", "tokens": 64}}}}; single requests may bring their own.'
+            f'mm_processor_kwargs={{"{KEY}": ...}} of the engine: its budget belongs in hf_overrides, as in '
+            f'hf_overrides={{"{KEY}": {{"policy": "flowcut", "tokens": 64}}}}; each request may set another one.'
         )
 
 

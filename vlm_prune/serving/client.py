@@ -1,4 +1,4 @@
-"""Pruning outside the engine: embeddings made by a pruned Hugging Face model, where vLLM itself cannot prune."""
+"""Pruning outside the engine, where vLLM itself cannot prune: embeddings from a pruned Hugging Face model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..errors import PolicyError, StateError
 
 @torch.no_grad()
 def image_embeds(model: Any, processor: Any, images: list[Any]) -> list[torch.Tensor]:
-    """What is left of each image after the projector of a pruned model: a list of ``(tokens, channels)``.
+    """The kept visual tokens of each image after the projector of a pruned model: a list of ``(tokens, channels)``.
 
     Send them in place of the images, to an engine started with ``enable_mm_embeds=True``:
-    ``{"prompt": prompt, "multi_modal_data": {"image": embeds}}``. Budgets may differ from image to image, and depend on
-    what is in it.
+    ``{"prompt": prompt, "multi_modal_data": {"image": embeds}}``. The number kept may differ from image to image, and
+    depend on the image's content.
 
     Args:
         model: pruned by `vlm_prune.prune`, of the checkpoint that the engine serves.
@@ -33,13 +33,13 @@ def image_embeds(model: Any, processor: Any, images: list[Any]) -> list[torch.Te
     for policy in pruning.policies:
         if policy.acts.inside:
             raise PolicyError(
-                f'policy="{policy.name}" acts in the {" and ".join(policy.stages)} stages, and an engine that is sent '
-                "embeddings runs nothing but the encode stage. Choose a policy of that stage alone."
+                f'policy="{policy.name}" acts in the {" and ".join(policy.stages)} stages, and embeddings carry only '
+                "the encode stage to an engine. Choose a policy of that stage alone."
             )
     if pruning.positions == "original":
         raise PolicyError(
-            f"{pruning.name} keeps the positions that tokens had, and an engine numbers embeddings without gaps. Leave "
-            "positions out; a model with multimodal RoPE cannot be pruned outside an engine."
+            f"{pruning.name} keeps the original positions of tokens, and an engine numbers embeddings without gaps. "
+            "Leave positions out; a model with multimodal RoPE cannot be pruned outside an engine."
         )
     known = inspect.signature(model.get_image_features).parameters
     embeds = []

@@ -1,6 +1,6 @@
-"""vLLM's CPU runner, fixed: it carries positions with embeddings where an engine does, as other runners do.
+"""A fix of vLLM's CPU runner: it carries positions with embeddings where the engine does, as other runners do.
 
-``CPUModelRunner.load_model`` of vLLM 0.32 does not find out whether an engine does that. Other devices need nothing.
+``CPUModelRunner.load_model`` of vLLM 0.32 does not read that setting. Other devices need no fix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ ATTRIBUTE = "is_multimodal_pruning_enabled"
 
 
 class Asked:
-    """In place of the runner's attribute: what its config says, whatever was set."""
+    """Replaces the runner's attribute: returns what its config says, whatever was assigned."""
 
     def __get__(self, runner: Any, owner: Any = None) -> bool:
         """Whether the engine carries positions with embeddings."""
@@ -23,11 +23,11 @@ class Asked:
         return bool(config.is_multimodal_pruning_enabled())
 
     def __set__(self, runner: Any, value: bool) -> None:
-        """The stock runner sets it to False before the model is loaded, and leaves it there."""
+        """The stock runner sets it to False before the model is loaded, and never changes it."""
 
 
 def mend() -> None:
-    """Let the CPU runner ask its config."""
+    """Make the CPU runner read its config."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     if not isinstance(vars(CPUModelRunner).get(ATTRIBUTE), Asked):

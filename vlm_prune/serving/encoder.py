@@ -1,7 +1,7 @@
-"""The encode stage inside a vLLM model: the engine's `Encoder`, fed by vLLM's modules.
+"""The encode stage inside a vLLM model: our `Encoder`, with hooks on vLLM's modules.
 
-Policies see the same views, and the same code cuts, as in a pruned Hugging Face model. What differs is where queries
-and keys are read, that a tower returns a tensor, and that the kept rows leave without holes.
+Policies get the same views, and the same code cuts tokens, as in a pruned Hugging Face model. Three things differ:
+where queries and keys are read, a tower returns a tensor, and kept rows are returned without holes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _TowerOutput:
 class ServedEncoder(ServedStage, Encoder):
     """Encoder hooks on the modules of a vLLM model; the arguments are those of `ServedStage`."""
 
-    still = False  # tiles of many requests come together
+    still = False  # a batch mixes tiles of several requests
 
     def __init__(self, parts: Parts, gather: Gather, policy: Policy):
         super().__init__(parts, gather, policy)
@@ -58,7 +58,7 @@ class ServedEncoder(ServedStage, Encoder):
         return found.last_hidden_state
 
     def _watch(self, attention: Any, number: int) -> None:
-        """Show what an attention module computes with to `see_attention`, and let ragged tiles mask their fill."""
+        """Pass an attention module's queries, keys and values to `see_attention`; mask the padding of ragged tiles."""
         stock = attention.forward
 
         def forward(
@@ -81,10 +81,10 @@ class ServedEncoder(ServedStage, Encoder):
 
 
 def live_rows(embeds: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The rows that are no holes: ``(tiles, rows, channels)`` -> ``(tiles, tokens, channels)``.
+    """The rows without the holes: ``(tiles, rows, channels)`` -> ``(tiles, tokens, channels)``.
 
     Raises:
-        UnsupportedCallError: a tile has another number of them than the prompt has room for.
+        UnsupportedCallError: a tile has more or fewer of them than the prompt has room for.
     """
     live = ~stream.find_holes(embeds)
     check_counts(live.sum(-1).tolist(), tokens)
@@ -96,7 +96,7 @@ def check_counts(counts: list[int], tokens: int) -> None:
     if set(counts) != {tokens}:
         raise UnsupportedCallError(
             f"The policy kept {sorted(set(counts))} tokens of the tiles of a batch where the prompt has room for "
-            f"{tokens} each. In vLLM a policy has to keep exactly its budget; let the Hugging Face model decide "
-            "instead and send its embeddings (vlm_prune.serving.image_embeds). If tokens became NaN, load the model in "
+            f"{tokens} each. In vLLM a policy has to keep exactly its budget; otherwise prune the Hugging Face model, "
+            "and send its embeddings (vlm_prune.serving.image_embeds). If tokens became NaN, load the model in "
             "bfloat16."
         )

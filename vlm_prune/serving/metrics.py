@@ -1,8 +1,8 @@
 """Counters on the server's ``/metrics``, next to vLLM's own.
 
-Images are encoded in vLLM's workers, and ``/metrics`` is answered by its front end. What is counted goes from the one
-to the other through files of `prometheus_client`, whose format is made for that: in the folder that vLLM itself has set
-where it runs several front ends, and in one of ours where it does not. Both have to be on one machine.
+Images are encoded in vLLM's workers, and its front end answers ``/metrics``. Counts pass from one to the other through
+files of `prometheus_client`, whose format is made for that: in the folder that vLLM sets where it runs several front
+ends, otherwise in one that we make. Workers and front end have to be on one machine.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 THEIRS = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable that names the folder whose files all front ends of a server collect."""
+"""Environment variable with the folder whose files all front ends of a server collect."""
 
 OURS = "VLM_PRUNE_METRICS_DIR"
-"""The same, of a server with one front end."""
+"""The same for a server with one front end."""
 
 HELP = {
     "vlm_prune_visual_tokens_seen": "Visual tokens of encoded images before pruning.",
-    "vlm_prune_visual_tokens_kept": "Visual tokens of encoded images that the language model got.",
+    "vlm_prune_visual_tokens_kept": "Visual tokens of encoded images that are passed to the language model.",
     "vlm_prune_images": "Images encoded. Those that came from the encoder cache are not counted again.",
-    "vlm_prune_choosing_seconds": "Time in which policies chose visual tokens.",
+    "vlm_prune_choosing_seconds": "Time that policies took to choose visual tokens.",
 }
-"""Counters, which end in ``_total`` where they are read, and what they count."""
+"""Counters, and what they count; ``/metrics`` adds ``_total`` to their names."""
 
 
 class Collector:
-    """Reads the files of one folder when ``/metrics`` is asked for."""
+    """Reads the files of one folder when ``/metrics`` is requested."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -47,7 +47,7 @@ class Collector:
 
 
 def open_folder() -> None:
-    """Make a folder for this process and its children, and collect what they write, unless vLLM has one."""
+    """Make a folder for this process and its children, and collect their files, unless vLLM has set one."""
     if multiprocessing.parent_process() is not None or THEIRS in os.environ or OURS in os.environ:
         return
     from prometheus_client import REGISTRY
@@ -58,7 +58,7 @@ def open_folder() -> None:
 
 
 class Counters:
-    """What one worker has encoded, by policy and by the share of tokens that is kept, in whole percent.
+    """Counts of what one worker has encoded, by policy and by the share of tokens kept, in whole percent.
 
     Args:
         policy: its name.
@@ -71,17 +71,17 @@ class Counters:
         if folder is not None and Path(folder).is_dir():
             from prometheus_client.mmap_dict import MmapedDict
 
-            # prometheus_client reads the kind of a metric off the beginning of a file's name
+            # prometheus_client reads the kind of a metric from the start of a file's name
             self.file = MmapedDict(str(Path(folder) / f"counter_vlm-prune-{os.getpid()}.db"))
 
     def add(self, seen: int, kept: int, images: int, waits: list[Callable[[], float]]) -> None:
-        """Count ``images``; ``waits`` give the milliseconds that choosing took, once the device is done with it."""
+        """Count ``images``; ``waits`` wait for the device and return the milliseconds that choosing took."""
         if self.file is None:
             return
         budget = f"{round(100 * kept / seen)}%"
         for name, value in zip([*HELP][:3], (seen, kept, images), strict=True):
             self._write(name, budget, value)
-        # times of the batch before, so as not to wait for the device now
+        # times of the previous batch, so as not to wait for the device now
         for earlier, wait in [*self.late, (budget, float)]:
             self._write("vlm_prune_choosing_seconds", earlier, wait() / 1e3)
         self.late = [(budget, wait) for wait in waits]

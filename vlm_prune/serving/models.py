@@ -1,4 +1,4 @@
-"""vLLM's model classes, with pruning where an engine asks for it; stock classes where none does."""
+"""vLLM's model classes, which prune if the engine asks for it and are stock otherwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .plan import Plan
 from .processor import FIELD, Pruning
 from .towers import internvl_parts, llava_parts
 
-logger = init_logger("vllm.plugins.vlm_prune")  # below vLLM's own, whose settings hold
+logger = init_logger("vllm.plugins.vlm_prune")  # a child of vLLM's logger, with its settings
 
 
 class Pruned:
@@ -44,7 +44,7 @@ class Pruned:
         self.plan = plan
         self.encoder = self.encoder_class(parts, _gather, plan.policy)
         self.counters = Counters(plan.policy.name) if get_tensor_model_parallel_rank() == 0 else None
-        # no more images at once than an unpruned engine would encode, for whose towers memory is set aside
+        # no more images at once than an unpruned engine would encode: memory is set aside for so many
         self.at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -76,10 +76,10 @@ class Pruned:
             rows = live_rows(self.features(pixels), budget)
         return [image.flatten(0, 1) for image in rows.split(tiles)]
 
-    # --- what a family has to say ---
+    # --- what differs between families ---
 
     def embed_given(self, **kwargs: Any) -> Any:
-        """Embeddings that arrive ready-made, and whatever else is not pruned: stock code.
+        """Embeddings from the client, and whatever else is not pruned: stock code.
 
         Images whose embeddings differ in length come as a list, which stock code refuses.
         """
@@ -143,7 +143,7 @@ def _gather(x: torch.Tensor) -> torch.Tensor:
 
 
 def most_tokens(info: Any, dense: int) -> int:
-    """The most tokens that a request may keep of an image that has ``dense``; the scheduler makes room for them."""
+    """The most tokens that a request may keep of an image with ``dense``; the scheduler reserves room for them."""
     plan = Plan.of(info.get_hf_config())
     return dense if plan is None else plan.most(dense)
 

@@ -1,7 +1,7 @@
 """The encode stage inside a vLLM model whose tower packs images of any size into one sequence.
 
-Stock classes of such towers are made for torch.compile. Where that is off, they call ``forward`` past all hooks of
-`torch.nn.Module`: so it is ``forward`` that is wrapped here.
+Stock classes of such towers are made for torch.compile. Where that is off, they call ``forward`` directly, without the
+hooks of `torch.nn.Module`, so ``forward`` is wrapped here.
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
         """Begin an encode call, inside `keeping` only; ``grid_thw`` is a list of lists."""
         if self.active:
             given = dict(zip(("x", "grid_thw"), args, strict=False)) | kwargs
-            # the tower may be what normalises pixels, and policies know them normalised
+            # some towers normalise pixels themselves, and policies expect normalised ones
             pixels = module.input_norm(given["x"].to(module.device), module.dtype)
             super().enter_tower(module, (pixels, torch.tensor(given["grid_thw"])), {})
 
     def enter_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a block: sequence ends and rotary tables of the patches that are left.
+        """Before a block: sequence ends and rotary tables of the remaining patches.
 
-        ``max_seqlen`` stays, as an upper bound.
+        ``max_seqlen`` stays as it is, an upper bound.
         """
         if self.under_way() is None:
             return None
         if kwargs.get("sequence_lengths") is not None:
             raise UnsupportedCallError(
-                "The vision tower runs on FlashInfer, which counts sequence ends in another way, so no patches can be "
+                "The vision tower runs on FlashInfer, which takes sequence ends in another form, so no patches can be "
                 'cut. Choose another backend: mm_encoder_attn_backend="FLASH_ATTN" or "TORCH_SDPA".'
             )
         tables = kwargs["rotary_pos_emb_cos"], kwargs["rotary_pos_emb_sin"]
@@ -89,7 +89,7 @@ class ServedPackedEncoder(ServedStage, PackedEncoder):
         return args, {**kwargs, "cu_seqlens": ends, "rotary_pos_emb_cos": cos, "rotary_pos_emb_sin": sin}
 
     def show(self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Queries, keys and values ``(1, patches, heads of this rank, head size)`` go to `see_attention`."""
+        """Pass queries, keys and values ``(1, patches, heads of this rank, head size)`` to `see_attention`."""
         if self.under_way() is not None:
             states = torch.stack([kwargs[name].flatten(2) for name in ("query", "key", "value")])
             query, key, value = self.all_heads(states, module.head_size)

@@ -1,8 +1,8 @@
-"""M-RoPE positions of pruned images: a kept token keeps its place, and text the position it had in the whole prompt.
+"""M-RoPE positions of pruned images: kept tokens and text have the positions that they have in the unpruned prompt.
 
-vLLM numbers a prompt before the tower has seen the image. What it can know by then, where each image and each piece of
-text starts, is written at once (`prompt_positions`). The rows and columns of the tokens that stay travel beside their
-embeddings (`with_places`), and are written when these arrive (`placed`), chunk by chunk.
+vLLM numbers a prompt before the tower has seen the image. What is known by then, the start of each image and of each
+piece of text, is written at once (`prompt_positions`). Rows and columns of the kept tokens are passed along with their
+embeddings (`with_places`), and written when these arrive (`placed`), chunk by chunk.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 
 COLUMNS = 4
-"""Row and column, each as two digits."""
+"""Channels added to an embedding: row and column, each as two digits."""
 
 DIGIT = 256
 """Base of the digits: whole numbers below it are exact in bfloat16."""
 
 
 def with_places(embeds: torch.Tensor, columns: int) -> torch.Tensor:
-    """The rows ``(units, channels)`` of a whole image, ``columns`` units wide, with their places: 4 channels more."""
+    """The rows ``(units, channels)`` of a whole image, ``columns`` units wide, with their places in 4 more channels."""
     number = torch.arange(len(embeds), device=embeds.device)
     digits = [
         digit for side in (number // columns, number % columns) for digit in (side // DIGIT, side % DIGIT)
@@ -28,19 +28,20 @@ def with_places(embeds: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def split_places(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings without their places, and these: int64 ``(2, rows)``, row and column."""
+    """Embeddings without their places, and the places: int64 ``(2, rows)``, row and column."""
     high_row, row, high_column, column = rows[:, -COLUMNS:].long().unbind(1)
     return rows[:, :-COLUMNS], torch.stack([high_row * DIGIT + row, high_column * DIGIT + column])
 
 
 def prompt_positions(length: int, images: Sequence[tuple[int, int, int, int]]) -> tuple[torch.Tensor, int]:
-    """Positions of a prompt before any image was seen: int64 ``(3, length)``, and what is to be added after it.
+    """Positions of a prompt before any image was seen, int64 ``(3, length)``, and the offset of later positions.
 
-    An image's tokens are all at its start; the text after it continues where it would after the whole image.
+    An image's tokens are all at its start; the text after it continues as after the whole image.
 
     Args:
-        length: of the prompt, placeholders of dropped tokens left out.
-        images: in order, the first placeholder of each and their number, and the rows and columns of the whole image.
+        length: of the prompt, without placeholders of dropped tokens.
+        images: in order, for each its first placeholder, its number of placeholders, and rows and columns of the whole
+            image.
     """
     positions = torch.arange(length)
     for begin, kept, rows, columns in images:
@@ -56,11 +57,11 @@ def placed(
 ) -> torch.Tensor:
     """``positions`` ``(3, length)`` with the ``places`` ``(2, rows)`` of the next image tokens written in.
 
-    An image's time is its start, for all of its tokens, so it can be read there whatever was written before: chunks may
-    be parts of an image, and come again.
+    The time coordinate is the image's start for all of its tokens, so it can be read whatever was written before: a
+    chunk may be part of an image, and may be computed again.
 
     Args:
-        positions: of `prompt_positions`, or of a call before.
+        positions: from `prompt_positions`, or from an earlier call.
         is_image: which tokens are placeholders of images, bool ``(length,)``.
         computed: tokens of the prompt that are computed already.
         places: of the tokens that are computed next.

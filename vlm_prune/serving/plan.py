@@ -1,6 +1,6 @@
 """What an engine is asked to prune, read from its model config and checked before anything is loaded.
 
-A budget is a pure function of the configuration, the request and the size of an image: vLLM lays out the prompt, its
+A budget depends on the configuration, the request and the size of an image alone, because vLLM lays out the prompt, its
 positions and its cache before the vision tower has seen a pixel.
 """
 
@@ -18,7 +18,7 @@ from ..errors import BudgetError, PolicyError, UnsupportedModelError
 from ..registry import did_you_mean, make_policies
 
 KEY = "vlm_prune"
-"""Of ``hf_overrides``, which says how an engine prunes, and of ``mm_processor_kwargs``, a request's own budget."""
+"""The key in ``hf_overrides`` that says how an engine prunes, and in ``mm_processor_kwargs`` for a request's budget."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Tiles:
 
     Attributes:
         units: rows and columns of visual tokens; ``None`` where images have any size, and each is one tile.
-        extra: CLS rows that the language model gets in addition to them.
+        extra: CLS rows that the language model receives in addition to them.
         feature_layer: 0-based number of the tower layer whose output is consumed.
         tile: what a tile is to the user.
         mrope: whether a visual token's position is its place in the image.
@@ -41,7 +41,7 @@ class Tiles:
 
     @property
     def tokens(self) -> int | None:
-        """Visual tokens of one tile, where all have as many."""
+        """Visual tokens of one tile, where all tiles have the same number."""
         return None if self.units is None else self.units[0] * self.units[1] + self.extra
 
 
@@ -49,11 +49,13 @@ def llava_tiles(config: Any) -> Tiles:
     """Of a ``LlavaConfig`` with a CLIP tower."""
     vision = config.vision_config
     if vision.model_type != "clip_vision_model":
-        raise ValueError(f"a {vision.model_type!r} tower, where only CLIP's (clip_vision_model) is known")
+        raise ValueError(f"a {vision.model_type!r} tower, and only CLIP's (clip_vision_model) is supported")
     side = vision.image_size // vision.patch_size
     layers = feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
     if len(layers) > 1:
-        raise ValueError(f"features of several layers ({config.vision_feature_layer}), where one is known")
+        raise ValueError(
+            f"features of several layers ({config.vision_feature_layer}), and only one is supported"
+        )
     return Tiles((side, side), int(config.vision_feature_select_strategy == "full"), layers[0], "image")
 
 
@@ -62,7 +64,7 @@ def internvl_tiles(config: Any) -> Tiles:
     vision, merge = config.vision_config, round(1 / config.downsample_ratio)
     if config.vision_feature_layer not in (-1, vision.num_hidden_layers):
         raise ValueError(
-            f"vision_feature_layer={config.vision_feature_layer}, where vLLM always takes the last one"
+            f"vision_feature_layer={config.vision_feature_layer}, and vLLM always takes the last one"
         )
     (height, width), (patch_height, patch_width) = square(vision.image_size), square(vision.patch_size)
     grid = height // patch_height // merge, width // patch_width // merge
@@ -81,7 +83,7 @@ FAMILIES = {
     "qwen3_vl": qwen_tiles,
     "qwen3_vl_moe": qwen_tiles,
 }
-"""``config.model_type`` of what can be pruned in vLLM, and the function that reads its geometry."""
+"""Each ``config.model_type`` that can be pruned in vLLM, with the function that reads its geometry."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Plan:
 
     Attributes:
         policy: of the encode stage.
-        budget: of requests that do not say.
-        ceiling: the most that a request gets.
+        budget: of requests that do not set one.
+        ceiling: the largest budget that a request may set.
         tiles: what the tower makes of a tile.
     """
 
@@ -104,7 +106,7 @@ class Plan:
         """The budget of a request with ``mm_processor_kwargs={"vlm_prune": request}``.
 
         Raises:
-            BudgetError: ``request`` is no budget, or one that cannot be had.
+            BudgetError: ``request`` is not a budget, or not a possible one.
         """
         if request is None:
             return self.budget
@@ -119,10 +121,10 @@ class Plan:
         return budget
 
     def kept(self, budget: Budget, dense: int) -> int:
-        """Visual tokens that stay of a tile that has ``dense``.
+        """Visual tokens kept of a tile that has ``dense``.
 
         Raises:
-            BudgetError: a request asks for more than the engine gives.
+            BudgetError: a request asks for more than the ceiling.
         """
         wanted, most = (x.units(dense - self.tiles.extra) + self.tiles.extra for x in (budget, self.ceiling))
         if wanted > most and budget != self.budget:
@@ -138,13 +140,13 @@ class Plan:
         return dense // each * self.kept(self.ceiling, each)
 
     def units(self, tokens: int) -> int:
-        """Units that the tower keeps for ``tokens``, which count CLS where the model hands it on."""
+        """Units that the tower keeps for ``tokens``, which include CLS where the language model receives it."""
         return tokens - self.tiles.extra
 
     def identity(self, budget: Budget) -> str:
-        """All that decides which tokens of an image stay: what caches must distinguish in addition to its pixels.
+        """All that decides which tokens of an image are kept: caches must distinguish it in addition to the pixels.
 
-        Budgets that come to the same are the same where that can be said without the image.
+        Budgets that keep as many tokens have the same identity, where the number is known without the image.
         """
         kind, dense = type(self.policy), self.tiles.tokens
         share = [budget.tokens, budget.ratio] if dense is None else self.kept(budget, dense)
@@ -175,8 +177,8 @@ class Plan:
         """The plan of an engine for a model with this ``config``; ``None`` if it is not asked to prune.
 
         Raises:
-            PolicyError: what is given is no policy, or one that vLLM has no place for.
-            BudgetError: the budget cannot be had.
+            PolicyError: what is given is not a policy, or one that cannot run in vLLM.
+            BudgetError: the budget is not possible.
             UnsupportedModelError: the model's family cannot be pruned in vLLM.
         """
         given = getattr(config, KEY, None)
@@ -236,8 +238,8 @@ def tiles_of(config: Any) -> Tiles:
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise UnsupportedModelError(
-            f"vlm_prune cannot prune a model of type {str(kind)!r} in vLLM. {did_you_mean(str(kind), FAMILIES)} Other "
-            "families can be pruned by their Hugging Face model, and its embeddings sent: see "
+            f"vlm_prune cannot prune a model of type {str(kind)!r} in vLLM. {did_you_mean(str(kind), FAMILIES)} For "
+            "other families prune the Hugging Face model, and send its embeddings: see "
             "vlm_prune.serving.image_embeds."
         )
     try:
@@ -247,19 +249,19 @@ def tiles_of(config: Any) -> Tiles:
 
 
 FEATURE_LAYER = 22
-"""Of any tower: only what comes after it matters here."""
+"""The consumed layer of an imaginary tower: a policy must not read layers after it."""
 
 
 def check_served(policy: Policy) -> None:
-    """Raise if vLLM has no place for a policy, and say which one it lacks."""
+    """Raise if a policy cannot run in vLLM, and say why."""
     if inside := policy.acts.inside:
         reason = {
-            "entry": "vLLM encodes an image once for all prompts that hold it, and knows no question by then",
+            "entry": "vLLM encodes an image once for all prompts with it, and does not know the question then",
             "prefill": "vLLM's layers share one block table and the positions that were fixed at scheduling, so no "
             "layer can hold fewer tokens than another",
             "decode": "vLLM's layers share one block table, so a layer cannot lose keys on its own",
             "guide": "vLLM computes each prompt once, and has no second pass to compare with",
-            "modulate": "vLLM's attention kernels show no head outputs or probabilities to edit",
+            "modulate": "vLLM's attention kernels do not expose head outputs or probabilities to edit",
         }[inside[0]]
         raise PolicyError(
             f'policy="{policy.name}" acts in the {inside[0]} stage, inside the language model: {reason}. Choose a '
@@ -267,8 +269,8 @@ def check_served(policy: Policy) -> None:
         )
     if any(layer > FEATURE_LAYER for layer in policy.tower_layers(FEATURE_LAYER)):
         raise PolicyError(
-            f'policy="{policy.name}" looks at the tower layer after the consumed one, which vLLM does not load. Choose '
-            "a policy that looks at the consumed layers alone, such as flowcut, visionzip, agilepruner or divprune."
+            f'policy="{policy.name}" reads the tower layer after the consumed one, which vLLM does not load. Choose '
+            "a policy that reads the consumed layers alone, such as flowcut, visionzip, agilepruner or divprune."
         )
     if not policy.prunes:
         raise PolicyError(
@@ -277,6 +279,6 @@ def check_served(policy: Policy) -> None:
         )
     if type(policy).tower_grid is not Policy.tower_grid:
         raise PolicyError(
-            f'policy="{policy.name}" shows the tower a smaller image, which vLLM\'s towers do not take, and keeps as '
-            "many tokens as come out even. Send smaller images, or choose pool, which averages tokens to any budget."
+            f'policy="{policy.name}" shows the tower a smaller image, which vLLM\'s towers do not take, and keeps only '
+            "certain numbers of tokens. Send smaller images, or choose pool, which averages tokens to any budget."
         )

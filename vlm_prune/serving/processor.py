@@ -1,7 +1,7 @@
-"""The front end's half: how many placeholders an image takes, and what tells cached images apart.
+"""The front end's part: how many placeholders an image takes, and the hashes that tell cached images apart.
 
-`Pruning` is a mix-in for a stock multi-modal processor class of vLLM. It is independent of the model: the stock class
-lays out an image, and the placeholders beyond the budget are left out.
+`Pruning` is a mix-in for a stock multi-modal processor class of vLLM. It does not depend on the model: the stock class
+lays out an image, and placeholders beyond the budget are removed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .plan import KEY, Plan
 from .requests import not_pruned, take_budgets
 
 FIELD = "vlm_prune_tokens"
-"""Of an image's processed inputs: int64, the visual tokens that stay of each of its tiles."""
+"""The field of an image's processed inputs with the visual tokens kept of each of its tiles, int64."""
 
 
 def shorten(content: Any, dense: int | None, tokens: int) -> PromptUpdateDetails:
-    """What represents an image in the prompt once ``tokens`` of each ``dense`` visual tokens are left.
+    """What represents an image in the prompt if ``tokens`` of each ``dense`` visual tokens are kept.
 
-    Tokens that are no placeholders, such as ``<img>`` and ``</img>``, stay. ``None``: the image is one tile.
+    Tokens that are not placeholders, such as ``<img>`` and ``</img>``, stay. ``None``: the image is one tile.
     """
     if not isinstance(content, PromptUpdateDetails):
         content = PromptUpdateDetails.from_seq(list(content))
@@ -36,8 +36,8 @@ def shorten(content: Any, dense: int | None, tokens: int) -> PromptUpdateDetails
     tiles, rest = (1, 0) if dense is None else divmod(sum(embeds), dense)
     if rest or not tiles:
         raise UnsupportedCallError(
-            f"An image takes {sum(embeds)} placeholders, which are no tiles of {dense}: this model's processor lays "
-            "images out in a way that vlm_prune does not know."
+            f"An image takes {sum(embeds)} placeholders, which do not divide into tiles of {dense}: vlm_prune does not "
+            "know how this model's processor lays out images."
         )
     left, kept = tiles * tokens, []
     for token, is_embed in zip(full, embeds, strict=True):
@@ -50,12 +50,12 @@ def shorten(content: Any, dense: int | None, tokens: int) -> PromptUpdateDetails
 def shortened(content: Any, dense: int | None, items: Any, number: int) -> Any:
     """`shorten` the replacement of image ``number``, which stock code gives as a value or as a function."""
     found = content(number) if callable(content) else content
-    # images that come as embeddings lack the field: the client has decided
+    # images that come as embeddings lack the field: the client has pruned them or not
     return shorten(found, dense, int(items[number][FIELD].data)) if FIELD in items[number] else found
 
 
 class Pruning:
-    """Mix-in for a multi-modal processor whose engine prunes; stock for one that does not."""
+    """Mix-in for a multi-modal processor; without effect if the engine does not prune."""
 
     info: Any
 
@@ -75,7 +75,7 @@ class Pruning:
         return [self.plan.tiles.tokens or 0] * images if self.plan else []
 
     def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Budget | None]:
-        """A request's options for stock code, and its budget."""
+        """A request's options without its budget, for stock code, and the budget."""
         stock = {name: value for name, value in kwargs.items() if name != KEY}
         if self.plan is None:
             if KEY in kwargs:

@@ -1,7 +1,7 @@
 """Qwen2.5-VL and Qwen3-VL in vLLM: images of any size, and tokens that keep their multimodal RoPE position.
 
-vLLM carries positions with embeddings for videos that it prunes itself. Pruned images take the same way, which an
-engine opens by a video pruning rate; so that no video is ever pruned by it, such an engine takes none.
+vLLM carries positions with embeddings for videos that it prunes itself. Pruned images use the same mechanism, which a
+video pruning rate switches on. Such an engine refuses videos, so that vLLM never prunes one by that rate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .processor import Pruning
 from .towers import qwen_parts
 
 RATE = 1e-6
-"""Of video pruning: what vLLM takes for a yes."""
+"""A video pruning rate above 0, which switches the mechanism on."""
 
 CHECKED = (4, 4)
 """Rows and columns of units of the noise image of the start-up self-check."""
@@ -40,8 +40,8 @@ def open_channel(vllm_config: VllmConfig) -> None:
     config = vllm_config.model_config.multimodal_config
     if config.mm_encoder_tp_mode == "data":
         raise UnsupportedModelError(
-            'mm_encoder_tp_mode="data" of a Qwen-VL model: vLLM deals out images to ranks past the place where they '
-            'are pruned. Use mm_encoder_tp_mode="weights", the default.'
+            'mm_encoder_tp_mode="data" of a Qwen-VL model: vLLM then distributes images over ranks in a way that '
+            'bypasses pruning. Use mm_encoder_tp_mode="weights", the default.'
         )
     if current_platform.is_cpu():
         mend()
@@ -50,10 +50,10 @@ def open_channel(vllm_config: VllmConfig) -> None:
 
 
 class QwenDummies:
-    """Mix-in for prompts of vLLM's warm-up."""
+    """Mix-in for the prompts of vLLM's warm-up."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Text after the images: `QwenPruning` refuses a prompt without."""
+        """Images and text after them, without which `QwenPruning` refuses a prompt."""
         return f"{super().get_dummy_text(mm_counts)}."  # type: ignore[misc]
 
 
@@ -61,31 +61,31 @@ class QwenPruning(Pruning):
     """Mix-in for Qwen-VL's processors, with shorter prompts."""
 
     def tile_tokens(self, images: int, processed: Mapping[str, Any]) -> list[int]:
-        """Of each image: what its size makes."""
+        """Visual tokens of each image, from its size."""
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
         return (processed["image_grid_thw"].prod(-1) // merge**2).tolist()
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Lay out a prompt; one that an image ends is refused."""
+        """Lay out a prompt; one that ends with an image is refused."""
         found = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         ends = [place.offset + place.length for place in found["mm_placeholders"].get("image", ())]
         if self.plan is not None and len(found["prompt_token_ids"]) in ends:
             raise UnsupportedCallError(
-                "The prompt ends with an image, and vLLM continues after the last token of it that stays, not after "
-                "the image. Let text or <|vision_end|> follow, as the chat template does."
+                "The prompt ends with an image, and vLLM would continue after the last kept token, not after the "
+                "whole image. Let text or <|vision_end|> follow, as the chat template does."
             )
         return found
 
 
 class QwenInfo:
-    """Mix-in that says what an engine that prunes takes: images and no videos."""
+    """Mix-in with the limits of an engine that prunes: images and no videos."""
 
     get_hf_config: Any
     get_max_image_tokens: Any
 
     @property
     def prunes(self) -> bool:
-        """Whether the engine was asked to."""
+        """Whether the engine prunes."""
         return Plan.of(self.get_hf_config()) is not None
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
@@ -100,7 +100,7 @@ class QwenInfo:
 
 
 class PrunedQwen(Pruned):
-    """Mix-in for Qwen-VL's model classes. What goes to the decoder's first layers (deepstack) stands after a row."""
+    """Mix-in for Qwen-VL's model classes. Deepstack features for the decoder's first layers follow in the same row."""
 
     parts = staticmethod(qwen_parts)
     encoder_class = ServedPackedEncoder
@@ -108,11 +108,11 @@ class PrunedQwen(Pruned):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         if Plan.of(vllm_config.model_config.hf_config) is not None:
-            open_channel(vllm_config)  # the runner asks after loading
+            open_channel(vllm_config)  # the runner reads the setting after loading
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def image_tokens(self, **kwargs: Any) -> list[int]:
-        """What the size of each image makes."""
+        """Visual tokens of each image, from its size."""
         return [rows * columns for rows, columns in self._grids(kwargs["image_grid_thw"])]
 
     def _grids(self, sizes: torch.Tensor) -> list[tuple[int, int]]:
@@ -123,7 +123,7 @@ class PrunedQwen(Pruned):
     def _encode(
         self, plan: Plan, budget: int, numbers: list[int], kwargs: Mapping[str, Any]
     ) -> list[torch.Tensor]:
-        """Embeddings of some images ``(tokens that stay, channels + 4)``, their places after them."""
+        """Embeddings of some images, with their places in the last channels: ``(tokens kept, channels + 4)``."""
         sizes = kwargs["image_grid_thw"]
         patches = kwargs["pixel_values"].split(sizes.prod(-1).tolist())
         pixels = torch.cat([patches[number] for number in numbers])
@@ -139,7 +139,7 @@ class PrunedQwen(Pruned):
         ]
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> tuple[Any, ...]:
-        """Places of images that come as embeddings, which are whole."""
+        """Add the places to images that come as embeddings, which are unpruned."""
         if self.plan is None:
             return super()._postprocess_image_embeds_evs(image_embeds_split, image_input)  # type: ignore[misc]
         grids = self._grids(image_input["image_grid_thw"])
@@ -150,7 +150,7 @@ class PrunedQwen(Pruned):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[torch.Tensor, int]:
-        """Positions ``(3, tokens)`` before an image was seen, and what is added to those after the prompt."""
+        """Positions ``(3, tokens)`` before an image was seen, and the offset of those after the prompt."""
         if self.plan is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
         ordered = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
@@ -164,7 +164,7 @@ class PrunedQwen(Pruned):
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Any, num_computed_tokens: int
     ) -> tuple[Any, torch.Tensor, int]:
-        """Embeddings without their places, and positions with these."""
+        """Embeddings without their places, positions with them, and the offset of later positions."""
         if self.plan is None:
             return super().recompute_mrope_positions(  # type: ignore[misc]
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
@@ -232,7 +232,7 @@ class PrunedQwen3(PrunedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
 
 
 class Qwen3MoeInfo(QwenInfo, qwen3_vl_moe.Qwen3VLMoeProcessingInfo):
-    """Qwen3-VL's limits, of a mixture of experts."""
+    """Qwen3-VL's limits, for a mixture of experts."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Qwen3Pruning, info=Qwen3MoeInfo, dummy_inputs=Qwen3Dummies)

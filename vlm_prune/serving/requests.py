@@ -1,8 +1,8 @@
-"""Budgets in requests to the OpenAI-compatible server: ``"vlm_prune": {"tokens": 64}`` in the body of any of them.
+"""Budgets in requests to the OpenAI-compatible server: ``"vlm_prune": {"tokens": 64}`` in the body of a request.
 
-The server hands a request on with its unknown fields, and its renderer is the first to look at it. There the budget is
-checked and put where the processor finds it, `mm_processor_kwargs`. A budget is bounded by the engine's ceiling, so it
-needs no ``--trust-request-mm-kwargs``, which all other entries there do.
+The server keeps unknown fields of a request, and its renderer reads the request first. There the budget is checked and
+put where the processor finds it, in `mm_processor_kwargs`. A budget is bounded by the engine's ceiling, so it does not
+need ``--trust-request-mm-kwargs``, as all other entries there do.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..errors import BudgetError, UnsupportedCallError
 from .plan import KEY, Plan
 
 RENDERER = "vllm.renderers.online_renderer"
-"""Of vLLM's API server; not imported anywhere else."""
+"""The module of vLLM's API server, which nothing else imports."""
 
 
 def take_budgets() -> None:
-    """Let the server of this process, if it is one, understand budgets."""
+    """Make the API server accept budgets, if this process is one."""
     module = sys.modules.get(RENDERER)
     if module is None or hasattr(module.validate_request_mm_kwargs, "stock"):
         return
@@ -30,16 +30,16 @@ def take_budgets() -> None:
 
     @wraps(validate)
     def trusting(*, mm_processor_kwargs: dict[str, Any] | None, **others: Any) -> None:
-        """All but the budget needs the client's being trusted."""
+        """All entries but the budget require that the client is trusted."""
         rest = {name: value for name, value in (mm_processor_kwargs or {}).items() if name != KEY}
         validate(mm_processor_kwargs=rest or None, **others)
 
     trusting.stock = validate  # type: ignore[attr-defined]
-    module.validate_request_mm_kwargs = trusting
+    vars(module)["validate_request_mm_kwargs"] = trusting
 
 
 def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the renderer that reads a request's budget first."""
+    """The given method of the renderer, which now reads a request's budget first."""
 
     @wraps(stock)
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ def place_budget(request: Any, config: Any) -> None:
     """Check the budget of a ``request``, wherever it is, and put it into ``request.mm_processor_kwargs``.
 
     Raises:
-        BudgetError: there are two, or it cannot be had.
+        BudgetError: there are two, or the budget is not possible.
         UnsupportedCallError: the engine, whose model has this ``config``, does not prune.
     """
     options = getattr(request, "mm_processor_kwargs", None) or {}
@@ -73,8 +73,8 @@ def place_budget(request: Any, config: Any) -> None:
 
 
 def not_pruned() -> UnsupportedCallError:
-    """What is raised where a request brings a budget to an engine that does not prune."""
+    """The error for a request with a budget to an engine that does not prune."""
     return UnsupportedCallError(
-        f'"{KEY}" in a request, but this engine does not prune: start it with '
+        f'The request has "{KEY}", but this engine does not prune: start it with '
         f'hf_overrides={{"{KEY}": {{"policy": "flowcut", "tokens": 64}}}}.'
     )

@@ -1,4 +1,4 @@
-"""What the encode stages of all vLLM models have in common: a budget that holds for a block, and heads of all ranks."""
+"""What the encode stages of all vLLM models share: a budget that holds for a block, and the heads of all ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
 class NoReceipt:
-    """vLLM reports through its own metrics: the receipts of the engine go nowhere."""
+    """vLLM has its own metrics: receipts are discarded."""
 
     def new_receipt(self, *args: Any) -> Any:
-        """One that nothing is written on."""
+        """A receipt that records nothing."""
         return SimpleNamespace()
 
     def publish(self, receipt: Any) -> None:
@@ -36,14 +36,14 @@ class ServedStage:
     """Mix-in for an `EncodeStage` on the modules of a vLLM model.
 
     Args:
-        parts: where they are.
-        gather: used where a tensor-parallel rank holds a share of the heads.
+        parts: the modules.
+        gather: joins heads, where a tensor-parallel rank holds a share of them.
         policy: of the encode stage.
 
     Attributes:
         active: whether the tower prunes now.
         heads: of a tower layer, over all tensor-parallel ranks.
-        times: what policies took to choose in this block, in milliseconds, each a function that may wait for it.
+        times: functions that return the milliseconds that policies took to choose in this block; they may wait.
     """
 
     active: bool = False
@@ -58,7 +58,7 @@ class ServedStage:
 
     @contextmanager
     def keeping(self, units: int) -> Iterator[None]:
-        """Within the block, the tower keeps this many units of each tile. Outside of it, it is a stock tower."""
+        """Within the block, the tower keeps this many units of each tile. Outside of it, the tower is stock."""
         self.active, self.budget, self.times = True, Budget(tokens=units), []
         try:
             with encoding(self.session, once=False):
@@ -81,7 +81,7 @@ class ServedStage:
         return answer
 
     def all_heads(self, states: torch.Tensor, head_size: int) -> torch.Tensor:
-        """Queries, keys and values of the heads of all ranks, which have to agree on the tokens that stay.
+        """Queries, keys and values of the heads of all ranks, which have to agree on the tokens to keep.
 
         ``(3, tiles, tokens, heads of this rank * head size)`` -> ``(3, tiles, heads, tokens, head size)``.
         """

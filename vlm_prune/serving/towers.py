@@ -1,4 +1,4 @@
-"""Where the parts of vLLM's models are: what `vlm_prune.adapters` is for those of transformers."""
+"""Where the parts of vLLM's models are, as `vlm_prune.adapters` says for models of transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Parts(NamedTuple):
     Attributes:
         tower: its ``attentions`` are vLLM's encoder attention modules, called with query, key and value
             ``(tiles, tokens, heads * head size)``.
-        stack: runs the tower's layers and returns their last hidden states, CLS in front.
+        stack: runs the tower's layers and returns their last hidden states, CLS first.
         projector: takes the tower's features ``(tiles, units, channels)``.
         heads: of a tower layer, over all tensor-parallel ranks.
     """
