@@ -46,8 +46,8 @@ class Eviction:
             chooser = next((policy.name for policy, _ in entries if policy.by_head), None)
             if chooser is not None and len(entries) > 1:
                 raise PolicyError(
-                    f"{' and '.join(names)} drop rows of the same KV cache, and {chooser} chooses them for each head: of "
-                    "what both keep, heads would hold different numbers, which a cache cannot. Keep one of them."
+                    f"{' and '.join(names)} drop rows of the same KV cache, and {chooser} chooses them for each head: "
+                    "of what both keep, heads would hold different numbers, which a cache cannot. Keep one of them."
                 )
         evicting = {id(p): p for entries in self.layers.values() for p, _ in entries}.values()
         self.steps = any(type(p).evicts_at is not Policy.evicts_at for p in evicting)
