@@ -72,10 +72,11 @@ def watched(policy: Policy, seen: Seen) -> Policy:
             return output
 
         def evict(self, view: Any) -> Any:
-            keep = super().evict(view)
+            answer = super().evict(view)
+            keep = answer[0] if isinstance(answer, tuple) else answer
             first = keep[0] if keep.dim() == 2 else keep[0, 0]
             seen.cached[view.layer] = first[view.visual[0]].nonzero()[:, 0].tolist()
-            return keep
+            return answer
 
         def guide(self, view: Any) -> Any:
             new = super().guide(view)

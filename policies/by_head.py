@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..contract.keep import top_mask
-from ..contract.policy import Policy, Positions
+from ..contract.policy import Evicted, Policy, Positions
 
 if TYPE_CHECKING:
     from ..contract.views import CacheView
@@ -49,6 +49,6 @@ class KeepsByHead(Policy):
         """All."""
         return range(depth)
 
-    def evict(self, view: CacheView) -> torch.Tensor | None:
+    def evict(self, view: CacheView) -> Evicted:
         """The visual rows of highest score in each head, as many as the budget allows."""
         return None if view.scores is None else top_by_head(view.scores, view.target, view.visual)

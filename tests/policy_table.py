@@ -47,6 +47,7 @@ TABLE = {
     "fastvid": Row(),
     "flowcut": Row(),
     "h2o": Row(holds="cache", text_blind=False),
+    "lookm": Row(holds="cache", text_blind=False),
     "mmtok": Row(text_blind=False),
     "holov": Row({"runs": 4}),
     "mustdrop": Row({"layers": (0, 1), "merge_threshold": 0.1}, "prompt", text_blind=False),

@@ -8,13 +8,16 @@ it would on real ones (numbers, tensors without dimensions, are welcome everywhe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
+
+from vlm_prune.kernels import plans
 
 SECOND = torch.device("cpu:1")
 
@@ -94,7 +97,10 @@ class Constructors(TorchFunctionMode):
 @contextmanager
 def second_device() -> Iterator[None]:
     """While active, ``device="cpu:1"`` is a device of its own."""
-    with Operations(), Constructors():
+    made_here = patch.object(
+        plans, "_disable_current_modes", nullcontext
+    )  # else tensors of a plan would be stock ones
+    with Operations(), Constructors(), made_here:
         yield
 
 

@@ -6,6 +6,9 @@ steps must say the same.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -13,7 +16,9 @@ from tests.models import IMAGE, prompt, shared
 from tests.policy_table import options
 from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
 from vlm_prune import PolicyError, prune, pruned
+from vlm_prune.policies.by_head import KeepsByHead
 from vlm_prune.policies.h2o import H2O
+from vlm_prune.policies.lookm import LookM
 from vlm_prune.policies.prompt_attention import last_of
 from vlm_prune.policies.snapkv import SnapKV, pooled
 from vlm_prune.policies.streamingllm import StreamingLLM, sinks_then_recent
@@ -149,6 +154,7 @@ CASES = {
         lambda f, b: snapkv_by_hand(f, b, 2, 3, "max"),
     ),
     "h2o": (H2O(), h2o_by_hand),
+    "lookm-without-merging": (LookM(merge=None), h2o_by_hand),
     "vlcache": (VLCache(), lambda f, b: vlcache_by_hand(f, b, 0.01)),
     "vlcache-high-threshold": (VLCache(threshold=0.3), lambda f, b: vlcache_by_hand(f, b, 0.3)),
 }
@@ -260,3 +266,89 @@ def test_pooling_by_hand():
 def test_settings(policy, settings, message):
     with pytest.raises(ValueError, match=message):
         policy(**settings)
+
+
+def merged_by_hand(keys, values, kept, pivot):
+    """Rows of one head that stay, each the mean of itself and of the rows that go to it."""
+    mine = {i: [] for i in kept}
+    for gone in (i for i in range(len(keys)) if i not in mine):
+        near = max(kept, key=lambda i: float(keys[gone] @ keys[i] / (keys[gone].norm() * keys[i].norm())))
+        mine[near].append(gone)
+    pairs = []
+    for x in (keys, values):
+        added = {i: [(x[g] + x[i]) / 2 if pivot else x[g] for g in those] for i, those in mine.items()}
+        pairs.append(torch.stack([torch.stack([x[i], *added[i]]).mean(0) for i in kept]))
+    return pairs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("merge", ["pivot", "average"])
+def test_lookm_merges_what_leaves(merge, family, layout):
+    model, batch = shared(family), prompt(family, [LAYOUTS[layout]])
+    keep = h2o_by_hand(family, batch)
+    whole = cache_of(model(**batch.inputs, use_cache=True))
+    held, logits = steps(model, batch, LookM(merge=merge))
+    out, cache = dropped(model, batch, keep, by_layer=True)
+    for number, (layer, stock) in enumerate(zip(whole.layers, cache.layers, strict=True)):
+        heads = [
+            merged_by_hand(layer.keys[0, h], layer.values[0, h], rows, merge == "pivot")
+            for h, rows in enumerate(keep[number])
+        ]
+        stock.keys, stock.values = (torch.stack([pair[k] for pair in heads])[None] for k in (0, 1))
+        torch.testing.assert_close(held[number][0], stock.keys, **CLOSE)
+        torch.testing.assert_close(held[number][1], stock.values, **CLOSE)
+    token = out.logits[:, -1:].argmax(-1)
+    out = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(token),
+        position_ids=torch.tensor([[batch.ids.shape[1]]]),
+        **{CACHE: cache},
+        use_cache=True,
+    )
+    torch.testing.assert_close(logits[:, 0], model.lm_head(out.last_hidden_state)[:, -1], **CLOSE)
+
+
+@dataclass(frozen=True)
+class Doubles(KeepsByHead):
+    """Doubles the values of all rows, of which it drops none."""
+
+    name: ClassVar[str] = "doubles"
+
+    def observe(self, view):
+        return view.visual.float()
+
+    def evict(self, view):
+        return torch.ones_like(view.visual), view.keys, 2 * view.values
+
+
+@dataclass(frozen=True)
+class DoublesAgain(Doubles):
+    name: ClassVar[str] = "doubles again"
+
+
+@pytest.mark.parametrize(("policies", "factor"), [([Doubles()], 2), ([Doubles(), DoublesAgain()], 4)])
+def test_merged_rows_stay_where_none_leaves_and_the_next_policy_sees_them(policies, factor):
+    model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
+    stock = cache_of(model(**batch.inputs, use_cache=True))
+    with pruned(model, policies, ratio=RATIO):
+        cache = cache_of(model(**batch.inputs, use_cache=True))
+    for layer, other in zip(cache.layers, stock.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, factor * other.values)
+
+
+@pytest.mark.parametrize("wrong", ["no mask", "fewer rows", "no values"])
+def test_merged_rows_of_other_shapes_are_refused(wrong):
+    @dataclass(frozen=True)
+    class Odd(Doubles):
+        def evict(self, view):
+            keep, keys, values = super().evict(view)
+            return {
+                "no mask": (None, keys, values),
+                "fewer rows": (keep, keys[:, :, 1:], values),
+                "no values": (keep, keys),
+            }[wrong]
+
+    model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
+    with pruned(model, Odd(), ratio=RATIO), pytest.raises(PolicyError, match="merged rows"):
+        model(**batch.inputs, use_cache=True)

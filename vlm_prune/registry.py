@@ -30,6 +30,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "fastvid": "vlm_prune.policies.fastvid:FastVID",
     "flowcut": "vlm_prune.policies.flowcut:FlowCut",
     "h2o": "vlm_prune.policies.h2o:H2O",
+    "lookm": "vlm_prune.policies.lookm:LookM",
     "mmtok": "vlm_prune.policies.mmtok:MMTok",
     "holov": "vlm_prune.policies.holov:HoloV",
     "mustdrop": "vlm_prune.policies.mustdrop:MustDrop",
@@ -61,7 +62,7 @@ POLICIES: dict[str, str | type[Policy]] = {
 BUILT_IN = tuple(POLICIES)
 """Names of the policies in the package."""
 
-ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop", "vl-cache": "vlcache"}
+ALIASES = {"fixing_imbalance": "paint", "pdrop": "pyramiddrop", "vl-cache": "vlcache", "look-m": "lookm"}
 """Other names of policies."""
 
 ELSEWHERE = "vlm_prune.policies.elsewhere:not_among"

@@ -485,11 +485,20 @@ def pick_kv(
     )
 
 
-def evict_rows(layer: PrunedLayer, rows: Rows, live: torch.Tensor, counts: list[int]) -> Rows:
+def evict_rows(
+    layer: PrunedLayer,
+    rows: Rows,
+    live: torch.Tensor,
+    counts: list[int],
+    merged: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Rows:
     """Remove from a layer those of this turn's ``rows`` that are not ``live``; returns what it holds of the turn.
 
     ``live`` is bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with ``counts`` in every head of a sequence.
+    What stays has the ``merged`` keys and values ``(batch, kv_heads, rows, head_dim)``, if there are any.
     """
+    if live.dim() == 2 and merged is not None:
+        live = live[:, None].expand(-1, merged[0].shape[1], -1)
     if live.dim() == 2:
         left, _ = rows.pick(live, counts)
         trim(layer, rows, left)
@@ -498,7 +507,11 @@ def evict_rows(layer: PrunedLayer, rows: Rows, live: torch.Tensor, counts: list[
     index = live_order(live.flatten(0, 1), max(counts)).unflatten(0, live.shape[:2])
     past = layer.physical - rows.count
     before = torch.arange(past, device=index.device).expand(*live.shape[:2], -1)
-    keys, values = pick_kv(*storage.read(layer.inner, layer.physical), torch.cat([before, index + past], 2))
+    keys, values = storage.read(layer.inner, layer.physical)
+    if merged is not None:
+        pairs = (keys, merged[0]), (values, merged[1])
+        keys, values = (torch.cat([x[:, :, :past], new.to(x)], 2) for x, new in pairs)
+    keys, values = pick_kv(keys, values, torch.cat([before, index + past], 2))
     by_row = torch.cat([before[:, 0], by_row + past], 1)
     layer.marks = {name: x.gather(1, by_row.to(x.device)) for name, x in layer.marks.items()}
     if smaller := layer.spared is not None and past == 0:

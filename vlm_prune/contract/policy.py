@@ -19,6 +19,9 @@ __all__ = ["PLACES", "STAGES", "Keep", "Place", "Policy", "Positions", "ScorerPo
 
 Positions = Literal["original", "compact"]
 
+Evicted = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+"""What `Policy.evict` answers: a keep mask, with keys and values of the rows that stay, or not; ``None`` keeps all."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -199,11 +202,12 @@ class Policy:
         """0-based decoder layers, of ``depth``, from whose KV cache `evict` drops rows."""
         return ()
 
-    def evict(self, view: CacheView) -> torch.Tensor | None:
+    def evict(self, view: CacheView) -> Evicted:
         """After a prefill, or a decoding step that `evicts_at` names: which rows of a layer's KV cache stay.
 
         A keep mask, bool ``(batch, rows)``, or ``(batch, kv_heads, rows)`` with the same number in every head of a
-        sequence. ``None`` keeps all.
+        sequence. After a prefill, two more tensors may come with it, shaped like ``view.keys`` and ``view.values``: the
+        rows that stay hold these keys and values then, where evicted rows are merged into them. ``None`` keeps all.
         """
         raise NotImplementedError(f"{self.name} names layers to evict from but does not evict")
 

@@ -19,6 +19,8 @@ from ..contract.views import AttentionView, CacheView
 from ..errors import PolicyError, UnsupportedCallError
 
 VISUAL = "visual"
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values ``(batch, kv_heads, rows, head_dim)``."""
 
 
 class Eviction:
@@ -72,6 +74,7 @@ class Eviction:
         for the device once, unless all that stay are those that reached the last layer.
         """
         lives: dict[int, torch.Tensor] = {}
+        merged: dict[int, Pair] = {}
         reached: dict[int, torch.Tensor] = {}  # layers between two cuts hold the same rows
         trimmed: dict[tuple[int, int], torch.Tensor] = {}
         left = list(held)
@@ -81,25 +84,32 @@ class Eviction:
                 continue
             if id(rows) not in reached:
                 reached[id(rows)] = _reached(final, rows)
-            remaining = reached[id(rows)]
-            keys, values = read(stored.inner, stored.physical)
+            keys, values = (x[:, :, -rows.count :] for x in read(stored.inner, stored.physical))
+            device = keys.device  # of this layer, where the layers of a model are spread over several
+            visual, remaining = rows.visual.to(device), reached[id(rows)].to(device)
+            mask = None if rows.mask is None else rows.mask.to(device)
             keep: torch.Tensor | None = None
             for policy, _ in entries:
-                scores = {layer: x for (layer, owner), x in call.scores.items() if owner == id(policy)}
+                scores = {
+                    layer: x.to(device) for (layer, owner), x in call.scores.items() if owner == id(policy)
+                }
                 view = CacheView(
                     layer=number,
                     depth=self.depth,
-                    visual=rows.visual,
-                    valid=rows.mask,
+                    visual=visual,
+                    valid=mask,
                     remaining=remaining,
-                    target=targets[id(policy)],
+                    target=targets[id(policy)].to(device),
                     scores=scores.get(number),
                     all_scores=scores,
-                    keys=keys[:, :, -rows.count :],
-                    values=values[:, :, -rows.count :],
+                    keys=keys,
+                    values=values,
                 )
-                keep = _both(keep, _checked(policy, view, policy.evict(view)))
-            if keep is remaining:
+                mine, pair = _apart(policy, view, policy.evict(view))
+                keep = _both(keep, mine)
+                if pair is not None:  # which the next policy sees, and may merge on
+                    merged[number] = keys, values = pair
+            if keep is remaining and number not in merged:
                 left[number] = final
                 if rows is not final:  # even if the longest sequence loses none
                     key = id(rows), stored.physical
@@ -107,15 +117,15 @@ class Eviction:
                         trimmed[key] = stored_index(rows, final, stored.physical)
                     trim(stored, rows, final, trimmed[key])
             elif keep is not None:
-                lives[number] = _live(keep, rows.visual, rows.mask)
+                lives[number] = _live(keep, visual, mask).to(rows.order.device)
             if self.steps:
                 stored.state |= {_target_of(p): targets[id(p)] for p, _ in entries}
         self._remember(cache, left)
         for number, counts in zip(lives, _counts(list(lives.values())), strict=True):
             live, rows, stored = lives[number], held[number], wrap(cache, number)
-            if min(counts) == rows.count:
+            if min(counts) == rows.count and number not in merged:
                 continue
-            left[number] = evict_rows(stored, rows, live, counts)
+            left[number] = evict_rows(stored, rows, live, counts, merged.get(number))
         return left
 
     def _remember(self, cache: Cache, held: Sequence[Rows]) -> None:
@@ -191,6 +201,24 @@ def _both(keep: torch.Tensor | None, answer: torch.Tensor | None) -> torch.Tenso
     if keep.dim() != answer.dim():
         keep, answer = (x[:, None] if x.dim() == 2 else x for x in (keep, answer))
     return keep & answer
+
+
+def _apart(policy: Policy, view: CacheView, answer: Any) -> tuple[torch.Tensor | None, Pair | None]:
+    """A keep mask, checked, and the keys and values of the rows that stay, where a policy merges."""
+    if not isinstance(answer, tuple):
+        return _checked(policy, view, answer), None
+    given, needed = [_shape(x) for x in answer], [tuple(x.shape) for x in (view.keys, view.values)]
+    if given[0] is None or given[1:] != needed:
+        raise PolicyError(
+            f"{policy.name}.evict returned a tuple of shapes {given}: a keep mask, and merged rows of keys and values "
+            f"{needed} are needed."
+        )
+    keep, keys, values = answer
+    return _checked(policy, view, keep), (keys, values)
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    return tuple(x.shape) if isinstance(x, torch.Tensor) else None
 
 
 def _checked(policy: Policy, view: CacheView, keep: Any) -> torch.Tensor | None:
