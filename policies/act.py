@@ -1,6 +1,6 @@
-"""ACT: attention calibration, less for sinks after the first token (Yu et al., ICML 2024, arXiv 2406.15765).
+"""ACT: attention calibration, less attention to sinks after the first token (Yu et al., ICML 2024, arXiv 2406.15765).
 
-Follows the released ``llama_modelling_aug.py``, which finds a prompt's sinks by the mean attention that a key gets.
+Follows the released ``llama_modelling_aug.py``, which finds a prompt's sinks by the mean attention that a key receives.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 def calibrate(probabilities: torch.Tensor, sinks: torch.Tensor, kept: float) -> torch.Tensor:
     """Leave sinks the share ``kept`` of their attention, and give the rest to other keys in proportion to theirs.
 
-    Both are ``(batch, heads, rows, keys)``, ``sinks`` bool and broadcast. A row whose attention is all on sinks stays.
+    Both are ``(batch, heads, rows, keys)``, ``sinks`` bool and broadcast. A row with all of it on sinks is unchanged.
     Official: ``atten_process_eval``.
     """
     taken = (probabilities * sinks).sum(-1, keepdim=True)
-    others = (probabilities * ~sinks).sum(-1, keepdim=True)  # not 1 - taken, which loses what is small
+    others = (probabilities * ~sinks).sum(-1, keepdim=True)  # not 1 - taken, which loses small values
     gain = 1 + (1 - kept) * taken / others.clamp(min=torch.finfo(probabilities.dtype).tiny)
     changed = probabilities * torch.where(sinks, kept, gain)
     return torch.where(others > 1e-20, changed, probabilities)
@@ -45,15 +45,15 @@ class ACT(Policy):
     """ACT, on the attention probabilities of every row (modulate stage).
 
     A sink is a key, other than the prompt's first token, whose attention averages more than ``threshold`` over the rows
-    of the prompt that see it; each head has its own. Sinks keep the share ``kept``, and the rest goes to all other keys
-    in proportion to what they have. A generated token's row is handled separately, as in the released code.
+    of the prompt that see it; heads have different sinks. Sinks keep the share ``kept``, and the rest goes to all other
+    keys in proportion to their attention. A generated token's row is handled separately, as in the released code.
 
-    The paper first searches, head by head on a thousand samples, for those that gain by it, and leaves the others
-    alone; which these are in a vision-language model is not published, and calibrating all of them, the default here,
-    is not what was measured. Made for text; prompts without an image are left alone here, and the whole attention of a
+    The paper first searches, head by head on a thousand samples, for the heads that gain by calibration, and leaves the
+    others unchanged. For vision-language models these heads are not published, and the default here, calibrating all of
+    them, is not what was measured. Made for text; here prompts without an image are unchanged. The whole attention of a
     layer is computed twice more, in blocks of rows.
 
-    The released code takes the first sink to be the first token; where that is none, here it is left alone just so.
+    The released code assumes that the first sink is the first token; here the first token is excluded in any case.
 
     Attributes:
         threshold: mean attention of a sink; the released scripts have 0.1.
@@ -94,7 +94,7 @@ class ACT(Policy):
         """Find the sinks of a prompt, and recompute its rows without their full share.
 
         Raises:
-            ValueError: ``heads`` has one that the layer does not have.
+            ValueError: ``heads`` names a head that the layer does not have.
         """
         chosen, real = self._heads(view), real_rows(view)
         first = torch.nn.functional.one_hot(first_key(view), view.key.shape[2]).bool()[:, None, None]

@@ -37,6 +37,7 @@ class KeepsByHead(Policy):
 
     stages: ClassVar[tuple[str, ...]] = ("decode",)
     default_ratio: ClassVar[float] = 0.25
+    by_head: ClassVar[bool] = True
 
     positions: Positions | None = "original"
 

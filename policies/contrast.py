@@ -1,4 +1,4 @@
-"""What methods that compare two sets of logits share: the contrast, and which tokens it may choose among."""
+"""What methods that compare two sets of logits share: the contrast, and the tokens that it excludes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def contrasted(logits: torch.Tensor, second: torch.Tensor, alpha: float) -> torch.Tensor:
-    """``(1 + alpha) logits - alpha second``, all of one shape: what the second pass says too counts for less."""
+    """``(1 + alpha) logits - alpha second``, of one shape: tokens likely in the second pass, too, count for less."""
     return (1 + alpha) * logits - alpha * second
 
 
@@ -16,7 +16,7 @@ def implausible(logits: torch.Tensor, beta: float) -> torch.Tensor:
     """Tokens less than ``beta`` times as likely as the likeliest: bool, shaped like ``logits`` ``(..., vocabulary)``.
 
     Contrastive decoding's adaptive plausibility constraint (Li et al. 2022, arXiv 2210.15097): a contrast is noise
-    where both sides are sure that a token is wrong. ``beta`` 0 lets all tokens through.
+    where both sides are sure that a token is wrong. ``beta`` 0 excludes no token.
     """
     if beta == 0:
         return torch.zeros_like(logits, dtype=torch.bool)

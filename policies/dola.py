@@ -35,8 +35,8 @@ def divergence(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def layer_choice(part: str, depth: int, tied: bool) -> tuple[int, ...]:
     """Every other layer of the lower or upper half (of 20 layers at most), as transformers chose them.
 
-    Layer 0 is what enters the first layer, which with ``tied`` embeddings says nothing but the token itself: the lower
-    half begins with 2 then.
+    Layer 0 is the input of the first layer, which with ``tied`` embeddings predicts the token itself: the lower half
+    begins with 2 then.
     """
     if part == "high":
         return tuple(range(depth // 2 if depth <= 40 else depth - 20, depth, 2))
@@ -46,17 +46,17 @@ def layer_choice(part: str, depth: int, tied: bool) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DoLa(Policy):
-    """DoLa, on the logits: what an early layer says already counts against a token (guide stage).
+    """DoLa, on the logits: tokens that an early layer finds likely, too, count for less (guide stage).
 
-    Of the candidate layers the one whose distribution is furthest from the last one's is contrasted, chosen for each
-    token of each sequence, where the released code takes one for a whole batch. There is no second pass: it costs the
-    language-model head once for each candidate. Tokens that the last layer finds implausible get ``-inf``. Prompts
-    without an image are left alone.
+    The candidate layer whose distribution is furthest from that of the last layer is contrasted. It is chosen for each
+    token of each sequence; the released code chooses one for a whole batch. There is no second pass: each candidate
+    costs one pass of the language-model head. Tokens that the last layer finds implausible get ``-inf``. Prompts
+    without an image are unchanged.
 
     Attributes:
         layers: the candidates: ``"high"`` or ``"low"``, every other layer of the upper or lower half, or numbers, where
-            0 is what enters the first layer. The paper has "high" for short answers, "low" for long ones.
-        beta: tokens less than ``beta`` times as likely as the likeliest are left out; the paper has 0.1.
+            0 is the input of the first layer. The paper has "high" for short answers, "low" for long ones.
+        beta: tokens less than ``beta`` times as likely as the likeliest are excluded; the paper has 0.1.
         alpha: strength of the contrast; the paper's is 1.
     """
 
@@ -94,13 +94,13 @@ class DoLa(Policy):
         layers = layer_choice(self.layers, depth, False) if isinstance(self.layers, str) else self.layers
         if max(layers) >= depth:
             raise ValueError(
-                f"layers={self.layers}: the language model has {depth} layers, of which the last is what others are "
-                f"compared with; choose from 0 to {depth - 1}"
+                f"layers={self.layers}: the language model has {depth} layers, and others are compared with the last "
+                f"one; choose from 0 to {depth - 1}"
             )
         return layers
 
     def guide(self, view: GuideView) -> torch.Tensor:
-        """Logits less the furthest candidate's log-probabilities: the released code's, but for one number a row."""
+        """Logits less the furthest candidate's log-probabilities; as in the released code up to a constant per row."""
         last = view.logits.log_softmax(-1)
         furthest, chosen = None, last
         for layer in view.early:

@@ -1,4 +1,4 @@
-"""DyCoke: tokens that were in the same place a moment ago are dropped (Tao et al., CVPR 2025, arXiv 2411.15024).
+"""DyCoke: tokens that repeat those of an earlier frame are dropped (Tao et al., CVPR 2025, arXiv 2411.15024).
 
 Its first stage, temporal merging, as in ``dycole_ttm`` of the released ``llava/model/llava_arch.py``.
 """
@@ -15,19 +15,19 @@ from ..contract.views import FeaturesView
 from ..kernels import to_device
 
 WINDOW = 4
-"""Frames of a window, of which the first one stays whole."""
+"""Frames of a window; the first one is kept whole."""
 
 
 def earlier_frame(frame: int) -> int:
-    """The frame that a frame is compared with: the third of a window with its first, all others with the one before.
+    """The frame that each frame is compared with: for the third of a window its first, for all others the one before.
 
-    The first of a window is compared with none, and stands for itself.
+    The first of a window is compared with no other; its own number is returned.
     """
     return frame - {0: 0, 2: 2}.get(frame % WINDOW, 1)
 
 
 def likeness_in_time(features: torch.Tensor, frames: int) -> torch.Tensor:
-    """Cosine of each token with the one in its place in `earlier_frame`: ``(batch, frames, tokens)``.
+    """Cosine of each token with the one at the same place in `earlier_frame`: ``(batch, frames, tokens)``.
 
     ``features`` is ``(batch, frames * tokens, channels)``, fp32 or better.
     """
@@ -52,24 +52,24 @@ def frame_budgets(frames: int, tokens: int, target: int) -> list[int]:
 class DyCoke(SelectPolicy):
     """DyCoke's temporal merging, after the projector, over all frames of a video.
 
-    Of every four frames the first one stays whole, and the others lose the tokens that are most like the one in the
-    same place in an earlier frame, which stands for both from then on. The budget is one per frame, which frames share;
-    with ``per="image"`` it is one of the whole video.
+    Of every four frames the first one is kept whole, and the others lose the tokens that are most similar to the token
+    at the same place in an earlier frame, which then represents both. The budget is per frame, and frames of a video
+    share the sum; with ``per="image"`` it is for the whole video.
 
-    A budget below what first frames hold, a quarter of the tokens, leaves nothing but these and thins them evenly,
-    which is no part of the method. Of an image, where nothing has gone before, it keeps tokens at even distances:
-    choose another policy for images.
+    First frames hold a quarter of the tokens. A smaller budget keeps only tokens of first frames, evenly spaced, which
+    is not part of the method. In a single image there is no earlier frame, and evenly spaced tokens are kept: choose
+    another policy for images.
 
     It differs from the released code in these points:
 
     - The budget says how many tokens stay. The released rate is the share that the other frames lose; the default here
-      is what 0.7, the rate of its scripts, makes of them.
-    - The third frame of the last window is cut like those of the others, a last frame of an odd number is not lost, and
-      a video may have fewer than five frames.
-    - Tokens stay in their order. The released ones stand by how little they are alike.
-    - Its second stage, which hides rows of the cache from single decoding steps and brings others back, is not built.
-      A policy that drops rows of the cache for good may follow, as in ``"dycoke+snapkv"``.
-    - InternVL hands on frames like tiles of images, of which none goes before another.
+      corresponds to 0.7, the rate of its scripts.
+    - The third frame of the last window is cut like those of the others, the last frame of an odd number is not lost,
+      and a video may have fewer than five frames.
+    - Tokens stay in their order. The released code sorts them by ascending similarity.
+    - Its second stage, which hides rows of the cache in some decoding steps and restores them in others, is not
+      implemented. Compose with a policy that drops rows of the cache for good, as in ``"dycoke+snapkv"``.
+    - InternVL treats frames like tiles of images, and none has an earlier one.
     """
 
     name: ClassVar[str] = "dycoke"
@@ -87,7 +87,7 @@ class DyCoke(SelectPolicy):
         whole = torch.arange(frames, device=x.device) % WINDOW == 0
         budget = to_device(counts, x.device)[:, None]
         place = torch.arange(tokens, device=x.device)
-        # of each stretch between two bounds one token: as many as the frame keeps, at even distances
+        # one token of each stretch between two bounds: as many as the frame keeps, evenly spaced
         spread = (place + 1) * budget // tokens > place * budget // tokens
         mask = torch.where(whole[:, None], spread, rank < budget)
         return Keep(Keep.from_mask(mask.flatten(1), view.target).index)  # as many of each video

@@ -1,4 +1,4 @@
-"""FastVID: segments of a video, salient tokens of each frame, and the rest merged into a few (Shen et al.,
+"""FastVID: a video in segments, salient tokens of each frame, and the rest merged into a few (Shen et al.,
 NeurIPS 2025, arXiv 2503.11187).
 
 Follows ``fastvid_llavaonevision/LLaVA-NeXT/llava/model/language_model/modeling_qwen2.py`` of the released code.
@@ -18,13 +18,13 @@ from .scores import global_attention
 from .settings import check_number
 
 NEIGHBOURS = 4
-"""Nearest tokens that density is measured by, a token itself among them."""
+"""Number of nearest tokens, the token itself included, from which density is computed."""
 
 ATTENTION = "cls_attention"
 
 
 def segment_lengths(features: torch.Tensor, frames: int, least: int, alike: float) -> list[list[int]]:
-    """How many frames each segment of each video has. Waits for the device, if there are several frames.
+    """The number of frames in each segment of each video. Waits for the device if there are several frames.
 
     A segment ends between two frames whose mean features have a cosine below ``alike``, and at the ``least - 1``
     smallest cosines.
@@ -46,14 +46,14 @@ def segment_lengths(features: torch.Tensor, frames: int, least: int, alike: floa
 
 
 def even_parts(total: int, parts: int) -> list[int]:
-    """``total`` in ``parts`` numbers that differ by 1 at most, the larger ones first."""
+    """``total`` as a sum of ``parts`` numbers that differ by at most 1, the larger ones first."""
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def density_scores(x: torch.Tensor) -> torch.Tensor:
-    """How dense it is around each token times how far the nearest denser one is: ``(tokens,)``.
+    """The density around each token times the distance to the nearest denser one: ``(tokens,)``.
 
-    ``x`` is ``(tokens, channels)``, fp32 or better; the densest token counts as far as any two are apart.
+    ``x`` is ``(tokens, channels)``, fp32 or better; for the densest token the largest distance of all is used.
     """
     distance = torch.cdist(x, x) / x.shape[1] ** 0.5
     near = distance.topk(min(NEIGHBOURS, len(x)), dim=-1, largest=False).values
@@ -63,10 +63,10 @@ def density_scores(x: torch.Tensor) -> torch.Tensor:
 
 
 def merge_into(centres: torch.Tensor, tokens: torch.Tensor, least: float) -> torch.Tensor:
-    """Each of ``centres`` ``(some, channels)`` with the mean of those ``tokens`` ``(many, channels)`` nearest to it.
+    """Each of ``centres`` ``(some, channels)`` merged with the ``tokens`` ``(many, channels)`` that are nearest to it.
 
-    By cosine; a centre among the tokens counts, too. A centre's own weight is one over one more than these tokens are,
-    and at least ``least``.
+    Nearest by cosine; ``tokens`` may include the centre. With ``n`` such tokens the weight of the centre itself is
+    ``1 / (n + 1)``, at least ``least``, and that of their mean is the rest.
     """
     unit, aims = (torch.nn.functional.normalize(x, dim=-1) for x in (tokens, centres))
     nearest = (unit @ aims.mT).argmax(-1, keepdim=True)
@@ -77,9 +77,9 @@ def merge_into(centres: torch.Tensor, tokens: torch.Tensor, least: float) -> tor
 
 
 def anchors_of(frames: range, every: int, wanted: int, room: int) -> tuple[list[int], int]:
-    """Frames of a segment that its merged tokens stand in, counted from its end, and every how many they come.
+    """The number of frames of a segment that hold its merged tokens, and their spacing, counted from the end.
 
-    Each has ``room`` for so many of the ``wanted`` tokens; where that is too little, more frames are taken.
+    Each frame has ``room`` for that many of the ``wanted`` tokens; where that is too little, more frames are taken.
     """
     while every > 1 and -(-len(frames) // every) * room < wanted:
         every -= 1
@@ -95,16 +95,16 @@ def compress(
     every: int,
     least: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that stay of one video, int64 ``(target,)`` ascending, and what they become ``(target, channels)``.
+    """The tokens kept of one video, int64 ``(target,)`` ascending, and their new features ``(target, channels)``.
 
     Args:
         x: ``(frames, tokens, channels)``.
-        attention: ``(frames, tokens)``, how salient each is.
+        attention: ``(frames, tokens)``, the saliency of each.
         segments: frames of each segment.
         target: tokens to keep.
-        share: of a frame's budget that is merged tokens, rounded down.
-        every: how many frames of a segment one of them holds the merged tokens of.
-        least: own weight of a token that others are merged into.
+        share: share of a frame's budget for merged tokens, rounded down.
+        every: one frame of so many in a segment holds merged tokens.
+        least: least weight of a token among those merged into it.
     """
     frames, tokens, _ = x.shape
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -139,31 +139,31 @@ def compress(
 
 @dataclass(frozen=True)
 class FastVID(Policy):
-    """FastVID, after the projector, over all frames of a video, which is cut into segments of frames alike.
+    """FastVID, after the projector, over all frames of a video, which is split into segments of similar frames.
 
-    Each frame keeps its salient tokens, those that CLS attends to. For the rest of its budget every fourth frame of a
-    segment, counted from its end, takes tokens around which others lie densely; each becomes a mean of itself and of
-    all tokens of the segment that are nearest to it. The budget is one per frame, which a segment's frames share; with
-    ``per="image"`` it is one of the whole video. An image is a video of one frame.
+    Each frame keeps its salient tokens, those that CLS attends to. The rest of the budget goes to every fourth frame of
+    a segment, counted from its end: it keeps tokens in dense regions, and each becomes a mean of itself and of all
+    tokens of the segment that are nearest to it. The budget is per frame, and a segment's frames share the sum; with
+    ``per="image"`` it is for the whole video. An image is a video of one frame.
 
     It differs from the released code in these points:
 
-    - Exactly the budget is kept. What does not divide by the frames of a segment is lost there, and a budget above the
-      room in every fourth frame stops with an error; here more frames take part then.
-    - Frames are alike by the mean of their projected tokens, and CLS, or the mean query of a tower without it, tells
-      which tokens are salient. The released code takes both from the pooling head of SigLIP, which checkpoints of
-      Hugging Face lack. The threshold is the released one all the same.
-    - Scores are fp32 or better, and of equals the earlier token comes first; the released code adds noise.
-    - Videos of fewer frames than segments are cut between all frames; the released code stops there.
-    - InternVL hands on frames like tiles of images, each of which is a video of one frame.
+    - Exactly the budget is kept. The released code loses the remainder of dividing by the frames of a segment, and
+      fails if a budget exceeds the room in every fourth frame; here more frames take part then.
+    - The similarity of frames is that of their mean projected tokens, and attention from CLS (the mean query of a tower
+      without it) gives the saliency. The released code takes both from the pooling head of SigLIP, which Hugging Face
+      checkpoints lack. The threshold is the released one nevertheless.
+    - Scores are fp32 or better, and of equal tokens the earlier one comes first; the released code adds noise.
+    - Videos with fewer frames than segments are split between all frames; the released code fails there.
+    - InternVL treats frames like tiles of images, each a video of one frame.
 
-    What deepstack adds to a merged token in the decoder's first layers is that of the token in whose place it stands.
+    With deepstack, a merged token gets the deepstack features of the token at whose place it is.
 
     Attributes:
-        segments: into how many a video is cut at least.
+        segments: least number of segments in a video.
         alike: cosine of two frames below which a segment ends.
-        merged_share: of the budget, tokens that others are merged into.
-        every: how many frames of a segment one holds the merged tokens of.
+        merged_share: share of the budget for tokens into which others are merged.
+        every: one frame of so many in a segment holds merged tokens.
         own_weight: least weight of a token among those merged into it.
     """
 
@@ -188,15 +188,15 @@ class FastVID(Policy):
         check_number(self, own_weight=(0, 1))
 
     def tower_layers(self, feature_layer: int) -> tuple[int]:
-        """The feature layer: its attention tells what is salient."""
+        """The feature layer: its attention gives the saliency."""
         return (feature_layer,)
 
     def encode(self, view: TowerView) -> None:
-        """Note the CLS attention of each unit; nothing is cut inside the tower."""
+        """Store the CLS attention of each unit; nothing is cut inside the tower."""
         view.carry[ATTENTION] = view.per_unit(global_attention(view.attention))
 
     def encode_final(self, view: FeaturesView) -> Keep:
-        """Cut each video into segments, choose and merge."""
+        """Split each video into segments, choose tokens and merge."""
         x = view.features
         exact = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         found = segment_lengths(exact, view.frames, int(self.segments), self.alike)

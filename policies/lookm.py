@@ -1,4 +1,4 @@
-"""LOOK-M: text stays in the KV cache, and evicted visual rows are merged into what stays (Wan et al.,
+"""LOOK-M: text stays in the KV cache, and evicted visual rows are merged into the rows that stay (Wan et al.,
 EMNLP Findings 2024, arXiv 2406.18139).
 
 Follows ``TextPivotMerge_LayerWise`` and ``TextAVGMergeKVCache_LayerWise`` of the released
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..contract.views import CacheView
 
 BLOCK = 256
-"""Rows that the keys of all rows are compared with at a time."""
+"""Number of rows whose keys are compared with all keys at a time."""
 
 
 def nearest_kept(keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -42,15 +42,15 @@ def nearest_kept(keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 def merge_rows(
     x: torch.Tensor, near: torch.Tensor, gone: torch.Tensor, count: torch.Tensor, pivot: bool
 ) -> torch.Tensor:
-    """Every row as the mean of itself and of those that are ``gone`` and nearest to it; in the dtype of ``x``.
+    """Each row as the mean of itself and of the rows that are ``gone`` and nearest to it; in the dtype of ``x``.
 
-    With ``pivot`` each of these counts as its mean with the row that it goes to, so that this one weighs more.
+    With ``pivot`` each of these is first averaged with the row that it is merged into, which so gets more weight.
 
     Args:
         x: ``(batch, heads, rows, head_dim)``.
         near: int64 ``(batch, heads, rows)``, see `nearest_kept`.
-        gone: bool like it.
-        count: how many go to each row, like it, in fp32 or better.
+        gone: bool of the same shape.
+        count: number of rows merged into each row, of the same shape, in fp32 or better.
         pivot: see above.
     """
     exact = x.to(count.dtype)
@@ -65,22 +65,22 @@ def merge_rows(
 class LookM(H2O):
     """LOOK-M, in the KV cache (decode stage): evicted visual rows are merged into the rows that stay.
 
-    Each KV head of each layer keeps the visual rows that got most attention from all rows of the prompt, and all text.
-    Every row that leaves is added to the row with the most similar key, text or image, before it goes. The prefill sees
-    the whole image, so the first word of the answer is the unpruned model's.
+    Each KV head of each layer keeps all text, and the visual rows that received most attention from all rows of the
+    prompt. Every evicted row is merged into the kept row with the most similar key, text or image. The prefill sees
+    the whole image, so the first token of the answer is the unpruned model's.
 
     It differs from the released code in these points:
 
-    - The budget is one of visual rows. The released one is a share of the prompt, beside which a stretch of recent rows
-      stays; here all text does, wherever it stands.
-    - Any positions and numbers of images, and batches; released are images of 576 tokens in single prompts.
-    - Heads that share keys are judged together, by their mean. Merging is fp32 or better.
-    - The weighted merging of the paper is left out: which rows it merges depends on the other heads, and on what else
-      is in a batch.
+    - The budget counts visual rows. The released budget is a share of the prompt, in addition to a window of recent
+      rows; here all text stays, wherever it is.
+    - Batches work, and any number of images at any place; the released code takes one prompt with images of 576 tokens.
+    - Heads that share keys are scored together, by their mean. Merging is fp32 or better.
+    - The weighted merging of the paper is left out: which rows it merges depends on the other heads, and on the other
+      sequences of a batch.
 
     Attributes:
-        merge: ``"pivot"`` adds the mean of a row and the one that it goes to, ``"average"`` the row itself, ``None``
-            drops it.
+        merge: ``"pivot"`` adds the mean of an evicted row and the one that it is merged into, ``"average"`` the row
+            itself, ``None`` nothing.
     """
 
     name: ClassVar[str] = "lookm"
@@ -93,7 +93,7 @@ class LookM(H2O):
         check_choice(self, merge=("pivot", "average", None))
 
     def evict(self, view: CacheView) -> Evicted:
-        """In each head the visual rows with most attention, and what becomes of the rows that stay."""
+        """In each head the visual rows with most attention, and the merged keys and values of the rows that stay."""
         if view.scores is None:
             return None
         chosen = top_by_head(view.scores, view.target, view.visual)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..contract.views import CacheView, FeaturesView, PrefillView, TowerView
 
 KEY, SIZE = "mustdrop_key", "mustdrop_size"
-"""Names under which the encode stage stores, per token, 1 for the key set, and the number of merged patches."""
+"""Names under which the encode stage stores, per token, whether it is in the key set, and its number of patches."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,30 @@ class MustDrop(Policy):
     decoder layers, tokens that the text after the image hardly attends to are dropped. Decode: tokens dropped in
     prefill leave the cache of the layers that had seen them.
 
-    The default mode differs from the released code as follows. A wanted number of tokens is reached exactly, in four
-    steps of equal share, ranked by the total attention from the text (the released thresholds were tuned per
-    benchmark); windows are merged only as far as that number allows. Each image merges as many windows as it has alike
-    ones, not as many as the least similar of the batch, and a merged token is placed at its window's last patch,
-    not before all others. Grids that the window does not divide keep their last rows and columns as they are.
-    Each sequence of a batch is filtered by its own text, padding has no vote, and a prompt that ends with the image is
-    judged by its last row. The layers scale with the decoder's depth. Positions are original ones.
+    The default mode differs from the released code as follows. The budget is met exactly, in four steps that keep the
+    same share each, ranked by the total attention from the text (the released thresholds were tuned per benchmark);
+    windows are merged only as far as the budget allows. Each image merges all of its similar windows, not as many as
+    the image of the batch with fewest, and a merged token is placed at its window's last patch, not before all others.
+    If the window does not divide the grid, the last rows and columns stay as they are. Each sequence of a batch is
+    filtered by its own text, padding is ignored, and a prompt that ends with the image is filtered by its last row.
+    The layers scale with the decoder's depth. Tokens keep their original positions.
 
     Where a pixel shuffle follows the tower, tokens are compared and merged after it, in ``unit_window`` windows,
     and the key set is chosen among whole units; the paper has no such model. Without CLS the mean query is used.
 
     Attributes:
         thresholds: (global, individual), or a name of `PUBLISHED_THRESHOLDS`, to filter by instead of the budget. They
-            decide how many tokens go; of the budget only "all" counts then.
-        merge_threshold: mean cosine at which a window merges; above 1 switches merging off.
+            decide how many tokens are dropped; of the budget only "all" counts then.
+        merge_threshold: mean cosine from which on a window merges; a value above 1 switches merging off.
         window: rows and columns of a window of patches.
         unit_window: rows and columns of a window where a token already holds several patches.
         key_ratio: share of the tokens in the key set; 0 for none. Where the budget is smaller, the key set is kept.
         layers: decoder layers, 0-based, after which tokens are dropped; ``None`` scales the released ones.
-        floor: tokens per sequence that thresholds leave at least, by total attention.
+        floor: least number of tokens per sequence that thresholds leave, chosen by total attention.
         trim_cache: whether dropped tokens also leave the cache of earlier layers, from the first cut on.
         compat: ``"official"`` reproduces the released code for one sequence, together with ``positions="compact"``:
-            no floor, thresholds (1.0, 0.0) unless given, merged tokens first. Cell numbers in the receipt are then
-            places in that order.
+            no floor, thresholds (1.0, 0.0) unless given, merged tokens first. The receipt then numbers cells in that
+            order.
     """
 
     name: ClassVar[str] = "mustdrop"
@@ -102,7 +102,7 @@ class MustDrop(Policy):
     # --- encode ---
 
     def tower_layers(self, feature_layer: int) -> list[int]:
-        """The first layer merges; the layer after the consumed one, or else that one itself, gives the key set."""
+        """The first layer merges; the layer after the consumed one, or the last one, gives the key set."""
         return sorted({0, feature_layer, feature_layer + 1})
 
     def encode(self, view: TowerView) -> Keep | None:
@@ -164,7 +164,7 @@ class MustDrop(Policy):
     def left(
         self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]
     ) -> int | None:
-        """This step's share of the budget, if the key set surely fits into it. Thresholds decide by what they see."""
+        """This step's share of the budget, if the key set is known to fit. Thresholds depend on the attention."""
         if self.limits is not None or not tiles:
             return None
         steps = self.prefill_layers(depth)
@@ -182,7 +182,7 @@ class MustDrop(Policy):
         return view.remaining
 
     def prefill(self, view: PrefillView) -> torch.Tensor:
-        """Drop what the text attends to least, but nothing of the key set."""
+        """Drop the tokens that the text attends to least, but none of the key set."""
         visual = view.visual
         keys = visual & (view.carry[KEY] > 0) if KEY in view.carry else torch.zeros_like(visual)
         voters = view.text

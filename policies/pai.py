@@ -26,16 +26,16 @@ class PAI(Policy):
 
     All visual tokens are lifted equally, by all heads of the layers from ``first_layer`` on. A second pass over the
     prompt without its images, with a separate KV cache, gives the logits of the text alone, which are subtracted.
-    Decoding takes two forwards a token, the second of them short.
+    Decoding takes two forwards per token; the second has a short sequence.
 
     Attributes:
         alpha: gain of visual tokens; the released commands have 0.2 for LLaVA-1.5.
-        gamma: weight of the pass with images, 1 leaves the contrast out; the released commands have 1.1, which its
-            evaluation of CHAIR replaces by 2 if nothing is said.
-        beta: tokens less than ``beta`` times as likely as the likeliest are left out; the released code has 0.1.
-        first_layer: first decoder layer (0-based) to lift in; ``None`` is the paper's 2, or the last one in models of
-            less than three layers.
-        end_layer: first decoder layer after the last lifted one; ``None`` lifts to the last.
+        gamma: weight of the pass with images, 1 switches the contrast off; the released commands have 1.1, the released
+            evaluation of CHAIR has 2 by default.
+        beta: tokens less than ``beta`` times as likely as the likeliest are excluded; the released code has 0.1.
+        first_layer: first decoder layer (0-based) to lift in; ``None`` is the paper's 2, or the last one in models with
+            fewer than three layers.
+        end_layer: the decoder layer after the last lifted one; ``None`` lifts up to the last layer.
         boost_prefill: whether the first new token is affected too, as in the paper. With both parts switched on, as in
             its commands, the released code skips it.
     """
@@ -67,7 +67,7 @@ class PAI(Policy):
         return lift_rows(view, self.alpha * view.visual.float(), self.boost_prefill)
 
     def guide(self, view: GuideView) -> torch.Tensor:
-        """The contrast of both passes; the released code's differs by one number a row, which no choice sees."""
+        """The contrast of both passes; the released code's differs by a constant per row, which changes no choice."""
         if view.second is None:
             raise RuntimeError("pai compares with a second pass, but was not given it")
         new = contrasted(view.logits, view.second, self.gamma - 1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..contract.views import ModulateView, TowerView
 
 LOCAL, SUMMARY = "paint_local", "paint_summary"
-"""Names under which the two token sets travel from the tower to the decoder."""
+"""Names under which the two token sets are passed from the tower to the decoder."""
 
 
 def local_tokens(attention: torch.Tensor, ratio: float, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,8 +44,8 @@ def summary_tokens(
     """Tokens whose attention from CLS is an outlier, above Q3 + 1.5 (Q3 - Q1): bool ``(batch, tokens)``.
 
     ``attention`` ``(batch, tokens)`` belongs to the layer that feeds the projector, ``valid`` marks real tokens.
-    ``official`` counts the outliers by way of their share of all tokens, which is rounded down after the return trip
-    and so loses one for some counts (never for 64, 256 or 576 tokens). Official: ``get_top_ratio``.
+    ``official`` computes the number of outliers from their share of all tokens, which is rounded down and so loses
+    one for some counts (never for 64, 256 or 576 tokens). Official: ``get_top_ratio``.
     """
     attention = attention.to(torch.promote_types(attention.dtype, torch.float32))
     if valid is not None:
@@ -96,7 +96,7 @@ def lift_rows(view: ModulateView, gain: torch.Tensor, prefill: bool) -> torch.Te
     if brings is not None and not prefill:
         gain = gain.masked_fill(brings[:, None], 0)
     lifted = view.once("lifted", lambda: (gain != 0).any(-1)[:, None, None], gain)
-    # rows of a later call are tokens that were or may be generated: several when drafts are verified together
+    # rows of a later call are generated tokens or drafts: several when drafts are verified together
     chosen = final_row(view) if view.prefill else all_rows(view)
     # after an earlier turn, a sequence without a new image is in such a later call
     if brings is not None:
@@ -125,25 +125,25 @@ class Paint(Policy):
 
     *Local* tokens are those that CLS attends to most in the tower's first layer, *summary* tokens the outliers of the
     layer that feeds the projector; a token of both kinds is a summary token. In every decoder layer from
-    ``first_layer`` on, all heads see their logits lifted by ``alpha`` and ``beta``.
+    ``first_layer`` on, ``alpha`` and ``beta`` lift their logits in all heads.
 
     The published setting (``local_ratio=0.25, alpha=0.7, beta=0.4``) makes LLaVA-1.5 loop: 64 % of the words in the
     authors' own caption files are repetitions, against 38 % at ``alpha=0.5`` or ``local_ratio=0.1``, so the default is
-    milder on both. It presupposes that most visual tokens are neither kind: after a pruner that keeps what CLS attends
-    to, choose a smaller ``alpha`` still.
+    milder in both. It presupposes that most visual tokens are neither kind: after a pruner that keeps what CLS attends
+    to, choose an even smaller ``alpha``.
 
-    Each image is judged by its own attention, where the released code gives a batch the tokens of its first image.
-    Left out: the guided decoding of PAI that the released command line adds (one more pass a token), its spatial
+    Each image is scored by its own attention; the released code applies the tokens of a batch's first image to all.
+    Not implemented: PAI's guided decoding, which the released command line adds (one more pass per token), its spatial
     tokens (their score is a row sum of a softmax, 1 for every token), and head-specific gains, which the abstract
-    names and no released version has. A tower without CLS is asked with its mean query.
+    mentions and no released version has. For a tower without CLS its mean query is used.
 
     Attributes:
         local_ratio: local tokens, as a share of the tokens that enter the tower's first layer.
         alpha: gain of local tokens.
         beta: gain of summary tokens.
-        first_layer: first decoder layer (0-based) to act in; ``None`` is the paper's 2, or the last one in models of
-            less than three layers.
-        end_layer: first decoder layer not to act in any more; ``None`` acts to the last.
+        first_layer: first decoder layer (0-based) to act in; ``None`` is the paper's 2, or the last one in models with
+            fewer than three layers.
+        end_layer: the decoder layer after the last one to act in; ``None`` acts up to the last layer.
         boost_prefill: whether the first new token is affected too. With guided decoding switched on, as in all
             released results, the released code skips it.
         compat: ``"official"`` takes scores in the model's dtype and rounds the number of summary tokens as the
@@ -170,7 +170,7 @@ class Paint(Policy):
         check_choice(self, boost_prefill=(True, False), compat=("official", "paper"))
 
     def tower_layers(self, feature_layer: int) -> Collection[int]:
-        """The first layer shows local tokens, the one whose output is consumed summary tokens."""
+        """The first layer gives the local tokens, the consumed layer the summary tokens."""
         return {0, feature_layer}
 
     def encode(self, view: TowerView) -> None:

@@ -1,4 +1,4 @@
-"""Two baselines that look at nothing: average pooling of the visual tokens, and a smaller image.
+"""Two baselines that ignore the content: average pooling of the visual tokens, and a smaller image.
 
 VTC-Bench (arXiv 2510.07143) finds that plain image downsampling beats many pruning methods; pooling the tower's grid is
 how Matryoshka multimodal models (arXiv 2405.17430) make fewer tokens.
@@ -21,7 +21,7 @@ def pooling_cells(grid: tuple[int, int], keep: int) -> tuple[list[int], list[int
     """Divide a ``(rows, columns)`` grid into ``keep`` cells as square and as equal as can be.
 
     The grid is cut into bands of rows, each band into its share of the cells, so that any number of cells up to that of
-    the units works out.
+    the units is possible.
 
     Returns:
         The cell of each unit, in raster order, and the unit in the middle of each cell, ascending.
@@ -45,7 +45,7 @@ def pooling_cells(grid: tuple[int, int], keep: int) -> tuple[list[int], list[int
 def pool(features: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
     """Mean of the units of each cell: ``(batch, units, channels)`` -> ``(batch, cells, channels)``, summed in fp32.
 
-    ``cell`` int64 ``(units,)`` says which cell a unit belongs to; every cell has one at least.
+    ``cell`` int64 ``(units,)`` says which cell a unit belongs to; every cell has at least one unit.
     """
     exact = torch.promote_types(features.dtype, torch.float32)
     size = torch.zeros(cells, dtype=exact, device=cell.device).scatter_add(
@@ -56,7 +56,7 @@ def pool(features: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor
 
 
 def smaller_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
-    """Rows and columns of a grid of nearly the same shape with as many cells as ``keep`` allows, none above it."""
+    """Rows and columns of a grid of nearly the same shape with at most ``keep`` cells, and as many as possible."""
     height, width = grid
     ideal = int((keep * height / width) ** 0.5)
     rows = {min(max(r, 1), height, keep) for r in (ideal, ideal + 1)}
@@ -68,8 +68,8 @@ def smaller_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
 class Pool(Policy):
     """Averages neighbouring tokens on an even grid between tower and projector (encode stage).
 
-    Exactly the wanted number of tokens per tile; where it is no product of two even divisions, bands of the grid hold
-    cells of slightly different size. A pooled token is placed in the middle of its cell.
+    Exactly the budget is kept in each tile. Where no even grid has that many cells, cells differ slightly in size
+    between bands of rows. A pooled token is placed in the middle of its cell.
     """
 
     name: ClassVar[str] = "pool"
@@ -87,10 +87,10 @@ class Pool(Policy):
 
 @dataclass(frozen=True)
 class Downsample(Policy):
-    """Shows the tower a smaller image, which becomes fewer tokens there already (encode stage).
+    """Gives the tower a smaller image, so that it makes fewer tokens (encode stage).
 
-    The image keeps its shape as far as whole tokens allow and makes at most the wanted number of them: a budget of 128
-    of 24 x 24 tokens gives 11 x 11. The tower's position embeddings are interpolated, by the model's own code.
+    The image keeps its shape as far as whole tokens allow and makes at most as many tokens as the budget: 128 of
+    24 x 24 tokens give 11 x 11. The model's own code interpolates the tower's position embeddings.
     """
 
     name: ClassVar[str] = "downsample"
@@ -98,5 +98,5 @@ class Downsample(Policy):
     default_ratio: ClassVar[float] = 0.25
 
     def tower_grid(self, grid: tuple[int, int], target: int) -> tuple[int, int]:
-        """The grid of units that the tower is to see instead of ``grid``."""
+        """The grid of units that the tower computes instead of ``grid``."""
         return smaller_grid(grid, target)

@@ -1,4 +1,4 @@
-"""What rows of a prompt paid to each row in a decoder layer, head by head: scores for the rows of its KV cache."""
+"""The attention from rows of a prompt to each row in a decoder layer, per head: scores for rows of the KV cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def last_of(rows: torch.Tensor, count: int) -> torch.Tensor:
 def attention_blocks(
     view: AttentionView, asking: torch.Tensor, most: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Attention that ``asking`` rows pay, some rows at a time, and which keys these see.
+    """Attention from the ``asking`` rows, some rows at a time, and the keys that these rows see.
 
     Causal over all valid keys, in fp32 or better: ``(batch, heads, some, keys)``, rows that were not requested zeroed,
     and bool ``(batch, some, keys)``. Keys of earlier turns come first.
@@ -38,7 +38,7 @@ def attention_blocks(
     Args:
         view: of a decoder layer's prefill; keys may be more than queries, and have fewer heads.
         asking: bool ``(batch, rows)``.
-        most: a bound on how many of them a sequence has; ``None`` waits for the device to count.
+        most: an upper bound on their number in a sequence; ``None`` waits for the device to count them.
     """
     _, heads, rows, dim = view.query.shape
     keys = view.key.shape[2]
@@ -54,7 +54,7 @@ def attention_blocks(
 
 
 def attention_by_head(view: AttentionView, asking: torch.Tensor, most: int | None = None) -> torch.Tensor:
-    """The sum of what ``asking`` rows pay to each row of this prompt: ``(batch, kv_heads, rows)``.
+    """The attention from the ``asking`` rows to each row of this prompt, summed: ``(batch, kv_heads, rows)``.
 
     Query heads that share a KV head are averaged. Arguments as for `attention_blocks`.
     """

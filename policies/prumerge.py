@@ -1,9 +1,9 @@
-"""PruMerge and PruMerge+: tokens that CLS attends to, with those added whose keys are alike (Shang et al., ICCV 2025,
+"""PruMerge and PruMerge+: tokens that CLS attends to, merged with those of similar keys (Shang et al., ICCV 2025,
 arXiv 2403.15388).
 
 Follows ``token_prune_merge_advanced`` and ``token_prune_merge_advanced_plus`` of the released
 ``llava/model/multimodal_encoder/clip_encoder.py``. Queries and keys are those of the layer after the consumed one, all
-heads side by side. What a tile's tokens become is written down as an *order* of them, kept ones first, then the rest.
+heads concatenated. The choice in a tile is expressed as an *order* of its tokens, kept ones first, then the rest.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..kernels import gather_rows, to_device
 from .settings import check_choice
 
 NEIGHBOURS = 32
-"""Tokens that are added to each kept one."""
+"""Number of tokens that are added to each kept one."""
 SCORE, ORDER, KEPT, NEAR = "cls_attention", "prumerge_order", "prumerge_kept", "prumerge_near"
-"""Names under which the tower's layer leaves what is merged after it: scores, order, number kept, and neighbours."""
+"""Names under which the tower's layer stores what merging needs: scores, order, number kept, and neighbours."""
 
 
 def across_heads(view: AttentionView, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The query of CLS, or the mean query, ``(batch, channels)``, and all keys ``(batch, tokens, channels)``.
 
-    Of all heads side by side, in ``dtype``: by default in fp32 or better.
+    Heads are concatenated; computed in ``dtype``, by default fp32 or better.
     """
     dtype = dtype or torch.promote_types(view.query.dtype, torch.float32)
     query, key = (x.to(dtype).transpose(1, 2).flatten(2) for x in (view.query, view.key))
@@ -48,9 +48,9 @@ def cls_scores(query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | No
 
 
 def outliers(attention: torch.Tensor) -> torch.Tensor:
-    """How many values of each row ``(batch, values)`` lie far above the others: int64 ``(batch,)``.
+    """The number of outliers in each row ``(batch, values)``: int64 ``(batch,)``.
 
-    Far is more than one and a half times the distance of the quartiles above the upper one.
+    An outlier exceeds the upper quartile by more than one and a half times the interquartile range.
     """
     exact = attention.float()
     low, high = torch.quantile(exact, to_device([0.25, 0.75], exact.device), dim=-1)
@@ -58,9 +58,9 @@ def outliers(attention: torch.Tensor) -> torch.Tensor:
 
 
 def top(attention: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """The tokens of highest attention: bool like ``attention`` ``(batch, tokens)``.
+    """The ``count`` tokens with the highest attention: bool like ``attention`` ``(batch, tokens)``.
 
-    ``count`` is how many: one number, or ``(batch, 1)``.
+    ``count`` is one number, or ``(batch, 1)``.
     """
     rank = attention.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return rank < count
@@ -86,7 +86,7 @@ def ordered(kept: torch.Tensor) -> torch.Tensor:
 def released_order(first: torch.Tensor, units: int) -> torch.Tensor:
     """The tokens ``first`` int64 ``(batch, kept)`` as given, then others, ascending: ``(batch, units)``.
 
-    A token that is given twice is there twice; as many of the lowest others are then missing.
+    A token given twice appears twice, and as many of the lowest-numbered others are missing then.
     """
     number = torch.arange(units, device=first.device).repeat(len(first), 1).scatter(1, first, -1)
     return torch.cat([first, number.sort(dim=-1).values[:, first.shape[1] :]], dim=1)
@@ -95,7 +95,7 @@ def released_order(first: torch.Tensor, units: int) -> torch.Tensor:
 def released_first(attention: torch.Tensor, top_k: int, grid: range) -> torch.Tensor:
     """The kept tokens as the released code orders them: int64 ``(batch, kept)``.
 
-    By falling attention, then those of the ``grid`` of regular positions.
+    By descending attention, then those of the ``grid`` of regular positions.
     """
     first = attention.topk(top_k, dim=-1).indices
     places = torch.arange(grid.start, grid.stop, grid.step, device=first.device)
@@ -103,15 +103,15 @@ def released_first(attention: torch.Tensor, top_k: int, grid: range) -> torch.Te
 
 
 def nearest(keys: torch.Tensor, order: torch.Tensor, kept: int, count: int = NEIGHBOURS) -> torch.Tensor:
-    """The places in ``order`` of the tokens whose keys have the highest cosine with each kept one's.
+    """The places in ``order`` of the tokens whose keys have the highest cosine with the key of each kept one.
 
     Other kept tokens may be among them. Only the kept tokens' rows of the cosines are computed.
 
     Args:
         keys: ``(batch, tokens, channels)``.
         order: int64 ``(batch, tokens)``, the kept ones first.
-        kept: how many these are.
-        count: neighbours wanted; one less than there are tokens at most.
+        kept: number of kept tokens.
+        count: number of neighbours, less than that of the tokens.
 
     Returns:
         int64 ``(batch, kept, count)``.
@@ -126,16 +126,16 @@ def nearest(keys: torch.Tensor, order: torch.Tensor, kept: int, count: int = NEI
 def merge(
     features: torch.Tensor, score: torch.Tensor, order: torch.Tensor, kept: torch.Tensor, near: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kept tokens become, ``(batch, most kept, channels)``, and the sum of the rest, ``(batch, channels)``.
+    """The merged kept tokens, ``(batch, most kept, channels)``, and the sum of the rest, ``(batch, channels)``.
 
-    Each token counts by its score; scores are not divided by their sum. In the dtype of ``features``, summed in fp32 or
-    better.
+    Each token is weighted by its score; scores are not divided by their sum. In the dtype of ``features``, summed in
+    fp32 or better.
 
     Args:
         features: ``(batch, tokens, channels)``.
         score: ``(batch, tokens)``.
         order: int64 ``(batch, tokens)``, the kept ones first.
-        kept: int64 ``(batch,)``, how many these are.
+        kept: int64 ``(batch,)``, number of kept tokens.
         near: int64 ``(batch, most kept, neighbours)``, places in ``order``.
     """
     x = gather_rows(features, order).to(torch.promote_types(features.dtype, torch.float32))
@@ -149,34 +149,34 @@ def merge(
 
 @dataclass(frozen=True)
 class PruMerge(Policy):
-    """PruMerge, between tower and projector (encode stage); with `plus`, PruMerge+. The budget holds for each tile.
+    """PruMerge, between tower and projector (encode stage); with `plus`, PruMerge+. The budget applies to each tile.
 
-    Every kept token becomes the sum of itself and the 32 tokens of most similar keys, each times its CLS attention; one
-    more token is the sum of all that are not kept. Sums are not divided by their weights.
+    Every kept token becomes the sum of itself and the 32 tokens with the most similar keys, each weighted by its CLS
+    attention; one extra token is the weighted sum of all tokens that are not kept. Sums are not divided by the weights.
 
     The default mode differs from the released code in these points:
 
-    - The budget decides how many tokens are kept; the extra token is one of them. A budget of one token leaves out the
-      extra one. With `plus`, half of them are the best by attention and half lie at even distances among the others.
-      With `adaptive` each image decides separately: the released code pools the images of a batch, and stops at a
-      second one with `plus`.
-    - `plus` counts its grid in the tokens that there are, and no token is kept twice. Released are 576, of which the
-      last is never on the grid. Without outliers one token is kept; the released code keeps none, or stops.
-    - Fewer than 33 tokens have as many neighbours as there are; the released code stops.
+    - The budget is the number of tokens, including the extra one; a budget of one token has no extra one. With `plus`,
+      half of them are those with the highest attention, and half are evenly spaced among the others. With `adaptive`
+      each image decides separately: the released code pools the images of a batch, and fails on a second one with
+      `plus`.
+    - The grid of `plus` fits the number of tokens, and no token is kept twice. The released grid is for 576 tokens, and
+      never contains the last one. Without outliers one token is kept; the released code keeps none, or fails.
+    - In a tile of fewer than 33 tokens, all others are neighbours; the released code fails.
     - Tokens stay in raster order, and the extra one is placed at the best token that is not kept. The
       released order is by descending attention, then the grid, then the extra one.
-    - Scores and similarities are fp32 or better. Budgets of all tokens merge nothing.
+    - Scores and similarities are fp32 or better. A budget of all tokens merges nothing.
 
     The released code reads CLIP-L's last layer, which is the one after the consumed layer; here it is that one, or the
-    consumed one where none follows. Without CLS the mean query is used; where a pixel shuffle merges patches, a
+    consumed one if it is the last. Without CLS the mean query is used; where a pixel shuffle merges patches, a
     unit's score and key are sums over its patches.
 
     Attributes:
         plus: keep tokens at regular positions in addition to those that CLS attends to (PruMerge+).
-        adaptive: keep as many tokens as have outstanding attention, instead of a budget, of which only "all" counts
-            then. With `plus` as many more as three times that number, about. The released code has both on.
+        adaptive: keep as many tokens as have outlying attention, instead of a budget, of which only "all" counts
+            then. With `plus` about three times as many are added. The released code has both on.
         compat: ``"official"`` reproduces the released code; a budget is one token more than its ``reduction_ratio``
-            gives. Numbers of cells in the receipt are then places in its order.
+            gives. The receipt then numbers cells in its order.
     """
 
     name: ClassVar[str] = "prumerge"
@@ -193,7 +193,7 @@ class PruMerge(Policy):
         check_choice(self, plus=(False, True), adaptive=(False, True), compat=(None, "official"))
 
     def tower_layers(self, feature_layer: int) -> tuple[int, int]:
-        """The layer after the consumed one, or else that one: its queries and keys decide."""
+        """The layer after the consumed one, or the consumed one if it is the last: its queries and keys decide."""
         return feature_layer, feature_layer + 1
 
     def encode(self, view: TowerView) -> None:
@@ -203,7 +203,7 @@ class PruMerge(Policy):
             return
         query, keys = across_heads(view.attention, view.attention.query.dtype if self.compat else None)
         score, front = cls_scores(query, keys, view.attention.valid), int(view.attention.has_cls)
-        # the sum over a unit's patches points where their mean does, and only the direction matters
+        # the sum over a unit's patches has the direction of their mean, and only the direction matters
         score, keys = view.per_unit(score[:, front:]), view.per_unit(keys[:, front:])
         if self.compat:
             first = self.first(score, view.target)
@@ -234,7 +234,7 @@ class PruMerge(Policy):
         """The kept tokens in the released order, int64 ``(batch, kept)``; some twice with `plus` and a budget.
 
         Raises:
-            ValueError: the released code stops at this budget, or with so many tiles.
+            ValueError: the released code fails at this budget, or with this number of tiles.
         """
         batch, units = score.shape
         if self.adaptive:
@@ -263,7 +263,7 @@ class PruMerge(Policy):
         return released_first(score, half, grid)
 
     def _most(self, kept: torch.Tensor, target: int) -> int:
-        """How many tokens the tile keeps that keeps most; waits for the device where images decide."""
+        """The largest number of tokens that a tile keeps; waits for the device where images decide."""
         return int(kept.max()) if self.adaptive else max(target - 1, 0 if self.compat else 1)
 
     def encode_final(self, view: FeaturesView) -> Keep | None:

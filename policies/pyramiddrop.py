@@ -1,7 +1,7 @@
 """PyramidDrop: fewer visual tokens from stage to stage of the decoder (Xing et al., CVPR 2025, arXiv 2410.17247).
 
 Follows ``pdrop_rank_drop`` of the released ``llava/model/modeling_llama_pdrop.py``: before a decoder layer,
-tokens are ranked by the attention that the prompt's last row pays them *in that layer*, and cut.
+tokens are ranked by the attention that they receive from the prompt's last row *in that layer*, and cut.
 """
 
 from __future__ import annotations
@@ -33,19 +33,17 @@ def scaled_layers(depth: int) -> tuple[int, ...]:
     found = {int(stage * depth / STAGES + 0.5) for stage in range(1, STAGES)}
     layers = tuple(sorted(layer for layer in found if 0 < layer < depth))
     if not layers:
-        raise ValueError(
-            f"a decoder of depth {depth} has no layer after another one: nothing can be dropped between"
-        )
+        raise ValueError(f"a decoder of depth {depth} has no two layers between which tokens can be dropped")
     return layers
 
 
 def attention_of_row(
     view: AttentionView, row: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """The attention that one row of each sequence pays to all of them, averaged over heads: ``(batch, rows)``.
+    """The attention from one row of each sequence to all rows, averaged over heads: ``(batch, rows)``.
 
-    ``row`` is bool ``(batch, rows)`` with one True each. The softmax is fp32 or better and runs over earlier turns as
-    well; ``dtype`` is that in which its result is averaged.
+    ``row`` is bool ``(batch, rows)`` with one True per sequence. The softmax is fp32 or better and includes earlier
+    turns; its result is averaged in ``dtype``.
     """
     rows = row.shape[1]
     place = row.to(torch.int8).argmax(-1, keepdim=True)
@@ -63,20 +61,20 @@ class PyramidDrop(Policy):
 
     The default mode differs from the released code in these points:
 
-    - A wanted number of tokens is left in the end, by cuts that keep the same share each; the default of an eighth
-      gives the released shares of a half, a quarter and an eighth. `ratios` sets them one by one.
+    - The budget is what remains after the last cut, and all cuts keep the same share; the default of an eighth gives
+      the released shares of a half, a quarter and an eighth. `ratios` sets them one by one.
     - The layers scale with the decoder's depth.
-    - Sequences of a batch and padding on either side, several images in a prompt (their tokens compete), and key heads
-      that query heads share. The released code takes one image a prompt, and stops at padding on the left, or where
-      heads share more than one key head.
+    - Batches, padding on either side, several images in a prompt (their tokens compete) and grouped-query attention
+      work. The released code takes one image per prompt, and fails with padding on the left, or with more than one
+      group of query heads.
     - Sequences are not cut off at the tokenizer's maximum length.
-    - Attention is averaged over heads in fp32, and of equals the first token stays.
+    - Attention is averaged over heads in fp32, and the first of equal tokens is kept.
     - With multimodal RoPE tokens keep their positions.
 
     Attributes:
         layers: decoder layers, 0-based, before which tokens are dropped; ``None`` scales the released ones.
-        ratios: shares of the image's tokens that go on at each cut, to be given instead of a budget; rounded down. Of
-            the budget only "all" counts then.
+        ratios: shares of the image's tokens that are left after each cut, instead of a budget; rounded down. Of the
+            budget only "all" counts then.
         compat: ``"official"`` averages attention over heads in the model's dtype, and takes the released ratios where
             none are given.
     """
@@ -113,7 +111,7 @@ class PyramidDrop(Policy):
             raise ValueError(f"layers={layers!r} and ratios={ratios!r}: give one ratio per layer")
 
     def prefill_layers(self, depth: int) -> list[int]:
-        """The layers after which tokens are dropped: each the one before a layer of `layers`."""
+        """The layers after which tokens are dropped, one before each of `layers`."""
         layers = scaled_layers(depth) if self.layers is None else self.layers
         if layers[-1] >= depth:
             raise ValueError(f"layers={layers}: this decoder has the layers 0 to {depth - 1}")
@@ -129,7 +127,7 @@ class PyramidDrop(Policy):
         return (0.5, 0.25, 0.125) if self.ratios is None and self.compat == "official" else self.ratios
 
     def left(self, layer: int, depth: int, entered: int, target: int, tiles: list[tuple[int, int]]) -> int:
-        """The share of this cut."""
+        """The number of tokens that this cut leaves."""
         steps = self.prefill_layers(depth)
         step, shares = steps.index(layer), self._shares
         if target >= entered:
@@ -151,7 +149,7 @@ class PyramidDrop(Policy):
         """Keep the tokens to which the last row will attend most in the next layer."""
         if view.next_attention is None:
             raise RuntimeError(
-                f"{self.name} reads the attention after layer {view.layer}, which is not to be had"
+                f"{self.name} reads the attention after layer {view.layer}, which is not available"
             )
         dtype = view.hidden.dtype if self.compat == "official" else None
         paid = attention_of_row(view.next_attention(), last_row(view.valid, view.visual), dtype)

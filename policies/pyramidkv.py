@@ -45,10 +45,10 @@ def pyramid_counts(target: torch.Tensor, held: torch.Tensor, layers: int, beta: 
 class PyramidKV(SnapKV):
     """PyramidKV, in the KV cache (decode stage): SnapKV with a budget that falls from layer to layer.
 
-    Each KV head keeps the visual rows that the prompt's end looks at, chosen as `snapkv` chooses. The first layer keeps
-    most and the last one least, in equal steps between, since attention gathers on fewer rows with depth. The budget
-    holds on average over the layers. The prefill sees the whole image, so the first token of the answer is that of the
-    unpruned model.
+    Each KV head keeps the visual rows that the prompt's end attends to, chosen as `snapkv` chooses. The first layer
+    keeps most and the last one least, in equal steps between, since attention gathers on fewer rows with depth. The
+    budget holds on average over the layers. The prefill sees the whole image, so the first token of the answer is that
+    of the unpruned model.
 
     Not run against the released code, from which it differs in these points beside those of `snapkv`:
 

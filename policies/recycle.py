@@ -1,7 +1,7 @@
-"""Dropping tokens without losing them altogether: those of one cell of a coarse grid become one token.
+"""Recycling of dropped tokens: those in one cell of a coarse grid become one token.
 
-VFlowOpt's first stage. Tokens of low importance are grouped by the cell they lie in; the most important one of each
-group stays and takes the weighted mean of the group for its features. Official:
+VFlowOpt's first stage. Tokens of low importance are grouped by cell; the most important one of each group stays, and
+its features become the weighted mean of the group. Official:
 ``prepare_inputs_labels_for_multimodal`` in ``llava_qwen_training_free.py``.
 """
 
@@ -18,7 +18,7 @@ from ..kernels import gather_rows, merge_rows, to_device
 
 @dataclass(frozen=True)
 class Cells:
-    """The cell of a coarse grid in which each token lies.
+    """The cell of a coarse grid that each token is in.
 
     ``number`` is int64 ``(tokens,)``, from 0 to ``count - 1``.
     """
@@ -28,7 +28,7 @@ class Cells:
 
     @classmethod
     def of(cls, grids: list[tuple[int, int]], side: float, device: torch.device | str = "cpu") -> Cells:
-        """Cells of ``side`` x ``side`` tokens; ``side`` need not be whole.
+        """Cells of ``side`` x ``side`` tokens; ``side`` need not be an integer.
 
         ``grids`` are (rows, columns) of token grids that follow one another and share no cells.
         """
@@ -42,7 +42,7 @@ class Cells:
 
 
 def _lines(tokens: int, side: float) -> list[int]:
-    """Row (or column) of cells in which each row of tokens lies; in fp32, as in the released code."""
+    """The row (or column) of cells that each row of tokens is in; computed in fp32, as in the released code."""
     lines: list[int] = np.floor(np.arange(tokens, dtype=np.float32) / np.float32(side)).astype(int).tolist()
     return lines
 
@@ -53,7 +53,7 @@ def cell_grid(grid: tuple[int, int], side: float) -> tuple[int, int]:
 
 
 def fitting_side(grid: tuple[int, int], side: float, most: int) -> float:
-    """``side``, or the next larger one with which ``grid`` has at most ``most`` cells, and one at least."""
+    """``side``, or the next larger one with which ``grid`` has at most ``most`` cells, and at least one."""
     while True:
         down, across = cell_grid(grid, side)
         if down * across <= max(most, 1):
@@ -62,11 +62,11 @@ def fitting_side(grid: tuple[int, int], side: float, most: int) -> float:
 
 
 def count_to_merge(order: torch.Tensor, cells: Cells, keep: int) -> torch.Tensor:
-    """How many tokens of lowest score to merge so that ``keep`` are left: int64 ``(batch, 1)``.
+    """How many tokens of the lowest scores to merge so that ``keep`` are left: int64 ``(batch, 1)``.
 
-    ``order`` ``(batch, tokens)`` are the tokens by rising score. Going up in it, the first token of a cell leaves as
-    many as before, every later one leaves one less. So each row reaches exactly ``keep``, whatever its scores are, if
-    ``keep`` is at least the number of cells.
+    ``order`` ``(batch, tokens)`` are the tokens by ascending score. In that order, the first merged token of a cell
+    does not change the number of tokens, and every later one reduces it by one. So each row reaches exactly ``keep``,
+    whatever its scores, if ``keep`` is at least the number of cells.
     """
     tokens = order.shape[1]
     rank = order.argsort(dim=-1)
@@ -86,9 +86,9 @@ def group_mean(
         features: ``(batch, tokens, channels)``.
         scores: ``(batch, tokens)``. Weights are scores divided by their sum over the group.
         group: int64 ``(batch, tokens)``, the group of each token, -1 for none.
-        groups: how many there are. An empty one gives 0.
-        guarded: take NaN and negative scores for 0, and weight a group of zeros evenly. Without it, negative scores
-            make weights beyond 1 and a NaN spreads over its group, as in the released code.
+        groups: number of groups. An empty one gives 0.
+        guarded: treat NaN and negative scores as 0, and weight a group of zeros evenly. Without it, negative scores
+            lead to weights above 1, and a NaN spreads over its group, as in the released code.
     """
     exact = torch.promote_types(features.dtype, torch.float32)
     scores = scores.to(exact)
@@ -117,17 +117,17 @@ def recycle(
     width: int | None = None,
     guarded: bool = True,
 ) -> Keep:
-    """Make one token of the tokens of lowest score in each cell; all others stay as they are.
+    """Merge the tokens of the lowest scores in each cell into one; all others stay as they are.
 
-    The merged token is placed at the token of highest score in its group.
+    A merged token is placed at the token with the highest score in its group.
 
     Args:
         features: ``(batch, tokens, channels)``.
         scores: importance ``(batch, tokens)``.
-        order: int64 ``(batch, tokens)``, the tokens by rising score.
+        order: int64 ``(batch, tokens)``, the tokens by ascending score.
         merge: how many tokens to merge, one number or int64 ``(batch, 1)``.
         cells: the cell of each token.
-        width: tokens that every row then keeps, if that is known; ``None`` waits for the device to find out.
+        width: tokens that every row keeps then, if known; ``None`` waits for the device.
         guarded: see `group_mean`.
     """
     device = features.device
@@ -135,7 +135,7 @@ def recycle(
     member = (cells.number == torch.arange(cells.count, device=device)[:, None]) & low[:, None]
     group = torch.where(low, cells.number, -1)
     merged = group_mean(features, scores, group, cells.count, guarded).to(features.dtype)
-    # by rising score, so that of equals the same one is chosen as in the released code
+    # by ascending score, so that ties are resolved as in the released code
     rising = member.gather(2, order[:, None].expand_as(member))
     top = torch.where(rising, scores.gather(1, order)[:, None], -torch.inf).argmax(-1)
     is_head = torch.arange(features.shape[1], device=device) == order.gather(1, top)[..., None]
@@ -167,12 +167,12 @@ def recycle_to(
 def recycle_official(
     features: torch.Tensor, scores: torch.Tensor, grids: list[tuple[int, int]], share: float, side: float
 ) -> Keep:
-    """Recycle as the released code does: one recycled token a cell, where room was made for ``tokens / side ** 2``.
+    """Recycle as the released code does: one recycled token per cell, with room for ``tokens / side ** 2``.
 
-    Rows keep about ``share`` of their tokens, each its own number. NaN ranks highest, and nothing guards the weights.
+    Each row keeps about ``share`` of its tokens; the numbers differ. NaN ranks highest, and weights are not guarded.
     """
     tokens = scores.shape[1]
     merge = round(tokens * (1 - share)) + int(tokens / side**2)
     cells = Cells.of(grids, side, features.device)
-    order = scores.sort(dim=-1).indices  # not stable, as in the released code: equals go as they do there
+    order = scores.sort(dim=-1).indices  # not stable, as in the released code, so ties are resolved as there
     return recycle(features, scores, order, merge, cells, guarded=False)

@@ -1,7 +1,7 @@
 """SCOPE: salient tokens that also cover what the others show (NeurIPS 2025, arXiv 2510.24214).
 
-Follows ``SCOPE`` and ``CLIPVisionTower_SCOPE.forward`` of the released ``scope/clip_encoder.py``. Token after token is
-picked by how much it raises the cosine coverage of the image, times the attention that CLS pays it.
+Follows ``SCOPE`` and ``CLIPVisionTower_SCOPE.forward`` of the released ``scope/clip_encoder.py``. Tokens are picked one
+by one, by how much each raises the cosine coverage of the image, times its CLS attention.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def salient_cover(
 
     Args:
         features: ``(batch, units, channels)``.
-        saliency: ``(batch, units)``, not negative.
+        saliency: ``(batch, units)``, nonnegative.
         keep: tokens to pick, up to ``units``.
         alpha: exponent of the saliency.
         combine: whether a token's gain in coverage is multiplied by its saliency or added to it.
-        official: work in the dtype of ``features`` and divide by norms as they are, as the released code does. Without
-            it, all is fp32 or better, a row of zeros is similar to none, and a tile without saliency is covered evenly.
+        official: work in the dtype of ``features`` and do not guard norms, as the released code does. Otherwise all is
+            fp32 or better, a row of zeros is similar to none, and a tile without saliency is covered evenly.
     """
     if official:
         unit = features / features.norm(dim=-1, keepdim=True)
@@ -53,21 +53,21 @@ class SCOPE(Policy):
 
     It differs from the released code in these points:
 
-    - The budget is one of each tile. The released code divides a total by the number of tiles in the call, rounding
-      down, so that unrelated images of a batch share one.
+    - Each tile has a budget. The released code divides a total by the number of tiles in the call, rounding down, so
+      that unrelated images of a batch share one.
     - Cosines, coverage and saliency are fp32 or better whatever the model's dtype.
-    - A feature row of zeros, or a tile to which CLS pays no attention, leads to a choice among the others; the released
-      code then keeps the first tokens of the tile.
+    - With feature rows of zeros, or no CLS attention, the choice is still by coverage; the released code then keeps the
+      first tokens of the tile.
 
-    A second implementation in the released tree, on projected features inside the prompt, is not what is followed here.
+    The released code has a second implementation, on projected features inside the prompt, which is not followed here.
     Where a pixel shuffle merges patches, a unit's saliency is the sum over its patches, and coverage that of merged
     features; without CLS the mean query is used. Where tiles become images before tokens are chosen,
     coverage is that of projected features. The paper has no such model.
 
     Attributes:
         alpha: exponent of the saliency; 0 is coverage alone.
-        combine: whether a token's gain in coverage is multiplied (``"multi"``, the published rule) by its saliency, the
-            sum over heads, or raised by it (``"add"``).
+        combine: whether a token's gain in coverage is multiplied by its saliency, the sum over heads (``"multi"``, the
+            published rule), or added to it (``"add"``).
         compat: ``"official"`` reproduces the released code: the model's dtype, and norms without a lower limit.
     """
 

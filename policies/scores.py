@@ -1,4 +1,4 @@
-"""Scores that several papers share, computed from one layer's attention without ever building the N x N map."""
+"""Scores that several papers share, computed from one layer's attention without building the N x N map."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What scores are computed in: fp32, or fp64 for fp64 inputs."""
+    """The dtype for scores: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -33,16 +33,16 @@ def _softmax_over_tokens(logits: torch.Tensor, view: AttentionView) -> torch.Ten
 
 
 def global_attention(view: AttentionView, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Attention that CLS pays to each patch, averaged over heads: ``(batch, patches)``.
+    """CLS attention: from CLS to each patch, averaged over heads: ``(batch, patches)``.
 
-    The softmax runs over CLS and patches, the CLS column is dropped afterwards, so a row sums to less than 1.
-    A tower without CLS is asked with its mean query instead. ``dtype`` defaults to fp32, or fp64 for fp64 inputs.
+    The softmax runs over CLS and patches, and the CLS column is dropped afterwards, so a row sums to less than 1.
+    A tower without CLS uses its mean query instead. ``dtype`` defaults to fp32, or fp64 for fp64 inputs.
     """
     return _softmax_over_tokens(global_logits(view, dtype or exact_dtype(view.query.dtype)), view)
 
 
 def global_logits(view: AttentionView, dtype: torch.dtype) -> torch.Tensor:
-    """What the softmax of `global_attention` is taken of: ``(batch, heads, tokens)`` in ``dtype``, not masked."""
+    """The logits of `global_attention`: ``(batch, heads, tokens)`` in ``dtype``, not masked."""
     if view.has_cls:
         query = view.query[:, :, 0].to(dtype)
     elif view.valid is None:
@@ -66,7 +66,7 @@ def global_similarity(view: AttentionView, dtype: torch.dtype | None = None) -> 
 def last_row(valid: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Each sequence's last real row, bool ``(batch, rows)``.
 
-    ``valid`` ``(batch, rows)`` marks real rows, ``None`` says that all are; ``like`` lends shape and device.
+    ``valid`` ``(batch, rows)`` marks real rows, ``None`` means all; ``like`` gives shape and device.
     """
     number = numbers(like.shape[1] + 1, like.device)[1:]
     if valid is None:
@@ -78,17 +78,17 @@ def last_row(valid: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 def attention_mass(
     view: AttentionView, voters: torch.Tensor, width: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much attention the ``voters`` pay to each row in a decoder layer: sum and maximum, two ``(batch, rows)``.
+    """The attention from the ``voters`` to each row in a decoder layer: sum and maximum, two ``(batch, rows)``.
 
-    Only the voters' rows of the attention map exist, some of them at a time. Each is a causal softmax over all
+    Only the voters' rows of the attention map are computed, some of them at a time. Each is a causal softmax over all
     valid keys, in fp32 or better, averaged over the query heads.
 
     Args:
         view: ``query`` ``(batch, heads, rows, head_dim)``, ``key`` ``(batch, key heads, keys, head_dim)``, not repeated
             where key heads are shared. The last ``rows`` keys belong to the query rows, earlier ones to earlier turns;
             ``valid`` is ``(batch, keys)`` or ``None``.
-        voters: bool ``(batch, rows)``, the rows that pay. A sequence without voters gets zeros.
-        width: no sequence has more voters than this; ``None`` waits for the device to find out.
+        voters: bool ``(batch, rows)``, the query rows. A sequence without voters gets zeros.
+        width: an upper bound on the voters of a sequence; ``None`` waits for the device to count them.
     """
     width = max(1, int(voters.sum(-1).max())) if width is None else width
     index = voters.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]

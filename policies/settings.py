@@ -9,7 +9,7 @@ from ..contract.numbers import is_whole
 
 
 def check_choice(policy: Any, **allowed: Sequence[Any]) -> None:
-    """Raise ValueError if a field of ``policy`` is none of the values allowed for it."""
+    """Raise ValueError if a field of ``policy`` is not one of its allowed values."""
     for name, values in allowed.items():
         given = getattr(policy, name)
         if given not in values:
@@ -17,7 +17,7 @@ def check_choice(policy: Any, **allowed: Sequence[Any]) -> None:
 
 
 def check_whole(policy: Any, *names: str) -> None:
-    """Raise ValueError if a field of ``policy`` is no whole number of up to 63 bits."""
+    """Raise ValueError if a field of ``policy`` is not a whole number of up to 63 bits."""
     for name in names:
         given = getattr(policy, name)
         if not is_whole(given) or not -(2**63) <= given < 2**63:
@@ -25,7 +25,7 @@ def check_whole(policy: Any, *names: str) -> None:
 
 
 def check_number(policy: Any, optional: bool = False, **ranges: tuple[float, float]) -> None:
-    """Raise ValueError if a field of ``policy`` is no number from the lower to the upper bound, both allowed.
+    """Raise ValueError if a field of ``policy`` is not a number between its bounds, which are allowed.
 
     ``optional`` fields may be ``None``.
     """

@@ -1,8 +1,8 @@
-"""What keeping a share of the visual tokens means where they are dropped in several steps.
+"""Average shares of visual tokens where they are dropped in several steps.
 
-A share ``r_v`` enters the decoder; before layer ``cuts[0]`` a share ``r_1`` of these goes on, before layer ``cuts[1]``
-a share ``r_2`` of the rest. What all of this costs is the *average* share over the decoder's layers. ``depth`` is their
-number; with ``depth=1``, ``cuts`` are fractions of the depth.
+A share ``r_v`` enters the decoder; a share ``r_1`` of these is kept before layer ``cuts[0]``, a share ``r_2`` of those
+left before layer ``cuts[1]``. The cost is the *average* share over the decoder's layers. ``depth`` is their number;
+with ``depth=1``, ``cuts`` are fractions of the depth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def average_share(r_v: float, r_1: float, r_2: float, cuts: Cuts, depth: float =
 
 
 def solve_first(average: float, r_1: float, r_2: float, cuts: Cuts, depth: float = 1) -> float:
-    """The ``r_v``, at most 1, with which the layers hold ``average``."""
+    """The ``r_v``, at most 1, with which the layers hold ``average`` on average."""
     return min(1.0, average / average_share(1.0, r_1, r_2, cuts, depth))
 
 
@@ -54,7 +54,7 @@ def check_first(average: float, r_v: float, r_1: float, cuts: Cuts, slack: float
 
 
 def check_average(average: float, r_v: float, r_1: float, r_2: float, cuts: Cuts, slack: float) -> None:
-    """Raise ValueError if the layers hold something else than ``average``, give or take ``slack``."""
+    """Raise ValueError if the layers do not hold ``average``, give or take ``slack``."""
     held = average_share(r_v, r_1, r_2, cuts)
     if abs(average - held) > slack:
         raise ValueError(
@@ -64,7 +64,7 @@ def check_average(average: float, r_v: float, r_1: float, r_2: float, cuts: Cuts
 
 
 def literal_counts(entered: torch.Tensor, r_1: float, r_2: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that go on at the two cuts, two int64 ``(batch,)``, by shares of what is left each time.
+    """Tokens kept at the two cuts, two int64 ``(batch,)``, by shares of what is left each time.
 
     ``entered`` is int64 ``(batch,)``. The number dropped is rounded half to even, as in the released code.
     """
@@ -75,11 +75,11 @@ def literal_counts(entered: torch.Tensor, r_1: float, r_2: float) -> tuple[torch
 def solved_counts(
     entered: torch.Tensor, average: torch.Tensor, r_1: float, cuts: tuple[int, int], depth: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that go on at the two cuts, two int64 ``(batch,)``, so that the layers hold ``average`` tokens.
+    """Tokens kept at the two cuts, two int64 ``(batch,)``, so that the layers hold ``average`` tokens.
 
     ``entered`` is int64 ``(batch,)``, ``average`` fp64 ``(batch,)``. The first cut follows ``r_1``, the second makes up
     the balance to half a token. Where that would be more than the first cut leaves, the first cut leaves as many.
-    At least one token goes on.
+    At least one token is kept.
     """
     first, second = cuts
     total = average * depth - entered * first

@@ -27,7 +27,7 @@ def known_sink_dims(model_type: str, hidden_size: int, intermediate_size: int) -
 
 
 def default_tau(hidden_size: int) -> float:
-    """VAR's threshold on `sink_score`: 20 as published, less in models narrower than any that it was tried on.
+    """VAR's threshold on `sink_score`: 20 as published, less in models narrower than those it was tested on.
 
     The score cannot exceed the root of the hidden size, so for less than 1024 channels it is the level at which one
     dimension holds a tenth of a token's energy, as it does at 20 among the 4096 channels of a 7B model.
@@ -36,7 +36,7 @@ def default_tau(hidden_size: int) -> float:
 
 
 def root_mean_square(hidden: torch.Tensor) -> torch.Tensor:
-    """Over the channels of ``(..., channels)``, with the epsilon of VAR's code: ``(..., 1)``, fp32 or better."""
+    """Root mean square over the channels of ``(..., channels)``, with the epsilon of VAR's code; fp32 or better."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -93,7 +93,7 @@ def find_sink_dims(
         hidden_states: the input ``(batch, tokens, channels)`` of each decoder layer, in order.
         tau: magnitude over root mean square from which a dimension counts.
         valid: bool ``(batch, tokens)``, real tokens; ``None`` if all are.
-        limit: dimensions wanted at most.
+        limit: largest number of dimensions to return.
     """
     depth, channels = len(hidden_states), hidden_states[0].shape[-1]
     if tau >= channels**0.5:

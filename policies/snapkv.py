@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def pooled(votes: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
     """Votes ``(batch, heads, rows)`` pooled over ``kernel`` neighbouring rows, an odd number; same shape.
 
-    What lies beyond the ends counts as zero.
+    Rows beyond the ends count as zero.
     """
     pool = functional.avg_pool1d if pooling == "mean" else functional.max_pool1d
     return pool(votes, kernel, stride=1, padding=kernel // 2)
@@ -27,7 +27,7 @@ def pooled(votes: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SnapKV(KeepsByHead):
-    """SnapKV, in the KV cache (decode stage): each KV head keeps the visual rows that the prompt's end looks at.
+    """SnapKV, in the KV cache (decode stage): each KV head keeps the visual rows that the prompt's end attends to.
 
     The last rows of the prompt are an observation window. What they attend to, summed over the window and pooled over
     neighbouring rows so that clusters stay together, ranks the visual rows, in each layer and each KV head separately.
@@ -37,11 +37,11 @@ class SnapKV(KeepsByHead):
 
     - Only visual rows are evicted, and all text stays. The window is the text after the image, at most `window` rows
       of it; for a prompt that ends with its image it is the last row.
-    - Text counts as zero in the pooling, so that what text is attended to does not spread to its neighbours.
+    - Text counts as zero in the pooling, so that attention to text does not spread to neighbouring visual rows.
     - Heads that share keys vote together, by their mean; the paper has no such models.
 
     Attributes:
-        window: rows of the observation window, at most.
+        window: largest number of rows in the observation window.
         kernel: rows to pool over, an odd number; 1 for none.
         pooling: ``"mean"`` or ``"max"``.
         positions: has no effect, since cached rows keep the positions that they were computed with.
@@ -59,7 +59,7 @@ class SnapKV(KeepsByHead):
         check_choice(self, pooling=("mean", "max"))
         if self.kernel % 2 == 0:
             raise ValueError(
-                f"kernel={self.kernel}: choose an odd number, so that a row has equally many neighbours on both sides"
+                f"kernel={self.kernel}: choose an odd number, so that a row has equally many neighbours on each side"
             )
 
     def observe(self, view: PrefillView) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""SparseVLM: words that the image speaks to rate its tokens, and what is dropped is recycled (Zhang et al., ICML 2025,
+"""SparseVLM: words related to the image rate its tokens, and dropped tokens are recycled (Zhang et al., ICML 2025,
 arXiv 2410.04417).
 
 Follows the released ``llava/model/language_model`` (``score.py``, ``utils.py``, ``modelling_sparse_llama.py``): words
-of the question that visual tokens resemble become *raters*; after three decoder layers the attention that raters pay
-decides which visual tokens go on, and the better ones of the others are merged into a few, by `density_peaks`.
+of the question that visual tokens resemble become *raters*; after each of three decoder layers the raters' attention
+decides which visual tokens are kept, and the better ones of the others are merged into a few, by `density_peaks`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SHARED_HEADS = 14
 
 
 def rater_scores(embeds: torch.Tensor, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """How much of the visual tokens' likeness each word gets: ``(batch, rows)``, 0 for rows that are no words.
+    """How similar each word is to the visual tokens: ``(batch, rows)``, 0 for rows that are not words.
 
-    Each visual token shares out a softmax of dot products over the words; the shares are averaged over visual tokens.
+    Each visual token has a softmax of dot products over the words; these are averaged over visual tokens.
     Waits for the device to count the words.
 
     Args:
-        embeds: what enters the decoder, ``(batch, rows, channels)``. Computed in its dtype, or what that promotes to
-            with fp32.
+        embeds: the decoder's input, ``(batch, rows, channels)``. Computed in its dtype, or in the type that it promotes
+            to with fp32.
         visual, text: bool ``(batch, rows)``.
     """
     embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
@@ -73,13 +73,13 @@ def choose_raters(score: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 def head_relation(
     attention: torch.Tensor, real: torch.Tensor, visual: torch.Tensor, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What raters pay, averaged over the ``heads`` that pay most to visual rows, and what each head pays these.
+    """The raters' attention, averaged over the ``heads`` with most visual attention, and that of each head.
 
     Args:
         attention: ``(batch, all heads, raters, rows)``.
-        real: bool ``(batch, raters)``, False for rows that fill up.
+        real: bool ``(batch, raters)``, False for padding.
         visual: bool ``(batch, rows)``.
-        heads: at most as many as there are.
+        heads: number of heads to average over, at most all.
 
     Returns:
         ``(batch, rows)`` and ``(batch, all heads)``.
@@ -94,8 +94,8 @@ def head_relation(
 def rotary_of_ones(place: torch.Tensor, others: torch.Tensor, size: int, theta: float) -> torch.Tensor:
     """The logit of two vectors of ones at positions ``(batch, a)`` and ``(batch, b)``: fp32 ``(batch, a, b)``.
 
-    ``size`` is that of a head, ``theta`` the base of the rotary embedding. SparseVLM+ divides attention by it, so as to
-    take off what distance alone does; but it passes through zero.
+    ``size`` is the head size, ``theta`` the base of the rotary embedding. SparseVLM+ divides attention by this logit to
+    remove the effect of distance; but it passes through zero.
     """
     frequency = theta ** (-torch.arange(0, size, 2, device=place.device).float() / size)
     apart = (place[..., None] - others[:, None]).float()
@@ -108,10 +108,10 @@ def rotary_of_ones(place: torch.Tensor, others: torch.Tensor, size: int, theta: 
 def stage_counts(
     initial: torch.Tensor, target: torch.Tensor, stage: int, table: Mapping[int, tuple[int, ...]]
 ) -> torch.Tensor:
-    """Tokens that go on after cut ``stage``: int64 like ``initial``, what there is, and ``target``, the budget's name.
+    """Tokens kept at cut ``stage``: int64 like ``initial``, the tokens that there are, and ``target``, the budget.
 
-    The released ``table`` holds for 576 tokens; it is scaled, and between its budgets, and up to all tokens, the counts
-    are interpolated, in whole numbers, half rounded up. At least one token goes on.
+    The released ``table`` is for 576 tokens; it is scaled. Between its budgets, and up to all tokens, counts are
+    interpolated in whole numbers, half rounded up. At least one token is kept.
     """
     knots = [*table, UNITS]
     counts = [*(row[stage] for row in table.values()), UNITS]
@@ -125,7 +125,7 @@ def stage_counts(
 
 
 def recycled_counts(dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of int64 ``dropped`` tokens, how many are recycled and how many tokens these become; none of none."""
+    """How many of the int64 ``dropped`` tokens are recycled, and how many tokens these become; 0 for 0."""
     some = (dropped.double() * 0.3).long() + 1
     return some.minimum(dropped), torch.where(dropped > 0, some // 10 + 1, 0)
 
@@ -134,23 +134,23 @@ def recycled_counts(dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class SparseVLM(Policy):
     """SparseVLM, inside the decoder (prefill stage); with `plus`, SparseVLM+.
 
-    Once a prompt, words after the image that visual tokens resemble more than the average word become raters. After
-    three layers visual tokens are ranked by the attention of the raters. Of those dropped, the best three in ten are
-    clustered, and one token for each cluster goes on; it competes with the others at the next cut. The budget goes by
-    the names in the paper's tables: about that many tokens per layer on average, more in the first layers and fewer in
-    the last ones. SparseVLM+ recycles nothing, keeps positions, and reads the 14 heads that look at the image most.
+    Once per prompt, words after the image that visual tokens resemble more than the average word become raters. After
+    each of three layers visual tokens are ranked by the attention of the raters. Of those dropped, the best three in
+    ten are clustered, and each cluster becomes one token, which competes with the others at the next cut. Budgets are
+    named as in the paper's tables: about that many tokens per layer on average, more in the first layers and fewer in
+    the last ones. SparseVLM+ recycles nothing, keeps positions, and reads the 14 heads that attend to the image most.
 
-    The rank of the attention matrix, which the paper lets decide how much to drop, is not in the released code: its
-    counts are a table. The default mode differs from that code in these points:
+    In the paper the rank of the attention matrix decides how many tokens to drop. That is not in the released code,
+    whose counts are a table. The default mode differs from that code in these points:
 
     - Tables are scaled to any number of tokens, and interpolated between budgets; the layers scale with depth.
-    - A cut whose count there already is drops nothing; the released code then merges one token with itself and moves it
-      after the others.
-    - A merged token is placed at its cluster's centre; the released code appends them after all others.
-    - Densities have no noise, which breaks ties at random in the released code. Ties go to the first one.
-    - Each sequence of a batch is rated by its own words, padding has no vote, and several images compete. A prompt that
-      ends with the image is rated by its last row; where all words are alike, all rate.
-    - Resemblance is computed in fp32 or better; it may overflow in half precision.
+    - A cut drops nothing if its count is reached already; the released code then merges one token with itself and moves
+      it after the others.
+    - A merged token is placed at its cluster's centre; the released code appends merged tokens after all others.
+    - Densities have no noise; the released code breaks ties at random by it. Here the first of equals wins.
+    - Each sequence of a batch is rated by its own words, padding is ignored, and several images compete. A prompt that
+      ends with the image is rated by its last row; if all words are equally similar, all are raters.
+    - Similarity is computed in fp32 or better; in half precision it may overflow.
     - SparseVLM+ does not divide attention by the logit of two rotated vectors of ones, which is near zero or negative
       at some distances, and then turns the ranking upside down.
 
@@ -159,11 +159,11 @@ class SparseVLM(Policy):
     Attributes:
         plus: SparseVLM+, the released ``USE_VERSION=2_0``.
         layers: decoder layers, 0-based, after which tokens are dropped; ``None`` scales the released 2, 6 and 15 of 32.
-        counts: tokens that go on after each of `layers`, instead of a budget, of which only "all" counts then. Merged
-            ones come on top.
-        rope_theta: base of the rotary embedding, read off the decoder's config; only the official SparseVLM+ asks.
-        compat: ``"official"`` reproduces the released code for one sequence without the noise. Numbers of cells in the
-            receipt are then places in its order.
+        counts: tokens kept after each of `layers`, instead of a budget, of which only "all" counts then. Merged tokens
+            are not included.
+        rope_theta: base of the rotary embedding, read from the decoder's config; only the official SparseVLM+ needs it.
+        compat: ``"official"`` reproduces the released code for one sequence without the noise. The receipt then
+            numbers cells in its order.
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -217,15 +217,15 @@ class SparseVLM(Policy):
         )
         if self.layers is not None and layers[-1] >= depth:
             raise ValueError(f"layers={self.layers}: this decoder has the layers 0 to {depth - 1}")
-        # where few layers make several cuts fall together, the last one counts
+        # if several cuts fall on one layer of a shallow decoder, the last one counts
         return {min(layer, depth - 1): number for number, layer in enumerate(layers)}
 
     def prefill_layers(self, depth: int) -> list[int]:
-        """The first layer, at which raters are chosen, and those of the cuts."""
+        """The first layer, where raters are chosen, and the layers of the cuts."""
         return sorted({0, *self.cuts(depth)})
 
     def prefill(self, view: PrefillView) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
-        """Note the raters; keep what they attend to, and merge of the rest what comes next."""
+        """Store the raters; keep the tokens that they attend to most, and merge the next best."""
         if view.layer == 0:
             self._note(view)
         if view.layer not in self.cuts(view.depth):
@@ -239,13 +239,13 @@ class SparseVLM(Policy):
         return self._recycle(view, relation, kept)
 
     def relation(self, view: PrefillView) -> torch.Tensor:
-        """The mean attention that raters pay to each row: ``(batch, rows)``."""
+        """The mean attention from raters to each row: ``(batch, rows)``."""
         if view.attention is None:
             raise RuntimeError(
                 f"{self.name} reads the attention of layer {view.layer}, which was not recorded"
             )
         rater = view.carry[RATER] > 0
-        # of a prompt of images alone the raters are visual tokens, which may have been dropped since
+        # in a prompt of images alone the raters are visual tokens, which may have been dropped since
         rater = rater | (last_row(view.valid, view.visual) & ~rater.any(-1, keepdim=True))
         if not self.plus:
             return attention_mass(view.attention, rater)[0] / rater.sum(-1, keepdim=True).clamp(min=1)
@@ -278,7 +278,7 @@ class SparseVLM(Policy):
         view.carry[PLACE] = valid.cumsum(-1).float() - 1
 
     def _count(self, view: PrefillView) -> torch.Tensor:
-        """Tokens that go on at this cut, merged ones aside: int64 ``(batch,)``."""
+        """Tokens kept at this cut, without merged ones: int64 ``(batch,)``."""
         number = self.cuts(view.depth)[view.layer]
         if self.counts is None:
             count = stage_counts(view.initial, view.target, number, TABLES[self.plus])
@@ -317,7 +317,7 @@ class SparseVLM(Policy):
     def _merged_last(
         self, hidden: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor, into: torch.Tensor
     ) -> torch.Tensor:
-        """``hidden`` with the kept rows in the first of the places that stay, and the merged ones after them."""
+        """``hidden`` with the kept rows in the first of the remaining places, and the merged ones after them."""
         out = hidden.clone()
         for b in range(len(hidden)):
             merged = into[b][into[b] < hidden.shape[1]]

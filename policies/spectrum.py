@@ -1,4 +1,4 @@
-"""The effective rank of a Gram matrix by products alone: nothing has to converge, so nobody waits to see if it did.
+"""The effective rank of a Gram matrix by matrix products alone: no check for convergence, so no wait for the device.
 
 An eigenvalue solver on a GPU takes the matrices of a batch one after the other and reports back to the host. A square
 root by Newton-Schulz iteration and the traces of Chebyshev polynomials of it are products of whole batches.
@@ -15,9 +15,9 @@ import torch
 from ..kernels import planned
 
 FLOOR = 1e-5
-"""Singular values below this share of all (their norm) count as none."""
+"""Singular values below this share of their norm count as zero."""
 DEGREE = 64
-"""Of the polynomials that stand for ``s`` and ``s log s``."""
+"""Degree of the polynomials that approximate ``s`` and ``s log s``."""
 
 
 def rank_by_products(gram: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def rank_by_products(gram: torch.Tensor) -> torch.Tensor:
     size = gram.shape[1]
     one = torch.eye(size, dtype=gram.dtype, device=gram.device)
     norm = torch.linalg.matrix_norm(gram)[:, None, None]
-    # the roots of the shifted matrix are FLOOR and more, so that the iteration has something to hold on to
+    # the shift keeps the roots of all eigenvalues at FLOOR or above, so that the iteration converges
     root = gram / norm.clamp(min=torch.finfo(gram.dtype).tiny) + FLOOR**2 * one
     inverse: torch.Tensor | None = None
     for scale in _scales(FLOOR):
@@ -43,7 +43,7 @@ def rank_by_products(gram: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _scales(least: float) -> tuple[float, ...]:
-    """Factors by which Newton-Schulz steps go farthest if all roots are between ``least`` and 1 (Chen & Chow 2014)."""
+    """Scaling factors for the fastest Newton-Schulz steps on roots between ``least`` and 1 (Chen & Chow 2014)."""
     scales = []
     while least < 0.9999:
         scales.append(sqrt(3 / (1 + least + least**2)))
@@ -54,7 +54,7 @@ def _scales(least: float) -> tuple[float, ...]:
 def _traces(root: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
     """Traces of the Chebyshev polynomials up to `DEGREE` of ``root``, spectrum 0 to 1: ``(batch, DEGREE + 1)``.
 
-    The upper half comes from the lower one, by ``T(i + j) = 2 T(i) T(j) - T(i - j)``, of which only the trace is asked.
+    The upper half follows from the lower one, by ``T(i + j) = 2 T(i) T(j) - T(i - j)``; only its traces are computed.
     """
     first, half = 2 * root - one, DEGREE // 2
     terms = [one.expand_as(root), first]

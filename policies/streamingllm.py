@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sinks_then_recent(visual: torch.Tensor, sinks: int) -> torch.Tensor:
-    """Scores that rank the first ``sinks`` visual rows highest and the others by how late they come.
+    """Scores that rank the first ``sinks`` visual rows highest and later ones of the others above earlier ones.
 
     ``visual`` is bool ``(batch, rows)``; fp32 of the same shape.
     """
@@ -27,12 +27,12 @@ def sinks_then_recent(visual: torch.Tensor, sinks: int) -> torch.Tensor:
 class StreamingLLM(ScorerPolicy):
     """StreamingLLM, in the KV cache (decode stage): the first and the last visual rows of a prompt stay.
 
-    The prefill sees the whole image; then every layer's cache keeps the first `sinks` visual rows, and of the others
-    the last ones, as many as the budget allows. It looks at no content, which makes it the baseline of cache methods.
+    The prefill sees the whole image; then every layer's cache keeps the first `sinks` visual rows, and as many of the
+    last ones as the budget allows. It ignores content, so it is the baseline of cache methods.
 
     Paper's definition, not run against released code. It differs in that only visual rows are evicted, and all text
-    stays: so the window does not move on while the answer grows, as it would over a whole sequence. Rows keep the
-    positions they had; the paper counts positions inside the cache.
+    stays: so the window does not move while the answer grows, as it would over a whole sequence. Rows keep their
+    positions; the paper counts positions inside the cache.
 
     Attributes:
         sinks: first visual rows that stay; the paper keeps four tokens. A smaller budget keeps the first ones of them.

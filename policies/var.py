@@ -1,7 +1,7 @@
 """VAR: move attention from sink tokens to the rest of the image (Kang et al., ICLR 2025, arXiv 2503.03321).
 
-Follows the released ``src/logic/logic.py``: where sinks are, which heads look at the image, how mass moves. Finding
-the sinks is in ``sinks.py``.
+Follows the released ``src/logic/logic.py``: where sinks are, which heads attend to the image, how attention moves.
+``sinks.py`` finds the sinks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..contract.views import ModulateView
 
 SINKS, DIMS = "var_sinks", "var_dims"
-"""Names of what is remembered with the cache: sink keys, and the dimensions they were found by."""
+"""Names of the state kept with the cache: sink keys, and the dimensions by which they were found."""
 UNSEEN = -2
 """In the place of a dimension: the sequence has not had an image yet."""
 
@@ -45,7 +45,7 @@ def select_heads(
     min_visual_mass: float,
     official: bool = False,
 ) -> torch.Tensor:
-    """Heads that look at the image, and not mainly at its sinks: bool ``(batch, heads, rows)``.
+    """Heads that attend to the image, and not mainly to its sinks: bool ``(batch, heads, rows)``.
 
     A head is selected in a row that gives at least ``min_visual_mass`` to visual keys, no more than ``max_sink_share``
     of it to sinks among them. ``probabilities`` is ``(batch, heads, rows, keys)``, ``sinks`` and ``visual`` are bool
@@ -68,10 +68,10 @@ def redistribute(
     selected: torch.Tensor,
     move: float,
 ) -> torch.Tensor:
-    """Take the share ``move`` of every sink's attention and give it to the visual keys that are no sinks.
+    """Move the share ``move`` of every sink's attention to the visual keys that are not sinks.
 
-    They receive it in proportion to what they have, so a row still sums to 1. Only where ``selected`` (bool
-    ``(batch, heads, rows)``), and only where some token can receive it. Other arguments as in `select_heads`.
+    They receive it in proportion to their attention, so a row still sums to 1. This happens where ``selected`` (bool
+    ``(batch, heads, rows)``) and where some token can receive it. Other arguments are as in `select_heads`.
     Official: ``VARProcessor.attn_redist`` with ``p = 1 - move``.
     """
     receivers = visual & ~sinks
@@ -88,7 +88,7 @@ class VAR(Policy):
     """VAR, on the attention probabilities of text rows after the image (modulate stage).
 
     Sinks are tokens of the prompt whose hidden state, at the layer's input, is ``tau`` times its root mean square or
-    more in one of a few fixed dimensions; they are found once and stay with the cache. Generated tokens are not tested.
+    more in one of a few fixed dimensions; they are found once and kept with the cache. Generated tokens are not tested.
 
     The names differ from the paper's and the code's, which use the same letters in opposite ways: ``move`` is the
     paper's p and ``1 - p`` of the code, ``max_sink_share`` is the code's rho and ``1 - rho`` of the paper. An
@@ -97,14 +97,14 @@ class VAR(Policy):
     Attributes:
         tau: how massive a sink is; ``None`` is the paper's 20, less in narrow models (`sinks.default_tau`). No token
             can exceed the root of the hidden size: VAR warns and does nothing where that is below ``tau``.
-        max_sink_share: largest share of the image attention on sinks with which a head counts as looking at the image.
+        max_sink_share: largest share of image attention on sinks with which a head counts as attending to the image.
             The paper's values are 0.5 against hallucination, 0.2 for general and 0.1 for vision-centric questions.
-        min_visual_mass: smallest attention to the image with which it does; fewer tokens collect less of it.
+        min_visual_mass: smallest attention to the image with which a head does; fewer tokens receive less of it.
         move: share of the sinks' attention that moves.
         sink_dims: the dimensions; ``None`` uses the published ones of known models (see `for_decoder`), and elsewhere
             those in which the prompt's first token, always a sink, is massive at that layer.
         first_layer: first decoder layer (0-based) to act in; ``None`` is the paper's 2, since sinks arise in the first
-            two, or the last possible one in models of less than four layers.
+            two, or the last possible one in models with fewer than four layers.
         compat: ``"official"`` follows the released code: phi must exceed ``tau``, the last layer takes part, and a
             layer without a visual sink is skipped. ``"paper"``: phi may equal ``tau``, the last layer is left alone,
             sinks in the text suffice. Neither repeats the released code's leak of sinks from one sample to the next.
@@ -178,9 +178,9 @@ class VAR(Policy):
     def _moved(
         self, probabilities: torch.Tensor, sinks: torch.Tensor, view: ModulateView, asked: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`redistribute` in the rows ``asked`` that `select_heads` selects, and these: all masses by one product.
+        """`redistribute` in the rows ``asked`` and heads of `select_heads`, and that selection, by one product.
 
-        What is returned for other rows is not to be used.
+        Values returned for other rows are meaningless.
         """
         if self.compat == "official":
             share, least = self.max_sink_share, self.min_visual_mass
@@ -200,7 +200,7 @@ class VAR(Policy):
         return torch.addcmul(probabilities, probabilities, change, value=self.move), selected
 
     def _find_sinks(self, view: ModulateView) -> torch.Tensor | None:
-        """Sinks among the keys, bool ``(batch, keys)``: those found before, and those of a prompt that just came in."""
+        """Sinks among the keys, bool ``(batch, keys)``: those found before, and those of the prompt of this call."""
         if not view.prefill:
             return view.carry[SINKS].bool() if SINKS in view.carry else None
         if (hidden := view.hidden) is None:
@@ -224,7 +224,7 @@ class VAR(Policy):
         sinks = score > tau if self.compat == "official" else score >= tau
         if real is not None:
             sinks = sinks & real
-        if view.brings is not None:  # a prompt without an image waits for its first, alone as in a batch
+        if view.brings is not None:  # a prompt without an image waits for its first one, in a batch as alone
             sinks = sinks & view.brings[:, None]
         sinks = torch.nn.functional.pad(sinks, (view.key.shape[2] - queries, 0))
         if SINKS in view.carry:
@@ -235,7 +235,7 @@ class VAR(Policy):
     def _first_dims(
         self, view: ModulateView, hidden: torch.Tensor, tau: float, real: torch.Tensor | None
     ) -> torch.Tensor:
-        """Sink dimensions ``(batch, dims)`` by the first token of the call that brings a sequence's first image."""
+        """Sink dimensions ``(batch, dims)``, from the first token of the call with a sequence's first image."""
         known = view.state.get(DIMS)
         if known is not None and view.brings is None:
             return known

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def diffusion_signal(step: int, steps: int = 1000) -> float:
-    """How much of an image's variance is left after ``step`` (0-based) of ``steps`` of forward diffusion.
+    """The share of an image's variance that is left after ``step`` (0-based) of ``steps`` of forward diffusion.
 
-    The noise of a step is a sigmoid's share of 0.005, from 0.00001 up. Official: ``add_diffusion_noise``.
+    The noise of a step rises along a sigmoid from 0.00001 to 0.005. Official: ``add_diffusion_noise``.
     """
     left = 1.0
     for number in range(step + 1):
@@ -33,19 +33,19 @@ def diffusion_signal(step: int, steps: int = 1000) -> float:
 
 @dataclass(frozen=True)
 class VCD(Policy):
-    """VCD, on the logits: what the model says of a noised image counts against a token (guide stage).
+    """VCD, on the logits: tokens that are likely for a noised image, too, count for less (guide stage).
 
-    Each forward runs twice, so decoding costs twice as much; the second pass has its own KV cache, and the same pruning
-    as the first. Tokens that the first pass finds implausible get ``-inf``.
+    Each forward runs twice, so decoding costs twice as much; the second pass has a separate KV cache, and the same
+    pruning as the first. Tokens that the first pass finds implausible get ``-inf``.
 
     The released code draws new noise for every image; here it depends on ``seed`` and the image's size alone, so that a
     call can be repeated and a batch gives what its rows give alone.
 
     Attributes:
         alpha: strength of the contrast. The released command line has 1, its sampling function 0.5.
-        beta: tokens less than ``beta`` times as likely as the likeliest are left out; the paper has 0.1.
-        noise_step: steps of diffusion, of 1000; the paper has 500.
-        seed: of the noise.
+        beta: tokens less than ``beta`` times as likely as the likeliest are excluded; the paper has 0.1.
+        noise_step: number of diffusion steps, out of 1000; the paper has 500.
+        seed: seed of the noise.
     """
 
     name: ClassVar[str] = "vcd"
@@ -71,7 +71,7 @@ class VCD(Policy):
         return mixed.to(pixels.dtype)
 
     def guide(self, view: GuideView) -> torch.Tensor:
-        """The contrast of both passes, among what the first finds plausible."""
+        """The contrast of both passes, over the tokens that the first finds plausible."""
         if view.second is None:
             raise RuntimeError("vcd compares with a second pass, but was not given it")
         new = contrasted(view.logits, view.second, self.alpha)

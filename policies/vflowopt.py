@@ -1,9 +1,9 @@
 """VFlowOpt: pruning by visual information flow, in three stages (Yang et al., ICCV 2025, arXiv 2508.05211).
 
-Importance is read off the attention of the tower's last layer (`importance`). After the projector the least important
-tokens are recycled, stage 1 (`recycle`); before two decoder layers more are dropped by the same map, stages 2 and 3.
-Follows the released ``llava_qwen_training_free.py`` and ``modeling_qwen2.py`` (``forward_illava``). `vlm_prune.tune`
-searches the settings that suit a model.
+Importance is computed from the attention of the tower's last layer (`importance`). After the projector the least
+important tokens are recycled, stage 1 (`recycle`); before two decoder layers more are dropped by the same map, stages 2
+and 3. Follows the released ``llava_qwen_training_free.py`` and ``modeling_qwen2.py`` (``forward_illava``).
+`vlm_prune.tune` searches for the settings that suit a model.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from ..contract.views import FeaturesView, ModulateView, PrefillView, TowerView
 
 MAP, AVERAGE = "vflowopt_map", "vflowopt_average"
-"""What the encode stage leaves per token: its importance, and the tokens to hold on average per token that enters."""
+"""What the encode stage stores per token: its importance, and the average number to hold per token that enters."""
 
 LEAST = 0.001
-"""The smallest share a setting can ask for."""
+"""The smallest share that a setting may have."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class VFlowOpt(Policy):
     """VFlowOpt, after the projector and inside the decoder (encode and prefill stage).
 
     The budget is the paper's: the share of visual tokens that a decoder layer computes, averaged over all layers. A
-    little more than that enters the decoder, less leaves it. In stage 1 each tile is pruned separately, in stages 2 and
-    3 all visual tokens of a prompt together. For CLIP the row and the column of CLS are left out of the map; where a
-    pixel shuffle merges patches, their mean counts.
+    little more than that enters the decoder, and less is left at its end. Stage 1 prunes each tile separately, stages 2
+    and 3 all visual tokens of a prompt together. For CLIP the row and the column of CLS are left out of the map; where
+    a pixel shuffle merges patches, a unit's importance is the mean over its patches.
 
     The default differs from the released code:
-    - budgets are exact; there, recycled tokens come on top, and a budget that the second cut cannot use up lapses;
+    - budgets are exact; there, recycled tokens are extra, and what the second cut cannot use of the budget is lost;
     - where no token passes the threshold ``t``, the one that receives most attention is used; there, the map is NaN;
     - weights of recycling are neither negative nor NaN;
-    - all layers are causal; there, the layer before the first cut is not, because sdpa asked for its attention
-      map computes it without the mask;
+    - all layers are causal; there, the layer before the first cut is not, because sdpa computes without the mask when
+      the attention map is requested;
     - where a budget is smaller than the number of cells, cells grow;
     - entropy is that of the true pixels.
 
@@ -62,18 +62,18 @@ class VFlowOpt(Policy):
         t: the factor by which the attention that a token receives must exceed the mean for the token to take part
             in the calibration. Depends on the tower: the published values are for SigLIP's attention sinks.
         alpha: weight of patch entropy in the map, may be negative. 0, as published, leaves it out.
-        m: side of the cells for recycling, in tokens, need not be whole. ``None`` drops without recycling.
-        r_v: share of the tokens that enters the decoder. ``None``: what the budget asks for.
-        r_1: share of these that goes on at the first cut in the decoder.
-        r_2: share of the rest that goes on at the second cut. ``None``: what the budget asks for. If ``r_v`` is given
-            too, all shares are taken as they are, and their average is the default budget.
+        m: side of the cells for recycling, in tokens; need not be an integer. ``None`` drops without recycling.
+        r_v: share of the tokens that enters the decoder. ``None``: follows from the budget.
+        r_1: share of these that is kept at the first cut in the decoder.
+        r_2: share of the rest that is kept at the second cut. ``None``: follows from the budget. If ``r_v`` is given
+            too, all shares are used as given, and their average is the default budget.
         layers: the two cuts, as fractions of the decoder's depth.
-        counts: ``"average"``, or ``"entering"``: the budget is what enters the decoder, and both cuts save on top.
+        counts: ``"average"``, or ``"entering"``: the budget is what enters the decoder, and both cuts save more.
         entropy: of ``"true_grey"`` levels, or ``"official_wrap"``: of normalised values that wrap around, as in the
-            released code. ``None``: the latter with ``compat="official"``, else the former.
-        image_mean: the processor's, one number per channel. Needed for true grey levels, so if ``alpha`` is not 0.
+            released code. ``None``: the latter with ``compat="official"``, otherwise the former.
+        image_mean: the processor's, one number per channel. Needed for true grey levels if ``alpha`` is not 0.
         image_std: likewise.
-        compat: ``"official"`` reproduces the released code, but a map of NaN raises.
+        compat: ``"official"`` reproduces the released code, but raises for a map of NaN.
     """
 
     name: ClassVar[str] = "vflowopt"
@@ -118,7 +118,7 @@ class VFlowOpt(Policy):
         return (feature_layer,)
 
     def encode(self, view: TowerView) -> None:
-        """Leave the map, the mean over the patches of each unit, for all three stages."""
+        """Store the map, the mean over the patches of each unit, for all three stages."""
         units = view.grid[0] * view.grid[1]
         if view.target >= units:
             return
@@ -272,9 +272,7 @@ def _check(policy: VFlowOpt) -> None:
         if value is not None and len(value) != 3:
             raise ValueError(f"{name}={value!r}: give the processor's, one number for each of the 3 channels")
     if policy.counts == "entering" and policy.r_v is not None:
-        raise ValueError(
-            f'r_v={policy.r_v} beside counts="entering", by which the budget is r_v: leave it out'
-        )
+        raise ValueError(f'r_v={policy.r_v} with counts="entering", where the budget is r_v: leave r_v out')
     if policy.alpha and policy.entropy_of == "true_grey" and None in (policy.image_mean, policy.image_std):
         raise ValueError(
             f"alpha={policy.alpha} weighs the entropy of true pixels, which image_mean and image_std of the processor "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def head_divergence(with_image: torch.Tensor, without_image: torch.Tensor) -> torch.Tensor:
-    """How far the image moves each head's output (VHD, Eq. 4): Euclidean distance, ``(batch, heads)``.
+    """How much the image changes each head's output (VHD, Eq. 4): Euclidean distance, ``(batch, heads)``.
 
     Arguments are ``(batch, heads, head_dim)``, the last position's head outputs before ``o_proj``; the result is fp32
     or better, since squares of fp16 outputs overflow.
@@ -37,7 +37,7 @@ def text_activation(without_image: torch.Tensor) -> torch.Tensor:
 
 
 def surging_heads(divergence: torch.Tensor, activation: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """Heads that fire because the image is missing (Eq. 6): both figures exceed mean + std over the heads.
+    """Heads that respond to the missing image (Eq. 6): both figures exceed mean + std over the heads.
 
     ``divergence`` and ``activation`` are ``(batch, heads)``, as is the bool result. The paper does not say which
     standard deviation it means: ``unbiased`` divides by ``heads - 1``, otherwise by ``heads``.
@@ -68,7 +68,7 @@ def vision_aware_heads(
 def reinforce(output: torch.Tensor, heads: torch.Tensor, alpha: float) -> torch.Tensor:
     """Multiply the outputs of ``heads`` (bool ``(batch, heads)``) by ``alpha``, in every row.
 
-    ``output`` is ``(batch, queries, heads, head_dim)``, as is the result; other heads stay bit by bit.
+    ``output`` is ``(batch, queries, heads, head_dim)``, as is the result; other heads do not change by a bit.
     """
     return torch.where(heads[:, None, :, None], output * alpha, output)
 
@@ -77,19 +77,19 @@ def reinforce(output: torch.Tensor, heads: torch.Tensor, alpha: float) -> torch.
 class VHR(Policy):
     """VHR, on head outputs before ``o_proj`` (modulate stage).
 
-    One extra pass over the prompt without its image shows what each head would say of itself. The half of the heads
-    that the image changes most is reinforced from the layer where they are measured on, layer by layer, so later
-    layers are measured with earlier ones reinforced. They are chosen once, at the end of the prompt, and keep their
-    factor for the rest of the call; no attention map is needed.
+    One extra pass over the prompt without its image gives each head's output without the image. The half of the heads
+    that the image changes most is reinforced, layer by layer, so later layers are measured with earlier ones
+    reinforced. Heads are chosen once, at the end of the prompt, and keep their factor for the rest of the call; no
+    attention map is needed.
 
-    What the paper leaves open is settled so: the pass without the image is not reinforced; all rows of the prompt are
-    scaled, not only the last, so that the cache is of one piece; the distance is plain, the text activation squared.
-    A sequence whose visual tokens do not reach a layer (none in the prompt, or dropped before) is left alone there.
+    The paper leaves these points open: here the pass without the image is not reinforced; all rows of the prompt are
+    scaled, not only the last, so that the cache is consistent; the distance is plain, the text activation squared.
+    A sequence without visual tokens in a layer (none in the prompt, or dropped before) is unchanged there.
 
     Attributes:
-        alpha: factor of the chosen heads. The paper has 2; at 4 its captions degenerate.
+        alpha: factor for the chosen heads. The paper has 2; at 4 its captions degenerate.
         layers: decoder layers to act in, 0-based; ``None`` is the paper's choice for LLaVA, the second layer and
-            the last 14 of 32, with the same share of the last layers in models of other depth.
+            the last 14 of 32, and the same share of the last layers in models of another depth.
         drop_surging: apply the outlier rule.
         unbiased: standard deviation of the outlier rule, see `surging_heads`.
     """
@@ -124,7 +124,7 @@ class VHR(Policy):
         return set(self.layers)
 
     def modulate(self, view: ModulateView) -> torch.Tensor | None:
-        """Choose this layer's heads when an image comes in; reinforce them then and in every later call."""
+        """Choose this layer's heads in the call with the image; reinforce them then and in every later call."""
         heads = view.state.get("vhr_heads")
         if view.prefill and view.text_only is not None:
             last = final_row(view)[..., None, None].expand(-1, -1, *view.output.shape[2:])
@@ -133,7 +133,7 @@ class VHR(Policy):
             chosen = chosen & view.visual.any(-1, keepdim=True)
             if view.brings is not None:
                 chosen = chosen & view.brings[:, None]
-            # a further image does not change heads that the cached tokens were computed with
+            # another image does not change the heads with which the cached tokens were computed
             heads = chosen if heads is None else torch.where(heads.any(-1, keepdim=True), heads, chosen)
             view.state["vhr_heads"] = heads
         return None if heads is None else reinforce(view.output, heads, self.alpha)

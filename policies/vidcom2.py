@@ -1,4 +1,4 @@
-"""VidCom2: frames that are like no other keep more tokens (Liu et al., EMNLP 2025, arXiv 2505.14454).
+"""VidCom2: distinctive frames keep more tokens (Liu et al., EMNLP 2025, arXiv 2505.14454).
 
 Follows ``token_compressor/vidcom2/vidcom2.py`` of the released code.
 """
@@ -15,13 +15,13 @@ from ..contract.views import FeaturesView
 from .settings import check_choice, check_number
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-"""Variances of the Gaussians that likeness is the sum of."""
+"""Variances of the Gaussians whose sum is the similarity."""
 
 
 def steady_channels(features: torch.Tensor) -> torch.Tensor:
     """The half of the channels, rounded down, that varies least over the tokens: ``(batch, tokens, channels // 2)``.
 
-    Of equals the first ones; one channel at least.
+    Of equal channels the first ones are taken; at least one is.
     """
     variance = features.var(dim=1, unbiased=False)
     steady = variance.argsort(dim=-1, stable=True)[:, : max(1, features.shape[2] // 2)]
@@ -29,13 +29,13 @@ def steady_channels(features: torch.Tensor) -> torch.Tensor:
 
 
 def likeness(features: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How like each token is to the mean of its video, and to that of its frame: two ``(batch, frames, tokens)``.
+    """How similar each token is to the mean of its video, and to that of its frame: two ``(batch, frames, tokens)``.
 
-    Means are those of the directions of tokens, and likeness is the sum of Gaussians of the distance, `WIDTHS` wide.
+    Tokens are normalised, and the similarity is the sum of Gaussians of the distance, with the variances `WIDTHS`.
 
     Args:
         features: ``(batch, frames * tokens, channels)``.
-        frames: how many there are.
+        frames: number of frames.
     """
     unit = torch.nn.functional.normalize(features, dim=-1).unflatten(1, (frames, -1))
 
@@ -47,15 +47,15 @@ def likeness(features: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.T
 
 
 def frame_counts(to_video: torch.Tensor, ratio: float, temperature: float) -> torch.Tensor:
-    """Tokens of each frame by how unlike its tokens are to the video: int64 ``(batch, frames)``, one at least.
+    """Tokens to keep of each frame, by how distinct it is from the video: int64 ``(batch, frames)``, at least one.
 
-    A frame's share of its tokens is ``ratio``, raised or lowered by at most as much again: by its part in a softmax
-    over the frames. Rounded one by one, so their sum is not exactly ``ratio`` of all.
+    The share of a frame is ``ratio``, times one plus its weight in a softmax over the frames less the mean weight.
+    Counts are rounded one by one, so their sum is not exactly ``ratio`` of all.
 
     Args:
-        to_video: the first answer of `likeness`.
-        ratio: 0 to 1.
-        temperature: of the softmax.
+        to_video: the first result of `likeness`.
+        ratio: from 0 to 1.
+        temperature: temperature of the softmax.
     """
     part = (-to_video.mean(-1) / temperature).softmax(-1)
     share = (ratio * (1 + part - part.mean(-1, keepdim=True))).clamp(max=1)
@@ -64,9 +64,9 @@ def frame_counts(to_video: torch.Tensor, ratio: float, temperature: float) -> to
 
 
 def least_alike(like: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The ``counts`` ``(batch, frames)`` tokens of each frame that are least alike: bool ``(batch, frames, tokens)``.
+    """The ``counts`` ``(batch, frames)`` least similar tokens of each frame: bool ``(batch, frames, tokens)``.
 
-    Of equals the first one wins, and NaN is like everything.
+    Of equal tokens the first one is taken, and NaN counts as most similar.
     """
     order = like.nan_to_num(nan=torch.finfo(like.dtype).max).argsort(dim=-1, stable=True)
     return order.argsort(dim=-1) < counts[..., None]
@@ -76,22 +76,22 @@ def least_alike(like: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 class VidCom2(SelectPolicy):
     """VidCom2, after the projector, over all frames of a video. Frames share the budget of the video.
 
-    Tokens that are like the mean of their video and of their frame are dropped. A frame of which most tokens are unlike
-    the video keeps more of them. The budget is one per frame, of which frames give to others; with ``per="image"`` it
-    is one of the whole video. An image is a video of one frame: its tokens that are least like their mean stay.
+    Tokens similar to the mean of their video and of their frame are dropped. A frame whose tokens differ more from the
+    video keeps more of them. The budget is per frame, and frames of a video share the sum; with ``per="image"`` it is
+    for the whole video. An image is a video of one frame: the tokens least similar to their mean stay.
 
     The default mode differs from the released code in these points:
 
-    - Exactly the budget is kept. Where the frames' counts, which are rounded one by one, make more, the tokens most
-      alike leave, whatever their frame; where they make fewer, the next ones stay. So does vLLM, which rounds the
-      budget itself down and keeps one token a frame at least; a smaller budget here leaves frames without any.
-    - Scores are fp32 or better, and of equals the earlier one comes first. A single channel is looked at as it is.
-    - Frames of a video are cut one by one on families that tell which frames form a video. InternVL hands on frames
-      like tiles of images, each with its own budget.
+    - Exactly the budget is kept. Counts of frames are rounded one by one: where they sum to more, the most similar
+      tokens of any frame are dropped; where they sum to less, the next ones are kept. vLLM does the same, but rounds
+      the budget down and keeps at least one token per frame; here a smaller budget leaves frames without any.
+    - Scores are fp32 or better, and of equal tokens the earlier one comes first. A single channel is used as it is.
+    - Frames share a budget on families that tell which frames form a video. InternVL treats frames like tiles of
+      images, each with a separate budget.
 
     Attributes:
-        temperature: of the softmax by which frames share: the higher, the more alike they are treated.
-        compat: ``"official"`` reproduces the released code: counts are as rounded, and scores in the model's dtype. The
+        temperature: temperature of the softmax over frames: the higher, the more evenly they share the budget.
+        compat: ``"official"`` reproduces the released code: rounded counts, and scores in the model's dtype. The
             budget is then met on average only.
     """
 

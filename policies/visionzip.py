@@ -49,12 +49,12 @@ def assign(attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextua
 def merge(
     features: torch.Tensor, into: torch.Tensor, index: torch.Tensor, combine: str = "add"
 ) -> torch.Tensor:
-    """What the kept tokens become once the others went into them: ``(batch, kept, channels)``.
+    """The kept tokens after the others were merged into them: ``(batch, kept, channels)``.
 
     Args:
         features: ``(batch, units, channels)``.
         into: where each token goes, as `assign` gives it.
-        index: int64 ``(batch, kept)``, the tokens that stay. One that no other goes into does not change.
+        index: int64 ``(batch, kept)``, the tokens that stay. One into which no other is merged does not change.
         combine: ``"add"`` adds the mean of those that go into a token to it, ``"mean"`` averages them all.
     """
     own = gather_rows(features, index).to(torch.promote_types(features.dtype, torch.float32))
@@ -74,16 +74,16 @@ class VisionZip(Policy):
 
     It differs from the released code in these points: a contextual token is placed at its target, in raster
     order, not after the dominant ones; scores and similarities are fp32 or better; ties go to the earlier token. The
-    released code counts a CLS token among the dominant ones; it is counted here, too, where the model hands it on
+    released code counts a CLS token among the dominant ones; it is counted here, too, where the model keeps it
     (``vision_feature_select_strategy="full"``), and all tokens are patches where it does not.
 
-    Where a pixel shuffle merges patches, a unit's score is the sum, its key the mean over its patches.
+    Where a pixel shuffle merges patches, a unit's score is the sum over its patches, and its key their mean.
 
     Attributes:
         contextual_share: share of the kept tokens that are contextual. The paper's 10 of 64, 20 of 128 and 30 of 192
             are all 10/64.
         combine: how a contextual token is made. ``"add"``, the published rule, adds the mean of all tokens that join it
-            to the target token, which about doubles its length; ``"mean"`` averages them all.
+            to the target token, which about doubles its norm; ``"mean"`` averages them all.
     """
 
     name: ClassVar[str] = "visionzip"
@@ -104,11 +104,11 @@ class VisionZip(Policy):
         return (feature_layer,)
 
     def encode(self, view: TowerView) -> None:
-        """Decide which tokens stay, and what goes into them; nothing is cut inside the tower."""
+        """Decide which tokens stay, and which are merged into them; nothing is cut inside the tower."""
         seen = view.attention
         attention = view.per_unit(global_attention(seen))
         keys = seen.key.to(attention.dtype).mean(1)
-        # the sum over a unit's patches points where their mean does, and only the direction matters
+        # the sum over a unit's patches has the direction of their mean, and only the direction matters
         keys = view.per_unit(keys[:, 1:] if seen.has_cls else keys)
         contextual = self._contextual(view.target)
         view.carry["cls_attention"] = attention

@@ -1,9 +1,9 @@
-"""VisPruner: important tokens by CLS attention, and of the rest those least alike (Zhang et al., ICCV 2025,
+"""VisPruner: important tokens by CLS attention, and the most diverse of the rest (Zhang et al., ICCV 2025,
 arXiv 2412.01818).
 
-Follows ``encode_images`` of the released ``llava/model/llava_arch.py``. Tokens that are not important leave a few at a
-time: every round splits those left into two halves by turns, and drops the ones of the first half that are most like
-some token of the second.
+Follows ``encode_images`` of the released ``llava/model/llava_arch.py``. Tokens that are not important are dropped a few
+at a time: every round splits those left into two alternating halves, and drops the tokens of the first half that are
+most similar to some token of the second.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .scores import global_attention
 from .settings import check_choice, check_number
 
 PER_ROUND = 8
-"""Tokens that a round drops, whatever the number of tokens."""
+"""Number of tokens that a round drops."""
 
 Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Cosines ``(batch, a, b)`` of the tokens numbered int64 ``(batch, a)`` with those numbered ``(batch, b)``."""
@@ -30,16 +30,15 @@ Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def drop_alike(order: torch.Tensor, similar: Similarity, keep: int, stable: bool = True) -> torch.Tensor:
     """The tokens left once all but ``keep`` are dropped: int64 ``(batch, keep)``, in the order of the last round.
 
-    Each round drops `PER_ROUND` of the tokens at even places, those whose nearest token at an odd place is nearest;
-    the others at even positions go to the front, by descending similarity, the odd ones after them. So which tokens
-    meet in the next round depends on all rounds before. The number of rounds is known beforehand: nothing waits for the
-    device.
+    Each round drops `PER_ROUND` of the tokens at even places, those most similar to some token at an odd place. The
+    other even ones come first in the next round, by descending similarity, and the odd ones after them, so each round
+    depends on all rounds before. The number of rounds is known beforehand: nothing waits for the device.
 
     Args:
         order: int64 ``(batch, tokens)``, in the order in which the first round takes them.
         similar: says how similar tokens are.
         keep: tokens to leave, up to all.
-        stable: of equals drop the earlier one; else leave that to torch, as the released code does.
+        stable: drop the earlier of equal tokens; otherwise torch decides, as in the released code.
     """
     if keep == 0:
         return order[:, :0]
@@ -55,7 +54,7 @@ def drop_alike(order: torch.Tensor, similar: Similarity, keep: int, stable: bool
 def looked_up(features: torch.Tensor) -> Similarity:
     """Cosines of ``features`` ``(batch, tokens, channels)`` in fp32 or better, all computed at once.
 
-    A row of zeros is like nothing.
+    A row of zeros is similar to no token.
     """
     unit = torch.nn.functional.normalize(
         features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1
@@ -70,7 +69,7 @@ def looked_up(features: torch.Tensor) -> Similarity:
 
 
 def as_released(features: torch.Tensor) -> Similarity:
-    """Cosines in the dtype of ``features``, computed round by round, so that they round as the released ones do."""
+    """Cosines in the dtype of ``features``, computed in each round, so that rounding is that of the released code."""
     unit = features / features.norm(dim=-1, keepdim=True)
     return lambda a, b: gather_rows(unit, a) @ gather_rows(unit, b).mT
 
@@ -85,7 +84,7 @@ def choose(
         features: ``(batch, tokens, channels)``.
         keep: tokens to keep, up to all.
         share: of the kept tokens that are important, rounded down.
-        official: compare in the dtype of ``features`` and leave the order of equals to torch.
+        official: compare in the dtype of ``features`` and leave the order of equal tokens to torch.
     """
     important = int(keep * share)
     order = attention.argsort(dim=-1, descending=True, stable=not official)
@@ -100,23 +99,23 @@ class VisPruner(Policy):
 
     The default mode differs from the released code in these points:
 
-    - Any number of tokens may be left to a round. The released code stops with an error where it is odd, and where
-      half of it is less than what the round must drop (budgets that leave fewer than eight diverse tokens).
-    - Scores and cosines are fp32 or better, and of equals the earlier token comes first. The released code works in the
-      model's dtype, where many cosines are equal, and leaves their order to the device: in half precision about a third
-      of its tokens are others than those of exact arithmetic.
-    - A token of zeros is like no other; in the released code its cosines are NaN.
-    - Several images a prompt, and tiles as the model's own code makes them. The released code takes one image, shows it
-      to LLaVA-NeXT as five tiles whatever its shape, and leaves out newlines and the trimming of padding.
+    - A round can start with any number of tokens. The released code raises an error if it is odd, or if half of it is
+      less than what the round must drop (budgets that leave fewer than eight diverse tokens).
+    - Scores and cosines are fp32 or better, and of equal tokens the earlier one comes first. The released code works in
+      the model's dtype, where many cosines are equal, and leaves their order to the device: in half precision about a
+      third of its tokens differ from those of exact arithmetic.
+    - A token of zeros is similar to no other; in the released code its cosines are NaN.
+    - Prompts may have several images, and tiles are those of the model's own code. The released code takes one image,
+      gives LLaVA-NeXT five tiles whatever its shape, and omits newlines and the trimming of padding.
 
-    One changed token can change half of the diverse ones, as every drop moves all later rounds: compare results, not
-    places. Without CLS the mean query is used; where a pixel shuffle merges patches, a unit's score is the sum
+    One changed token can change half of the diverse ones, as every drop affects all later rounds: compare results, not
+    the tokens kept. Without CLS the mean query is used; where a pixel shuffle merges patches, a unit's score is the sum
     over its patches, and the merged features are compared. The paper has no such model.
 
     Attributes:
-        important_share: share of the kept tokens that attention alone chooses, rounded down. Released scripts have 0.5,
-            and 0.75 for one benchmark.
-        compat: ``"official"`` reproduces the released code where it runs, the order of equals on the CPU included.
+        important_share: share of the kept tokens that are chosen by attention alone, rounded down. Released scripts
+            have 0.5, and 0.75 for one benchmark.
+        compat: ``"official"`` reproduces the released code where it runs, on the CPU even the order of equal tokens.
     """
 
     name: ClassVar[str] = "vispruner"

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 def votes_and_density(
     view: AttentionView, asking: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``asking`` rows pay to each row of this prompt, and each row's part in how dense that attention is.
+    """Attention from the ``asking`` rows to each row of this prompt, and each row's contribution to its density.
 
     An entry of the attention map counts as dense if it is at least ``threshold`` of the largest in its row. The second
-    answer summed over the rows is the share of dense entries among those that causality allows. Waits for the device.
+    result, summed over the rows, is the share of dense entries among those that causality allows. Waits for the device.
 
     Args:
         view: of a decoder layer's prefill.
         asking: bool ``(batch, rows)``.
-        threshold: 0 to 1.
+        threshold: from 0 to 1.
 
     Returns:
         ``(batch, kv_heads, rows)``, averaged over query heads that share a KV head, and ``(batch, rows)``.
@@ -46,18 +46,18 @@ def votes_and_density(
 def layer_counts(density: torch.Tensor, held: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Rows that each layer keeps, int64 ``(batch, layers)``: ``total`` in all, shared by ``density``.
 
-    Each layer keeps one row at least. What is more than a layer holds goes to the others.
+    Each layer keeps at least one row. What exceeds the rows of a layer goes to the others.
 
     Args:
         density: ``(batch, layers)``, above 0.
-        held: int64 like it, visual rows of each layer.
+        held: int64 of the same shape, visual rows of each layer.
         total: int64 ``(batch,)``.
     """
     first = held.clamp(max=1)
     room, weight = (held - first).double(), density.double().clamp(min=1e-12)
     rest = (total - first.sum(-1)).clamp(min=0).double().minimum(room.sum(-1))[:, None]
-    # layers fill up in order of size over weight, and the others share what is left; taking too
-    # many or too few of them for full gives them less, so the right level is the highest
+    # layers fill up in order of size over weight, and the others share what is left; assuming too
+    # many or too few full layers gives the others less, so the right level is the highest
     order = (room / weight).argsort(dim=-1)
     weights, rooms = weight.gather(1, order), room.gather(1, order)
     full, open_weight = rooms.cumsum(-1) - rooms, weights.flip(-1).cumsum(-1).flip(-1)
@@ -79,8 +79,8 @@ class VLCache(KeepsByHead):
     Paper's definition, not run against released code. It differs in these points:
 
     - Only visual rows are evicted, and all text stays, which takes the place of the paper's recent tokens.
-    - Every layer keeps one visual row at least, where the paper has one in a hundred; what is more than a layer holds
-      goes to the others, where the paper cuts it off.
+    - Every layer keeps at least one visual row, in the paper one in a hundred; what exceeds the rows of a layer goes to
+      the others, in the paper it is lost.
     - For a prompt that ends with its image, its last row is used. Heads that share keys vote together, by their mean.
 
     Attributes:
@@ -98,7 +98,7 @@ class VLCache(KeepsByHead):
         check_number(self, threshold=(0, 1))
 
     def observe(self, view: PrefillView) -> torch.Tensor:
-        """Votes of each KV head, then a line each of densities and of which rows are visual."""
+        """The votes of each KV head, then one row of densities and one that marks visual rows."""
         votes, density = votes_and_density(view.recorded, question_rows(view), self.threshold)
         return torch.cat([votes, density[:, None], view.visual[:, None].to(votes.dtype)], 1)
 

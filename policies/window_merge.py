@@ -1,4 +1,4 @@
-"""Merging of alike neighbours: windows of a token grid whose vectors point the same way become one token.
+"""Merging of similar neighbours: windows of a token grid with similar vectors become one token.
 
 Used by MustDrop's encode stage. Computes what its released ``local_merge.py`` (``conditional_pooling``,
 ``merge_wavg``) computes; each image of a batch is treated separately, except in `batch_minimum`.
@@ -16,7 +16,7 @@ def window_cells(grid: tuple[int, int], window: tuple[int, int], device: torch.d
     """The raster numbers of the cells of each window: int64 ``(windows, cells per window)``.
 
     Windows tile the ``(rows, columns)`` grid from its upper left corner. They are in raster order, and so are the
-    cells within one. Cells beyond the last whole window belong to none.
+    cells within one. Cells beyond the last whole window belong to no window.
     """
 
     def make() -> torch.Tensor:
@@ -48,7 +48,7 @@ def window_similarity(
 def choose_windows(
     similarity: torch.Tensor, threshold: float, most: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Windows to merge, bool like ``similarity``: those at or above ``threshold``, the most alike ``most`` of them.
+    """Windows to merge, bool like ``similarity``: at most ``most`` at or above ``threshold``, the most similar ones.
 
     ``most`` is one number, or one per image ``(batch,)``. A window with a NaN never merges.
     """
@@ -60,9 +60,9 @@ def choose_windows(
 
 
 def batch_minimum(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The released code's rule: as many windows in every image as the least alike image of the batch has.
+    """The released code's rule: every image merges as many windows as the image of the batch with fewest.
 
-    Returns the windows int64 ``(batch, r)``, the most alike first.
+    Returns the windows int64 ``(batch, r)``, the most similar first.
     """
     r = int((similarity >= threshold).sum(-1).min())
     return similarity.topk(r, dim=-1).indices
@@ -71,7 +71,7 @@ def batch_minimum(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
 def survivors(merged: torch.Tensor, cells: torch.Tensor, count: int) -> torch.Tensor:
     """Which of the grid's ``count`` cells are left once each window in ``merged`` is one token: ``(batch, count)``.
 
-    ``merged`` is bool ``(batch, windows)``. A merged window lives on in its last cell.
+    ``merged`` is bool ``(batch, windows)``. A merged window is represented by its last cell.
     """
     alive = merged.new_ones(len(merged), count)
     gone = cells[:, :-1]
@@ -82,7 +82,7 @@ def survivors(merged: torch.Tensor, cells: torch.Tensor, count: int) -> torch.Te
 def merge_means(hidden: torch.Tensor, cells: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
     """``hidden`` ``(batch, cells, channels)`` with the plain mean of each merged window in its last cell.
 
-    Summed in fp32 or better. The other cells of a merged window keep what they had; see `survivors`.
+    Summed in fp32 or better. The other cells of a merged window do not change; see `survivors`.
     """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     mean = hidden[:, cells].mean(2, dtype=exact).to(hidden.dtype)
@@ -114,10 +114,10 @@ def released_order(windows: torch.Tensor, cells: torch.Tensor, count: int) -> to
 def merge_alike(
     hidden: torch.Tensor, cells: torch.Tensor, threshold: float, most: int | None = None
 ) -> tuple[torch.Tensor, Keep | None]:
-    """Merge the alike windows of each image, at most ``most`` of them.
+    """Merge the similar windows of each image, at most ``most`` of them.
 
     ``hidden`` is ``(batch, cells of the grid, channels)``. Returns the merged windows, bool ``(batch, windows)``, and
-    what is left of the grid with its new rows; ``None`` if nothing merges anywhere.
+    what is left of the grid with its new rows; ``None`` if no window is merged.
     """
     count, per_window = hidden.shape[1], cells.shape[1]
     merged = choose_windows(window_similarity(hidden, cells), threshold, most)
@@ -132,7 +132,7 @@ def merge_alike(
 def merge_as_released(hidden: torch.Tensor, cells: torch.Tensor, threshold: float) -> Keep | None:
     """Merge as the released code does: one count for the batch, cosines in the model's dtype, merged tokens first.
 
-    The tokens take the first places of the grid in that order, so cell numbers in the answer are places in a row.
+    The tokens take the first places of the grid in that order, so cell numbers in the result are places in the order.
     """
     similarity = window_similarity(hidden, cells, hidden.dtype)
     windows = batch_minimum(similarity, threshold)

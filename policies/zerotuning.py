@@ -1,4 +1,4 @@
-"""ZeroTuning: scale what the initial token is attended to (Han et al., ICLR 2026, arXiv 2505.11739).
+"""ZeroTuning: scale the attention to the initial token (Han et al., ICLR 2026, arXiv 2505.11739).
 
 Follows the released ``modelling_llama.py``: the scaled row is normalised again, at every layer and head, or at some.
 """
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 class ZeroTuning(Policy):
     """ZeroTuning, on the attention logits of every row (modulate stage).
 
-    The initial token of a prompt is a sink: it takes attention that no other token wants. Its share ``a`` becomes
-    ``gamma a / (1 + (gamma - 1) a)`` and all other tokens' shares follow, so less than 1 sharpens attention to them and
-    more than 1 flattens it. That is the same as adding ``ln gamma`` to one logit.
+    The initial token of a prompt is a sink: it takes attention that has no other target. Its share ``a`` becomes
+    ``gamma a / (1 + (gamma - 1) a)``, and all other shares change accordingly, so less than 1 sharpens attention to
+    them and more than 1 flattens it. That is the same as adding ``ln gamma`` to one logit.
 
-    The paper finds which heads want more and which less, on labelled samples or by the entropy of answers, and
-    ``gamma`` with them; that search is yours, and the defaults here are no published setting. Made for text; prompts
-    without an image are left alone here, and the whole attention of a layer is computed again in blocks of rows.
+    The paper searches for the heads that need more or less, and for ``gamma``, on labelled samples or by the entropy of
+    answers. That search is up to you, and the defaults here are not a published setting. Made for text; here prompts
+    without an image are unchanged. The whole attention of a layer is computed again, in blocks of rows.
 
     Attributes:
-        gamma: factor of the initial token's attention, before the row is normalised again.
-        layers: decoder layers to act in, 0-based; ``None`` is all of them.
-        heads: heads to act on, of each of these layers; ``None`` is all of them.
+        gamma: factor for the initial token's attention, before the row is normalised again.
+        layers: decoder layers to act in, 0-based; ``None`` is all layers.
+        heads: heads to act on in each of these layers; ``None`` is all heads.
     """
 
     name: ClassVar[str] = "zerotuning"
@@ -75,7 +75,7 @@ class ZeroTuning(Policy):
         """Recompute all rows with the first key's logit shifted.
 
         Raises:
-            ValueError: ``heads`` has one that the layer does not have.
+            ValueError: ``heads`` names a head that the layer does not have.
         """
         heads = view.query.shape[1]
         if self.heads is not None and max(self.heads) >= heads:

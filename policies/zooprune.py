@@ -1,8 +1,8 @@
 """ZOO-Prune: tokens to which the projector is sensitive, far from each other (CVPR 2026, arXiv 2509.24837).
 
 Follows ``select_tokens_sads`` and the sensitivity functions of the released ``llava/model/llava_arch.py``, and
-``llava_llama.py`` for the low-rank projector. A token's sensitivity is how far its projected features move when its
-features are pushed a little in random directions: a derivative estimated without a backward pass.
+``llava_llama.py`` for the low-rank projector. A token's sensitivity is how much its projected features change when its
+features are perturbed slightly in random directions: a derivative estimated without a backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .settings import check_choice, check_number
 
 
 def random_directions(count: int, width: int, seed: int) -> torch.Tensor:
-    """Directions drawn evenly from the sphere: fp32 ``(count, width)`` of unit length, on the host."""
+    """Directions drawn uniformly from the sphere: fp32 ``(count, width)`` of unit length, on the host."""
     generator = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(count, width, generator=generator), dim=-1)
 
@@ -31,15 +31,15 @@ def sensitivity(
     project: Callable[[torch.Tensor], torch.Tensor],
     step: float,
 ) -> torch.Tensor:
-    """How fast projected features move, as the mean over directions: ``(batch, units)`` in the features' dtype.
+    """How fast projected features change, as the mean over directions: ``(batch, units)`` in the features' dtype.
 
     Central differences; two passes through the projector for each direction, one direction at a time.
 
     Args:
-        features: ``(batch, units, channels)``, what enters the projector.
+        features: ``(batch, units, channels)``, the projector's input.
         directions: ``(count, channels)``, the same for all tokens.
         project: the projector, ``(batch, units, channels)`` to ``(batch, units, width)``.
-        step: length of the push.
+        step: length of the perturbation.
     """
     moved = torch.zeros_like(features[..., 0])
     for direction in directions.to(features.dtype):
@@ -49,7 +49,7 @@ def sensitivity(
 
 
 def low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear layer's weight as two of ``rank``, by truncated SVD: ``(rank, in)`` and ``(out, rank)``.
+    """A linear layer's weight as a product of rank ``rank``, by truncated SVD: ``(rank, in)`` and ``(out, rank)``.
 
     The released LLaVA-NeXT code measures sensitivity through a projector whose two layers are cut to rank 128 each.
     """
@@ -60,17 +60,17 @@ def low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 def sensitive_and_diverse(
     features: torch.Tensor, scores: torch.Tensor, keep: int, official: bool = False
 ) -> torch.Tensor:
-    """Take the most sensitive token, then those far from all taken, by sensitivity: int64 ``(batch, keep)`` in order.
+    """Take the most sensitive token, then sensitive ones far from all taken: int64 ``(batch, keep)`` in order.
 
-    A token's worth is its smallest cosine distance to any token taken, times its sensitivity stretched to the range
-    from 0 to 1 within the tile. Of equals the earlier is taken, and none twice. ``keep`` steps of one row of distances
-    each; none waits for the device.
+    A token's score is its smallest cosine distance to any token taken, times its sensitivity scaled to the range from
+    0 to 1 within the tile. Of equal tokens the earlier one is taken, and none twice. Each of the ``keep`` steps
+    computes one row of distances; none waits for the device.
 
     Args:
         features: ``(batch, units, width)``, projected.
         scores: ``(batch, units)``; if all are equal, distance alone decides.
         keep: tokens to pick, up to ``units``.
-        official: work in the inputs' dtype, as the released code does. Without it, in fp32 or better.
+        official: work in the inputs' dtype, as the released code does; otherwise in fp32 or better.
     """
     if not official:
         dtype = torch.promote_types(features.dtype, torch.float32)
@@ -94,30 +94,27 @@ def sensitive_and_diverse(
 class ZOOPrune(Policy):
     """ZOO-Prune, between tower and projector (encode stage). The budget applies to each tile separately.
 
-    The released functions were read and checked as a transcription by hand, from commits that differ between its
-    LLaVA-1.5 and LLaVA-NeXT files; what is followed may not be its newest state.
+    The released functions were checked as a transcription by hand, from commits that differ between its LLaVA-1.5 and
+    LLaVA-NeXT files; this may not be its newest state.
 
     The default mode differs from the released code in these points:
 
     - Directions are drawn from a seed, so that an image keeps the same tokens every time. The released code draws new
-      ones
-      with each call.
+      ones in each call.
     - Sensitivity is measured in fp32, with an fp32 copy of the projector's weights where these are neither quantised
-      nor offloaded. In half precision most of such a small push is rounded away.
-    - It is measured through the whole projector, as the LLaVA-1.5 file does. The LLaVA-NeXT file takes one of low rank,
-      made before weights are loaded, so perhaps of random weights; `low_rank` is there for it.
+      nor offloaded. In half precision most of such a small perturbation is rounded away.
+    - It is measured through the whole projector, as in the LLaVA-1.5 file. The LLaVA-NeXT file uses one of low rank,
+      made before weights are loaded, so perhaps from random weights; `low_rank` makes such a one.
     - Each tile of a batch is scored and pruned separately; the released LLaVA-1.5 code applies tile 0's choice to
       all. Newlines are never candidates, and base tiles never lose a place to them.
-    - A feature row of zeros is at distance 1 from all, and in a tile whose scores are all equal distance alone decides,
-      in
-      any model.
+    - A feature row of zeros is at distance 1 from all, and in a tile with equal scores distance alone decides.
 
-    Where patches are merged into one token, what enters the projector for it is pushed as a whole.
+    Where patches are merged into one token, the projector's input for that token is perturbed as a whole.
 
     Attributes:
-        directions: random directions, each of which costs two passes through the projector.
-        step: length of the push, in units of the tower's features.
-        seed: of the directions.
+        directions: number of random directions, each of which costs two passes through the projector.
+        step: length of the perturbation, in units of the tower's features.
+        seed: seed of the directions.
         compat: ``"official"`` works in the model's dtype.
     """
 
@@ -144,7 +141,7 @@ class ZOOPrune(Policy):
     def encode_final(self, view: FeaturesView) -> Keep:
         """The tokens taken, in their original order."""
         if view.project is None:
-            raise RuntimeError(f"{self.name} measures the projector, which is not known of these features")
+            raise RuntimeError(f"{self.name} measures the projector, which is not known for these features")
         official, x = self.compat == "official", view.features
         if not official:
             x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,7 +17,7 @@ import torch
 from tests.models import IMAGE, prompt, shared
 from tests.policy_table import options
 from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
-from vlm_prune import PolicyError, pruned
+from vlm_prune import PolicyError, prune, pruned
 from vlm_prune.policies.by_head import KeepsByHead
 from vlm_prune.policies.fastv import FastV
 from vlm_prune.policies.h2o import H2O
@@ -285,10 +285,11 @@ def test_sinks_then_the_last_ones():
     assert order[1, :5].tolist() == [0, 4, 3, 2, 1]
 
 
-def test_mustdrop_leaves_heads_that_choose_for_themselves_uneven():
+def test_no_other_policy_drops_rows_where_heads_choose_for_themselves():
     model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
-    with pruned(model, **options("mustdrop+snapkv")), pytest.raises(PolicyError, match="equally many"):
-        model(**batch.inputs, use_cache=True)
+    for pair in ("mustdrop+snapkv", "h2o+snapkv", "streamingllm+vlcache"):
+        with pytest.raises(PolicyError, match="for each head"):
+            prune(model, **options(pair))
     with pruned(model, **options("mustdrop+streamingllm")):
         assert model(**batch.inputs, use_cache=True).logits.isfinite().all()
 
@@ -366,6 +367,7 @@ class Doubles(KeepsByHead):
     """Doubles the values of all rows, of which it drops none."""
 
     name: ClassVar[str] = "doubles"
+    by_head: ClassVar[bool] = False
 
     def observe(self, view):
         return view.visual.float()

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from tests.models import IMAGE, TEXT, make, prompt
 from tests.policy_checks import CLOSE, RAGGED, generate, tiny
-from vlm_prune import PolicyError, UnsupportedCallError, prune, pruned
+from vlm_prune import PolicyError, UnsupportedCallError, prune, pruned, unprune
 from vlm_prune.eval.census.prompts import prompt as some_prompt
 from vlm_prune.eval.census.shrink import tiny_model
 from vlm_prune.policies.contrast import contrasted, implausible
@@ -251,6 +251,29 @@ def test_guiding_without_a_cache():
             assert torch.equal(generate(model, row.inputs, use_cache=False).sequences, cached)
 
 
+@pytest.mark.parametrize("policy", ["vcd", "pai", "dola"])
+def test_a_deep_copy_is_guided_by_itself(policy):
+    model, row = make("llava"), prompt("llava", [(3, -1, 5)])
+    stock = model(**row.inputs).logits
+    prune(model, policy)
+    ours, twin = model(**row.inputs).logits, copy.deepcopy(model)
+    unprune(model)
+    for weight in model.parameters():
+        weight.zero_()
+    assert torch.equal(twin(**row.inputs).logits, ours)
+    unprune(twin)
+    assert torch.equal(twin(**row.inputs).logits, stock)
+
+
+def test_embeddings_and_pixels_are_guided_as_ids_are():
+    model, row = tiny("llava"), prompt("llava", [(3, -1, 5)])
+    embeds = model.get_input_embeddings()(row.ids)
+    for policy in ("vcd", "pai", "dola"):
+        with pruned(model, policy, beta=0):
+            logits = model(inputs_embeds=embeds, attention_mask=row.mask, **row.media).logits
+            torch.testing.assert_close(logits, model(**row.inputs).logits, **CLOSE)
+
+
 def test_refusals():
     model, row = make("llava"), prompt("llava", [(3, -1, 5)])
     with pytest.raises(PolicyError, match="both guide decoding"):
@@ -264,6 +287,8 @@ def test_refusals():
             model(inputs_embeds=torch.randn(1, 5, 32))
         with pytest.raises(UnsupportedCallError, match="logits_to_keep"):
             model(**row.inputs, logits_to_keep=torch.tensor([1, 2]))
+        with pytest.raises(UnsupportedCallError, match="return_dict"):
+            model(**row.inputs, return_dict=False)
         assert model(**row.inputs).logits.isinf().any()  # the refusals left nothing behind
 
 

@@ -345,7 +345,7 @@ class Pruning:
             call.image_masks = [ids == token for token in self._anatomy.image_tokens]
         elif self._reads_prompt and embeds is not None and embeds.shape[1] > 1:
             call.image_masks = self.placeholders(module, embeds)
-            if not call.image_masks:
+            if not call.image_masks and not (self._guidance is not None and self._guidance.about_text):
                 raise UnsupportedCallError(
                     f"inputs_embeds of {embeds.shape[1]} tokens, none of them an image placeholder: {self.name} acts "
                     "on visual tokens inside the decoder and cannot tell which these are, or whether there are any. "

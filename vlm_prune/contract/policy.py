@@ -80,6 +80,9 @@ class Policy:
     """Whether `modulate` compares with a pass over the prompt without its images."""
     modulates: ClassVar[Literal["logits", "probabilities", "outputs"]] = "outputs"
     """What `modulate` edits. Whatever the written order, logits come first and outputs last."""
+    by_head: ClassVar[bool] = False
+    """Whether `evict` chooses for each KV head. No other policy can then evict from the same layers: of what both keep,
+    heads would hold different numbers."""
     second_pass: ClassVar[Literal["image", "text"] | None] = None
     """What `guide` compares with: the same model asked about an image that went through `distort`, or without its
     images."""

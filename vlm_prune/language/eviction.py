@@ -32,6 +32,9 @@ class Eviction:
         layers: decoder layer -> the policies that evict from its cache, with their budgets.
         steps: whether any of them also does so while decoding.
         attention: the inputs of the layers' attention in the current decoding step.
+
+    Raises:
+        PolicyError: two policies evict from one layer, and one of them chooses by head.
     """
 
     def __init__(self, keyed: Sequence[bool], policies: Sequence[tuple[Policy, Budget]]):
@@ -40,6 +43,14 @@ class Eviction:
         for policy, budget in policies:
             for layer in filter(keyed.__getitem__, policy.evicted_layers(depth)):
                 self.layers.setdefault(layer, []).append((policy, budget))
+        for entries in self.layers.values():
+            names = [policy.name for policy, _ in entries]
+            chooser = next((policy.name for policy, _ in entries if policy.by_head), None)
+            if chooser is not None and len(entries) > 1:
+                raise PolicyError(
+                    f"{' and '.join(names)} drop rows of the same KV cache, and {chooser} chooses them for each head: "
+                    "of what both keep, heads would hold different numbers, which a cache cannot. Keep one of them."
+                )
         evicting = {id(p): p for entries in self.layers.values() for p, _ in entries}.values()
         self.steps = any(type(p).evicts_at is not Policy.evicts_at for p in evicting)
 

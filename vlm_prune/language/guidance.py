@@ -65,8 +65,14 @@ class Guidance:
     """The hooks on a model for the policy that guides its decoding."""
 
     def __init__(self, model: Any, anatomy: Anatomy, policy: Policy, session: Any):
-        self.model, self.anatomy, self.policy, self.session = model, anatomy, policy, session
+        self.session = session  # first: a deep copy gets here before any other part, and copies in this order
+        self.model, self.anatomy, self.policy = model, anatomy, policy
         self.early = tuple(sorted(policy.early_layers(len(anatomy.decoder_layers))))
+
+    @property
+    def about_text(self) -> bool:
+        """Whether a second pass without images is under way in this thread."""
+        return self.policy.second_pass == "text" and _inside(self)
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks; the first has to run before all others of the model."""
@@ -82,9 +88,14 @@ class Guidance:
         """Run the second pass, and request the hidden states that the policy reads of the first."""
         if _inside(self):
             return None
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        by_name = given.get("return_dict")
+        if not (getattr(self.model.config, "return_dict", True) if by_name is None else by_name):
+            raise UnsupportedCallError(
+                f"return_dict=False: {self.policy.name} needs the output by name. Leave it out."
+            )
         guided = Guided(self)
         _under_way.set((*_under_way.get(), guided))
-        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         rows = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if rows is None:
             return None  # stock code raises an error for this
@@ -291,10 +302,6 @@ class Guidance:
         guided = _pop(self)
         if guided is None or output is None:
             return None
-        if isinstance(output, tuple):
-            raise UnsupportedCallError(
-                f"return_dict=False: {self.policy.name} needs the output by name. Leave it out."
-            )
         cache: Cache | None = cache_of(output)
         if guided.twin is not None and cache is not None:
             attach_twin(cache, guided.twin)
