@@ -122,7 +122,9 @@ class MustDrop(Policy):
         """Merge here where the tower's patches were not the tokens."""
         if SIZE in view.carry:
             return None
-        view.carry[SIZE] = torch.ones(view.features.shape[:2], device=view.features.device)
+        view.carry[SIZE] = torch.ones(
+            view.features.shape[:2], dtype=torch.float32, device=view.features.device
+        )
         return self._merge(view.features, view.grid, self.unit_window, view.target, view.carry)
 
     def _merge(
@@ -139,7 +141,8 @@ class MustDrop(Policy):
         merged, keep = merge_alike(hidden, cells, self.merge_threshold, most)
         if KEY in carry:
             carry[KEY] = merge_flags(carry[KEY], cells, merged)
-        carry[SIZE] = carry[SIZE].index_copy(1, cells[:, -1], torch.where(merged, float(per_window), 1.0))
+        size = torch.where(merged, float(per_window), 1.0).to(carry[SIZE].dtype)
+        carry[SIZE] = carry[SIZE].index_copy(1, cells[:, -1], size)
         return keep
 
     def _merge_as_released(self, view: TowerView) -> Keep | None:

@@ -65,7 +65,7 @@ class VCD(Policy):
         """Normalised ``pixels`` ``(images, ...)`` under the noise of ``noise_step``, the same for each of them."""
         signal = diffusion_signal(self.noise_step)
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(pixels.shape[1:], generator=generator)
+        noise = torch.randn(pixels.shape[1:], generator=generator, dtype=torch.float32)
         noise = noise.to(pixels.device, non_blocking=pixels.is_cuda)
         mixed: torch.Tensor = signal**0.5 * pixels.float() + (1 - signal) ** 0.5 * noise
         return mixed.to(pixels.dtype)

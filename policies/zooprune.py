@@ -22,7 +22,7 @@ from .settings import check_choice, check_number
 def random_directions(count: int, width: int, seed: int) -> torch.Tensor:
     """Directions drawn uniformly from the sphere: fp32 ``(count, width)`` of unit length, on the host."""
     generator = torch.Generator().manual_seed(seed)
-    return normalize(torch.randn(count, width, generator=generator), dim=-1)
+    return normalize(torch.randn(count, width, generator=generator, dtype=torch.float32), dim=-1)
 
 
 def sensitivity(

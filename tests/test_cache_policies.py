@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.models import IMAGE, prompt, shared
+from tests.policy_checks import generate
 from tests.policy_table import options
 from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
 from vlm_prune import PolicyError, prune, pruned
@@ -283,6 +284,18 @@ def test_sinks_then_the_last_ones():
     order = sinks_then_recent(visual, 1).masked_fill(~visual, -1).argsort(descending=True, stable=True)
     assert order[0, :4].tolist() == [1, 5, 4, 2]
     assert order[1, :5].tolist() == [0, 4, 3, 2, 1]
+
+
+@torch.no_grad()
+def test_a_static_cache_whose_later_layers_hold_more_than_the_first():
+    """Slots of a later layer that the first one has dropped are attended in decoding steps."""
+    model, row = shared("llava-gqa"), prompt("llava-gqa", [(-1, 2, -1, 1)], seed=100789)
+    with pruned(model, **options("vlcache")):
+        want = generate(model, row.inputs)
+        ours = generate(model, row.inputs, cache_implementation="static")
+    held = [layer.physical for layer in cache_of(want).layers]
+    assert held[0] < max(held)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(want.logits), **CLOSE)
 
 
 def test_no_other_policy_drops_rows_where_heads_choose_for_themselves():

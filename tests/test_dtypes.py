@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import IMAGE, LAYOUTS, make, prompt
+from tests.models import IMAGE, LAYOUTS, make, prompt, shared
 from tests.policy_table import ENCODE, TABLE, options
 from tests.test_training import text
 from vlm_prune import pruned
@@ -63,3 +63,14 @@ def test_half_precision(policy, family, dtype):
     # FlowCut may drop the same token a layer earlier
     if ours == kept and tower == computed and torch.equal(live, exact.any(-1)) and policy in ENCODE:
         assert error(logits[live], exact[live]) <= 3 * own
+
+
+@pytest.mark.parametrize("policy", ["vcd", "mustdrop", "zooprune", "prumerge"])
+def test_whatever_dtype_new_tensors_have_by_default(policy):
+    """Code that loads a model in half precision often leaves torch's default dtype at that."""
+    model, batch = shared("llava"), prompt("llava", LAYOUTS["ragged"])
+    with pruned(model, **options(policy)):
+        want = model(**batch.inputs).logits
+    torch.set_default_dtype(torch.bfloat16)  # set back by the fixture of all tests
+    with pruned(model, **options(policy)):
+        assert torch.equal(model(**batch.inputs).logits, want)

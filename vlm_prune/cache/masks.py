@@ -107,9 +107,11 @@ def slots_of(slots: torch.Tensor, layer: Held, first: Held | None) -> torch.Tens
     involved, so that ``torch.compile`` makes one graph for all prompts.
     """
     pad = torch.nn.functional.pad
+    free: Any = True if slots.dtype == torch.bool else 0.0
     blocked: Any = False if slots.dtype == torch.bool else torch.finfo(slots.dtype).min
     moved = layer.missing - (first.missing if first is not None else 0)
-    slots = pad(slots, (-moved, layer.slots - slots.shape[3] + moved), value=blocked)
+    slots = pad(slots, (0, layer.slots - slots.shape[3] + moved), value=blocked)
+    slots = pad(slots, (-moved, 0), value=free)  # where more is left than of the first, it all exists
     seen = layer.seen_slots
     if seen is None:
         return slots

@@ -67,10 +67,10 @@ def to_device(values: Sequence[int] | Sequence[float], device: torch.device | st
     The same numbers are the same tensor (see `planned`), so nobody may write into it.
     """
     device = torch.device(device)
-    whole = bool(values) and isinstance(values[0], int)
+    dtype = torch.float32 if any(isinstance(x, float) for x in values) else torch.int64
     return planned(
-        ("values", whole, tuple(values), device),
-        lambda: torch.tensor(values).to(device, non_blocking=device.type == "cuda"),
+        ("values", dtype, tuple(values), device),
+        lambda: torch.tensor(values, dtype=dtype).to(device, non_blocking=device.type == "cuda"),
     )
 
 
