@@ -135,7 +135,7 @@ def test_a_config_alone_is_taken_by_all_three():
     [
         ("ToMe", ["ToMe, which merges similar tokens", '"visionzip"']),
         ("tome", ["ToMe, which merges similar tokens", "docs/contributing.md"]),
-        ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"snapkv"']),
+        ("prefixkv", ["PrefixKV, which evicts rows of the KV cache", '"snapkv"']),
         ("snap_kv", ['Did you mean "snapkv"?']),
         ("llava-prumerge", ['Did you mean "prumerge"?']),
         ("opera", ["OPERA", '"vcd"']),
