@@ -35,7 +35,7 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     "cache": (
         "evicts rows of the KV cache",
         "snapkv",
-        "PyramidKV PrefixKV MEDA SparseMM AirCache MixKV TGV-KV AdaKV TOVA",
+        "PrefixKV MEDA SparseMM AirCache MixKV TGV-KV AdaKV TOVA",
     ),
     "video": (
         "drops tokens that repeat from frame to frame",

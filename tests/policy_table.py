@@ -69,6 +69,7 @@ TABLE = {
     "pyramiddrop": Row({"layers": (1, 2)}, "prompt", text_blind=False),
     "random": Row(),
     "scope": Row(),
+    "pyramidkv": Row({"window": 3, "kernel": 3, "beta": 4}, "cache", text_blind=False),
     "snapkv": Row({"window": 3, "kernel": 3}, "cache", text_blind=False),
     "sparsevlm": Row(holds="average", text_blind=False),
     "streamingllm": Row({"sinks": 2}, "cache", text_blind=False),

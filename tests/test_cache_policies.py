@@ -7,6 +7,8 @@ steps must say the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
@@ -18,9 +20,11 @@ from tests.policy_table import options
 from tests.test_eviction import CLOSE, RATIO, by_hand, dropped
 from vlm_prune import PolicyError, prune, pruned
 from vlm_prune.policies.by_head import KeepsByHead
+from vlm_prune.policies.fastv import FastV
 from vlm_prune.policies.h2o import H2O
 from vlm_prune.policies.lookm import LookM
 from vlm_prune.policies.prompt_attention import last_of
+from vlm_prune.policies.pyramidkv import PyramidKV, pyramid_counts
 from vlm_prune.policies.snapkv import SnapKV, pooled
 from vlm_prune.policies.streamingllm import StreamingLLM, sinks_then_recent
 from vlm_prune.policies.vlcache import VLCache, layer_counts
@@ -63,10 +67,11 @@ def best(score, images, count):
     return sorted({*range(len(score))} - {*images} | {*chosen})
 
 
-def snapkv_by_hand(family, batch, window, kernel, pooling):
+def snapkv_by_hand(family, batch, window, kernel, pooling, counts=None):
     images, voters = image_rows(batch), asking(batch)[-window:]
     keep = []
-    for layer in maps(family, batch):
+    for number, layer in enumerate(maps(family, batch)):
+        count = counts[number] if counts else round(RATIO * len(images))
         keep.append([])
         for group in grouped(layer, family):
             votes = [0.0] * len(batch.ids[0])
@@ -78,8 +83,23 @@ def snapkv_by_hand(family, batch, window, kernel, pooling):
                 for i in range(len(votes))
             ]
             score = [sum(near) / kernel if pooling == "mean" else max(near) for near in around]
-            keep[-1].append(best(score, images, round(RATIO * len(images))))
+            keep[-1].append(best(score, images, count))
     return keep
+
+
+def pyramid(target, held, layers, beta):
+    """Rows of each layer, with fractions."""
+    first = min(2 * target - Fraction(target, beta), held)
+    last = 2 * target - first
+    line = [first + (last - first) * Fraction(n, layers - 1) for n in range(layers)]
+    ends = [int(sum(line[:n]) + Fraction(1, 2)) for n in range(layers + 1)]
+    return [b - a for a, b in pairwise(ends)]
+
+
+def pyramidkv_by_hand(family, batch, beta):
+    images = image_rows(batch)
+    counts = pyramid(round(RATIO * len(images)), len(images), len(maps(family, batch)), beta)
+    return snapkv_by_hand(family, batch, 32, 5, "mean", counts)
 
 
 def h2o_by_hand(family, batch):
@@ -156,6 +176,8 @@ CASES = {
     ),
     "h2o": (H2O(), h2o_by_hand),
     "lookm-without-merging": (LookM(merge=None), h2o_by_hand),
+    "pyramidkv": (PyramidKV(), lambda f, b: pyramidkv_by_hand(f, b, 20)),
+    "pyramidkv-flat": (PyramidKV(beta=1), lambda f, b: snapkv_by_hand(f, b, 32, 5, "mean")),
     "vlcache": (VLCache(), lambda f, b: vlcache_by_hand(f, b, 0.01)),
     "vlcache-high-threshold": (VLCache(threshold=0.3), lambda f, b: vlcache_by_hand(f, b, 0.3)),
 }
@@ -226,6 +248,37 @@ def test_shares_of_random_budgets_add_up():
         assert max(abs(a - b) for a, b in zip(counts.tolist(), want, strict=True)) <= 1  # of equal halves
 
 
+def test_pyramids_add_up_and_fall():
+    for target, held, layers, beta in [
+        (36, 144, 32, 20),
+        (5, 7, 4, 20),
+        (36, 144, 2, 3),
+        (9, 9, 6, 20),
+        (1, 50, 28, 20),
+    ]:
+        counts = pyramid_counts(torch.tensor([target]), torch.tensor([held]), layers, beta)[0].tolist()
+        assert sum(counts) == target * layers
+        assert 0 <= min(counts) <= max(counts) <= held
+        want = pyramid(target, held, layers, beta)
+        assert max(abs(a - b) for a, b in zip(counts, want, strict=True)) <= 1  # of equal halves
+        assert counts[0] > counts[-1] or target == held
+    assert pyramid_counts(torch.tensor([3, 0]), torch.tensor([9, 0]), 1, 20).tolist() == [[3], [0]]
+
+
+def test_a_pyramid_behind_a_cut_keeps_as_much_as_equal_layers():
+    model, batch = shared("llava"), prompt("llava", [LAYOUTS["one"]])
+    held = []
+    for policy in (SnapKV(), PyramidKV()):
+        with pruned(model, [FastV(k=1), policy], ratio=0.5):
+            cache = cache_of(model(**batch.inputs, use_cache=True))
+        held.append([layer.keys.shape[2] for layer in cache.layers])
+    flat, falling = held
+    assert len({*flat}) == 1
+    assert sum(falling) == sum(flat)
+    assert falling == sorted(falling, reverse=True)
+    assert falling[0] > falling[-1]
+
+
 def test_sinks_then_the_last_ones():
     visual = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
     order = sinks_then_recent(visual, 1).masked_fill(~visual, -1).argsort(descending=True, stable=True)
@@ -274,6 +327,7 @@ def test_pooling_by_hand():
         (SnapKV, {"kernel": 4}, "kernel=4: choose an odd number"),
         (VLCache, {"threshold": 1.5}, "threshold=1.5: choose a number from 0 to 1"),
         (SnapKV, {"pooling": "avg"}, "'mean' or 'max'"),
+        (PyramidKV, {"beta": 0.5}, "beta=0.5: choose a number from 1"),
     ],
 )
 def test_settings(policy, settings, message):
@@ -326,6 +380,7 @@ class Doubles(KeepsByHead):
     """Doubles the values of all rows, of which it drops none."""
 
     name: ClassVar[str] = "doubles"
+    by_head: ClassVar[bool] = False
 
     def observe(self, view):
         return view.visual.float()

@@ -30,6 +30,7 @@ from vlm_prune.errors import UnsupportedCallError
 from vlm_prune.eval.bench import calls as bench_calls
 from vlm_prune.eval.bench.presets import PRESETS
 from vlm_prune.eval.bench.subject import Subject
+from vlm_prune.kernels import plans
 from vlm_prune.registry import policy_class
 from vlm_prune.support import FULL, support
 from vlm_prune.versions import CACHE, cache_of
@@ -138,6 +139,35 @@ def test_no_graph_memory_stays_on_a_gpu():
     assert torch.cuda.memory_allocated() <= before[0]
     assert torch.cuda.memory_reserved() <= before[1] + 2**26  # blocks are not split as before
     torch.zeros(4, device="cuda").sum().item()  # the stream captures no more
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_a_graph_holds_the_plans_that_it_reads():
+    """Tensors kept for a shape may go, and their memory may be used by others, while a graph still reads them."""
+    model, inputs = make("llava").to("cuda"), prompt("llava", [(3, -1, 5)]).inputs
+    inputs = {name: x.to("cuda") for name, x in inputs.items()}
+    with pruned(model, "uniform", tokens=9, capture=True):
+        want = model(**inputs).logits
+        plans._plans.clear()
+        torch.cuda.synchronize()
+        spoilt = [torch.full((n,), -1, device="cuda") for n in (*range(1, 130), *range(1, 130))]
+        assert torch.equal(model(**inputs).logits, want)
+    assert len(spoilt) == 258
+
+
+def test_kept_tensors_are_held_by_whoever_asked_for_them():
+    device, names = torch.device("cpu"), [("held", n) for n in range(plans.MOST + 1)]
+    with plans.holding() as asked_for:
+        first = plans.planned(names[0], lambda: torch.zeros(1, device=device))
+        again = plans.planned(names[0], lambda: torch.ones(1, device=device))
+    for name in names[1:]:
+        plans.planned(name, lambda: torch.zeros(1, device=device))
+    assert [id(x) for x in asked_for] == [id(first), id(again)]
+    assert again is first
+    assert names[0] not in plans._plans
+    assert len(plans._plans) == plans.MOST
 
 
 def test_buckets_are_few_and_waste_little():

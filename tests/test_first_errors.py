@@ -135,7 +135,7 @@ def test_a_config_alone_is_taken_by_all_three():
     [
         ("ToMe", ["ToMe, which merges similar tokens", '"visionzip"']),
         ("tome", ["ToMe, which merges similar tokens", "docs/contributing.md"]),
-        ("pyramidkv", ["PyramidKV, which evicts rows of the KV cache", '"snapkv"']),
+        ("prefixkv", ["PrefixKV, which evicts rows of the KV cache", '"snapkv"']),
         ("snap_kv", ['Did you mean "snapkv"?']),
         ("llava-prumerge", ['Did you mean "prumerge"?']),
         ("opera", ["OPERA", '"vcd"']),
@@ -239,7 +239,7 @@ def test_a_folder_without_a_model(tmp_path):
 def test_a_shipped_model_by_its_name():
     model = vlm_prune.from_pretrained("tiny-llava", "uniform", tokens=64)
     assert model.pruning.budget.tokens == 64
-    with pytest.raises(PolicyError, match="per= are the budget"):
+    with pytest.raises(PolicyError, match="per= and capture= go with a policy"):
         vlm_prune.from_pretrained("tiny-llava", per="image")
     with pytest.raises(PolicyError, match=r"nothing beside it \(per given\)"):
         vlm_prune.from_pretrained("tiny-llava", per="image", config={"policy": "uniform"})

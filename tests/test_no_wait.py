@@ -129,7 +129,10 @@ BATCH = {
         "row_counts.py",
     ],
     # rows that leave the cache are counted once for all layers
-    **{key: ["eviction.py", "row_counts.py"] for key in ("h2o", "lookm", "snapkv", "streamingllm")},
+    **{
+        key: ["eviction.py", "row_counts.py"]
+        for key in ("h2o", "lookm", "pyramidkv", "snapkv", "streamingllm")
+    },
     "vlcache": [*["attention_rows.py"] * 3, "eviction.py", "row_counts.py"],
 }
 """Who asks in the prefill of a padded batch: the census, and the policies that let the image decide."""

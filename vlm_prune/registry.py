@@ -42,6 +42,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "pyramiddrop": "vlm_prune.policies.pyramiddrop:PyramidDrop",
     "random": "vlm_prune.policies.baselines:Random",
     "scope": "vlm_prune.policies.scope:SCOPE",
+    "pyramidkv": "vlm_prune.policies.pyramidkv:PyramidKV",
     "snapkv": "vlm_prune.policies.snapkv:SnapKV",
     "sparsevlm": "vlm_prune.policies.sparsevlm:SparseVLM",
     "streamingllm": "vlm_prune.policies.streamingllm:StreamingLLM",

@@ -73,7 +73,7 @@ PLACES = (
     "pool", "downsample", "dyvte", "paint", "vhr", "var",
     "cdpruner", "dart", "holov", "vispruner", "scope", "zooprune", "mmtok", "sparsevlm", "pyramiddrop", "prumerge",
     "prumerge+", "vidcom2", "fastvid", "dycoke", "prunevid", "streamingllm", "snapkv", "lookm", "vlcache", "recycled",
-    "taskkv", "duoattention", "vcd", "pai", "opera", "dola", "act", "zerotuning", "carve",
+    "taskkv", "duoattention", "vcd", "pai", "opera", "dola", "act", "zerotuning", "carve", "pyramidkv",
 )  # fmt: skip
 """Names with a place of their own; only ever append, so that a policy looks alike in old reports and new ones."""
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..kernels import holding
+
 T = TypeVar("T")
 
 
@@ -146,7 +148,7 @@ class CudaRecorder:
             with torch.cuda.stream(stream):
                 try:
                     graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                    with watch.repeating():
+                    with watch.repeating(), holding() as plans:
                         result = compute()
                     graph.capture_end()
                 except BaseException as error:
@@ -157,7 +159,7 @@ class CudaRecorder:
                 finally:
                     torch._C._cuda_clearCublasWorkspaces()
             current.wait_stream(stream)
-        return result, _Kept(graph, watch.constants)
+        return result, _Kept(graph, [*watch.constants, *plans])
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a capture that failed: make the stream usable again, and free the graph's memory."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .plans import numbers, planned
+from .plans import holding, numbers, planned
 from .reference import hole, live_order
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "close_holes",
     "gather_kv",
     "gather_rows",
+    "holding",
     "hole",
     "live_order",
     "merge_rows",

@@ -7,7 +7,9 @@ the same ones every time: row numbers, tables of patches, the row that marks a h
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -16,6 +18,7 @@ MOST = 256
 """Tensors kept; those that were not asked for the longest go first."""
 
 _plans: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+_asked_for: ContextVar[list[torch.Tensor] | None] = ContextVar("vlm_prune_plans", default=None)
 
 
 def planned(key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -30,18 +33,33 @@ def planned(key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     ):
         return make()
     try:
-        kept = _plans[key]
+        found = _plans[key]
         _plans.move_to_end(key)
-        return kept
     except KeyError:
-        pass
-    with _disable_current_modes(), torch.inference_mode(False):  # autograd must be able to keep it
-        made = make()
-    if type(made) is torch.Tensor and not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _plans[key] = made
+        with _disable_current_modes(), torch.inference_mode(False):  # autograd must be able to keep it
+            found = make()
+        if type(found) is not torch.Tensor or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return found
+        _plans[key] = found
         if len(_plans) > MOST:
             _plans.popitem(last=False)
-    return made
+    if (asked_for := _asked_for.get()) is not None:
+        asked_for.append(found)
+    return found
+
+
+@contextmanager
+def holding() -> Iterator[list[torch.Tensor]]:
+    """The kept tensors that are asked for in a block, in a list: whoever reads them again later has to hold them.
+
+    A CUDA graph reads memory, not tensors, and what is no longer kept here would be overwritten.
+    """
+    asked_for: list[torch.Tensor] = []
+    token = _asked_for.set(asked_for)
+    try:
+        yield asked_for
+    finally:
+        _asked_for.reset(token)
 
 
 def numbers(count: int, device: torch.device) -> torch.Tensor:
