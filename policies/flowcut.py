@@ -103,10 +103,10 @@ def layer_scores(
     `value_magnitude` and `information_score` of each layer, in fewer operations: one softmax, one normalisation and one
     norm for all.
     """
-    first, count = layers[0], len(layers)
-    dtype = exact or exact_dtype(first.query.dtype)
-    values = [seen.value if exact else seen.value.to(dtype) for seen in layers]
-    logits = [global_logits(seen, dtype) for seen in layers]
+    first, count = layers[-1], len(layers)
+    dtype, device = exact or exact_dtype(first.query.dtype), first.query.device
+    values = [seen.value.to(device) if exact else seen.value.to(device, dtype) for seen in layers]
+    logits = [global_logits(seen, dtype).to(device) for seen in layers]
     if first.has_cls:
         logits += [(value.to(dtype) @ value[:, :, 0, :, None].to(dtype)).squeeze(-1) for value in values]
     joined = torch.stack(logits)

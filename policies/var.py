@@ -196,7 +196,10 @@ class VAR(Policy):
         selected = (
             (inside <= self.max_sink_share * mass) & (mass >= self.min_visual_mass) & asked & (held > 0)
         )
-        change = receivers[:, None, None] * (given / held)[..., None] - there[:, None, None]
+        # gradients pass through rows that are not selected, too, where nothing may be held
+        change = (
+            receivers[:, None, None] * (given / held.where(held > 0, 1.0))[..., None] - there[:, None, None]
+        )
         return torch.addcmul(probabilities, probabilities, change, value=self.move), selected
 
     def _find_sinks(self, view: ModulateView) -> torch.Tensor | None:

@@ -44,7 +44,8 @@ def sensitivity(
     moved = torch.zeros_like(features[..., 0])
     for direction in directions.to(features.dtype):
         push = step * direction
-        moved += (project(features + push) - project(features - push)).norm(dim=-1) / (2 * step)
+        change = project(features + push) - project(features - push)
+        moved += change.norm(dim=-1).to(moved.device) / (2 * step)
     return moved / len(directions)
 
 

@@ -149,7 +149,7 @@ class FusedAttention(nn.Module):
 BAD_MODELS = {
     "text model": (
         tiny_text,
-        ["LlamaForCausalLM", '"llama"', "no adapter", "Available: ", "internvl, llava"],
+        ["LlamaForCausalLM", '"llama"', "no adapter", "Available: ", "internvl, janus, llava"],
     ),
     "tower alone": (tiny_clip, ["CLIPVisionModel", "clip_vision_model", "Available: "]),
     "plain module": (lambda: nn.Linear(2, 2), ["Linear", "config.model_type", "AutoModelForImageTextToText"]),

@@ -43,7 +43,7 @@ class Composition:
             ValueError: a policy does not fit this model, for instance because it names a layer that the model lacks.
         """
         owner = next((policy for policy in written if policy.prunes), None)
-        if owner is None and (tokens is not None or ratio is not None):
+        if owner is None and (tokens is not None or ratio not in (None, 1)):  # a ratio of 1 is what they do
             name, given = (
                 "+".join(p.name for p in written),
                 f"ratio={ratio}" if tokens is None else f"tokens={tokens}",

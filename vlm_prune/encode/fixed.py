@@ -403,7 +403,7 @@ class Encoder(EncodeStage):
                     target=target,
                     content_key=keys.to(output.device)[some],
                     carry={name: x.to(output.device)[some] for name, x in carry.items()},
-                    tower=None if call.entering is None else call.entering.index_select(0, some),
+                    tower=None if call.entering is None else call.entering.to(output.device)[some],
                 )
             )
 

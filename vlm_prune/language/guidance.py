@@ -323,7 +323,7 @@ class Guidance:
         old = logits[:, -count:]
         early: Mapping[int, torch.Tensor] = {}
         if hidden is not None:
-            early = _Lazy(self.early, lambda layer: self._read(hidden[layer][:, -count:]))
+            early = _Lazy(self.early, lambda layer: self._read(hidden[layer][:, -count:]).to(old.device))
         view = GuideView(
             old.float(), None if second is None else second[:, -count:].to(old.device).float(), early
         )

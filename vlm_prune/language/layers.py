@@ -441,7 +441,7 @@ class DecoderLayers:
         if not min(counts):
             names = " and ".join(policy.name for policy, _ in self.pruned[number])
             raise UnsupportedCallError(
-                f"Nothing is left of a prompt of this call after decoder layer {number}: it has images alone, and "
+                f"Of a prompt of this call nothing is left after decoder layer {number}: it has images alone, and "
                 f"{names} drops all visual tokens there. Add text to the prompt, or choose a policy that keeps some."
             )
         call.observed.pop("attention", None)
