@@ -239,7 +239,7 @@ def test_a_folder_without_a_model(tmp_path):
 def test_a_shipped_model_by_its_name():
     model = vlm_prune.from_pretrained("tiny-llava", "uniform", tokens=64)
     assert model.pruning.budget.tokens == 64
-    with pytest.raises(PolicyError, match="per= are the budget"):
+    with pytest.raises(PolicyError, match="per= and capture= go with a policy"):
         vlm_prune.from_pretrained("tiny-llava", per="image")
     with pytest.raises(PolicyError, match=r"nothing beside it \(per given\)"):
         vlm_prune.from_pretrained("tiny-llava", per="image", config={"policy": "uniform"})

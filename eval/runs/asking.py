@@ -19,7 +19,7 @@ from vlm_prune.eval.runs.tiles import Box, boxes_of_grids
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """What is asked together: of one split, images of one size first, then similar lengths, so little padding.
+    """Batches: prompts of one split, with images of one size and similar lengths, so that there is little padding.
 
     They depend on the samples and ``size`` alone, not on what is finished already or how many processes share the
     work: so a sample meets the same neighbours, hence the same rounding, in every start of a run.
@@ -56,7 +56,7 @@ def inputs_of(loaded: Loaded, batch: Sequence[Sample], **options: Any) -> BatchF
 
 
 def record(sample: Sample, tiles: list[Record], folder: Path) -> Record:
-    """What is known of a sample without its answer."""
+    """The part of a sample's record that does not depend on its answer."""
     units = [tile["grid"][0] * tile["grid"][1] for tile in tiles]
     kept = [
         every if tile["kept"] is None else len(tile["kept"]) for every, tile in zip(units, tiles, strict=True)
@@ -77,7 +77,7 @@ def record(sample: Sample, tiles: list[Record], folder: Path) -> Record:
 
 
 def tiles_of(loaded: Loaded, batch: Sequence[Sample], receipt: Receipt) -> list[list[Record]]:
-    """For each sample, the tiles that the tower saw and what was kept of them."""
+    """For each sample, the tiles of the vision tower and the tokens kept of them."""
     kept = receipt.kept
     last = receipt.decoder_units[-1] if receipt.decoder_tokens else kept
     seen = list(zip(receipt.grids, kept, last, strict=True))

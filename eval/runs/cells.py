@@ -19,7 +19,7 @@ from vlm_prune.eval.runs.tasks import Task
 from vlm_prune.registry import make_policies, named_policies
 
 NOT_FIGURES = ("label", "batch_size", "models", "data")
-"""Keys of an entry on which figures do not depend; what the data hold is looked at instead."""
+"""Keys of an entry on which figures do not depend; the content of the data is compared instead."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Cell:
     """One combination, with the samples that it asks.
 
     Attributes:
-        capture: whether calls are captured, which changes times and not what is answered beyond rounding.
-        skipped: why samples are not asked, one line each, where ``on_bad_image`` says so.
+        capture: whether calls are captured, which changes times, and answers only by rounding.
+        skipped: why samples are left out, one line each, with ``on_bad_image="skip"``.
     """
 
     model: ModelEntry
@@ -42,7 +42,7 @@ class Cell:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `prune` takes beside the policy; ``gates: shipped`` stands for the gates trained for the model."""
+        """The other arguments of `prune`; ``gates: shipped`` means the gates trained for the model."""
         captured = {"capture": True} if self.capture else {}
         return {**_resolved(self.entry.settings, self.model.model), **self.budget, **captured}
 
@@ -60,7 +60,7 @@ class Cell:
         }
 
     def remarks(self) -> list[str]:
-        """What its row has to say beside the scores."""
+        """Warnings for its row."""
         if not self.skipped:
             return []
         count = len(self.skipped) + len(self.samples)
@@ -120,7 +120,7 @@ def build_cells(config: RunConfig) -> list[Cell]:
 
 
 def _place(task: Task, model: ModelEntry) -> tuple[str, str]:
-    """What decides about a task's samples: scenes may have another size for a model."""
+    """The key that identifies a task's samples: scenes may have another size for a model."""
     return task.name, model.name if isinstance(task.data, ScenesData) else ""
 
 

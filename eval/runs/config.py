@@ -19,7 +19,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 OnBadImage = Literal["fail", "skip"]
 
 Budget = dict[str, Any]
-"""``{"ratio": 0.25}`` or ``{"tokens": 64}``, with ``"per": "image"`` where it is of all tiles; or nothing."""
+"""``{"ratio": 0.25}`` or ``{"tokens": 64}``, with ``"per": "image"`` if it is for all tiles; or empty."""
 
 
 class ModelEntry(Strict):
@@ -28,7 +28,7 @@ class ModelEntry(Strict):
     Attributes:
         model: a shipped test model, a folder, or a name on the Hugging Face hub.
         label: how results call it; default ``model``.
-        dtype: of weights and computation; default the run's. Choices between tokens are made in fp32 all the same.
+        dtype: of weights and computation; default the run's. Policies score tokens in fp32 nevertheless.
         device_map: as `from_pretrained` takes it; default the process's own GPU, or the CPU.
         attn_implementation: as `from_pretrained` takes it.
         revision: of a hub model.
@@ -55,7 +55,7 @@ class ModelEntry(Strict):
 
     @property
     def name(self) -> str:
-        """The label, or else the model's name."""
+        """The label, or the model's name."""
         return self.label or self.model
 
 
@@ -82,7 +82,7 @@ class PolicyEntry(Strict):
 
     @property
     def name(self) -> str:
-        """The label, or else the policy's name."""
+        """The label, or the policy's name."""
         return self.label or self.policy
 
 
@@ -100,8 +100,8 @@ class RunConfig(Strict):
         seed: of scenes and of images and questions that are drawn.
         batch_size: prompts answered together. Figures do not depend on it beyond rounding.
         dtype: of weights and computation.
-        on_bad_image: ``fail``, a cell in which an image is missing or cannot be read fails; ``skip``, its samples are
-            left out, and counted.
+        on_bad_image: ``fail``: a cell fails if an image is missing or cannot be read; ``skip``: its samples are left
+            out, and counted.
         output: the run folder.
         plugins: modules of your own to import first; they register policies or families.
     """
@@ -177,7 +177,7 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _rows_differ(self) -> RunConfig:
-        """No two rows of results may be called the same, be they two measurements or one made twice."""
+        """Raise if two rows of results would have the same name, whether they are the same measurement or not."""
         _differ(self)
         for at, entry in enumerate(self.policies):
             _differ(entry, "policies", at)
@@ -196,7 +196,7 @@ class RunConfig(Strict):
                         f"{entry.name!r} appears twice, with other settings: give each a label of its own"
                     )
                     raise Misplaced(message, "policies", at)
-                with suppress(PolicyError):  # which is reported when the policy is made
+                with suppress(PolicyError):  # this is reported when the policy is made
                     if any(budget in self.budgets(other) for budget in self.budgets(entry)):
                         message = f"{entry.name!r} appears twice, at the same budget: keep one"
                         raise Misplaced(message, "policies", at)
@@ -211,5 +211,5 @@ def _differ(owner: RunConfig | PolicyEntry, *loc: int | str) -> None:
 
 
 def _repeats(values: list[Any]) -> list[int]:
-    """Where values stand that stood further ahead already."""
+    """Positions of values that appear earlier in the list."""
     return [at for at, value in enumerate(values) if value in values[:at]]

@@ -19,12 +19,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run is kept."""
+    """The folder of a run."""
 
     path: Path
 
     def rows(self) -> list[Record]:
-        """The rows of ``results.json``: one a finished cell, in the order of the config."""
+        """The rows of ``results.json``: one per finished cell, in the order of the config."""
         rows: list[Record] = read_json(self.path / "results.json")
         return rows
 
@@ -41,7 +41,7 @@ class RunFolder:
         """The image of a record, as the model saw it: upright, in RGB.
 
         Raises:
-            ValueError: it is gone or broken.
+            ValueError: it is missing or broken.
         """
         return load_image(self.path / record["image"]["path"])
 
@@ -53,7 +53,7 @@ class RunFolder:
         """The row of a cell, if it is finished.
 
         Raises:
-            ValueError: it was, but a file of it is gone or not whole, say since the disk was full or lost power.
+            ValueError: it was finished, but a file is missing or damaged, for example because the disk was full.
         """
         folder = self.cell(cell)
         path = folder / "row.json"
@@ -73,13 +73,13 @@ class RunFolder:
 
 
 def count_lines(path: Path) -> int:
-    """Lines of a file that have an end."""
+    """Complete lines of a file."""
     with path.open("rb") as file:
         return sum(line.endswith(b"\n") and line[:1] == b"{" for line in file)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a later start, finds the old content or the new one, never a part."""
+    """Write a file atomically: a reader, or a later start, finds the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -23,11 +23,11 @@ class Picture:
 
     Attributes:
         name: what the data set calls it.
-        digest: names the content of an image that is no file, and the path of one that is.
+        digest: of the content, if the image is not a file, otherwise of its path.
         file: where it is, if it is a file.
-        read: gives PNG, JPEG ... bytes, if it is not.
-        where: what named it, such as a row of a file.
-        absent: what to say of a file that does not exist.
+        read: returns PNG, JPEG ... bytes, if it is not a file.
+        where: what refers to it, such as a row of a file.
+        absent: the message if the file does not exist.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Picture:
         name: str | None = None,
         again: Callable[[], bytes] | None = None,
     ) -> Picture:
-        """From what a data set holds: a path below ``folder``, an image, or a mapping with ``bytes`` or ``path``.
+        """From a value in a data set: a path below ``folder``, an image, or a mapping with ``bytes`` or ``path``.
 
         COCO's images are found under their names of 2014 and of 2017, whichever the folder has.
 
-        ``again`` gives the bytes another time, so that they need not be kept until then.
+        ``again`` reads the bytes another time, so that they need not be kept until then.
 
         A file that does not exist is an error when the image is loaded.
 
         Raises:
-            ValueError: it is nothing of the kind.
+            ValueError: it is none of these.
         """
         if isinstance(value, Image.Image):
             kept = io.BytesIO()
@@ -84,14 +84,14 @@ class Picture:
 
     @property
     def named(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
         return f"{self.file or self.name} ({self.where})" if self.where else f"{self.file or self.name}"
 
     def load(self) -> Image.Image:
         """The image, upright, as RGB.
 
         Raises:
-            ValueError: it is not there, not whole, or no image; says which one.
+            ValueError: it is missing, damaged, or not an image; the message says which one.
         """
         return load_image(self._source(), self.named)
 

@@ -16,7 +16,7 @@ from vlm_prune.eval.runs.tiles import Tiles
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its processor, and how that cuts images."""
+    """A model with its processor, and the tiles that this makes of images."""
 
     model: PreTrainedModel
     processor: ProcessorMixin

@@ -1,6 +1,6 @@
 """The records of a cell that is not finished yet.
 
-Every process appends to a file of its own, one line a batch: a line is there as a whole or not at all, so a killed run
+Every process appends to a separate file, one line per batch. A line is complete or ignored, so a run that was killed
 knows exactly which samples it has, and asks no sample twice.
 """
 
@@ -25,25 +25,25 @@ def read_parts(cell: Path) -> dict[str, Record]:
 
 
 def read_remains(cell: Path) -> dict[str, Record]:
-    """The records that are still whole of a cell that was finished once, by id."""
+    """The undamaged records of a cell that was finished once, by id."""
     path = cell / "samples.jsonl"
     return {record["id"]: record for record in _whole_lines(path)} if path.exists() else {}
 
 
 def _whole_lines(path: Path) -> Iterator[Any]:
     for line in path.read_bytes().split(b"\n"):
-        # the end of a line that was being written, or what a lost block of the disk left of one
+        # a line that was not completely written, or that lost a block of the disk
         with suppress(ValueError):
             if line:
                 yield json.loads(line)
 
 
 def add_part(cell: Path, rank: int, records: list[Record]) -> None:
-    """Note the records of a batch."""
+    """Write the records of a batch."""
     cell.mkdir(parents=True, exist_ok=True)
     path = cell / f"part-{rank}.jsonl"
     with path.open("ab") as file:
-        # what a killed process left of a line must not spoil this one
+        # an incomplete line of a killed process must not damage this one
         begin = b"" if file.tell() == 0 else b"\n"
         file.write(begin + json.dumps(records, allow_nan=False).encode())
 

@@ -34,7 +34,7 @@ class Processes:
         if count == 1:
             return cls()
         if not dist.is_initialized():
-            # what is exchanged are small Python objects, so gloo will do; a cell may take days
+            # only small Python objects are exchanged, so gloo is enough; a cell may take days
             dist.init_process_group("gloo", timeout=timedelta(days=30))
         joined = cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
         if joined.device.type == "cuda":
@@ -43,7 +43,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes results and talks."""
+        """Whether this is the process that writes results and prints."""
         return self.rank == 0
 
     @property
@@ -54,7 +54,7 @@ class Processes:
         return torch.device("cpu")
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank. All have to call it."""
+        """The values of all processes, by rank. All processes have to call it."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -62,6 +62,6 @@ class Processes:
         return found
 
     def leave(self) -> None:
-        """When the run is over."""
+        """Called when the run has ended."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Run a config: what is finished is on disk at once, and a later start goes on where this one stopped."""
+"""Run a config: finished work is on disk at once, and a later start continues where this one stopped."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Run:
 
     Attributes:
         rows: of the finished cells, by name.
-        broken: what is wrong on disk with cells that were finished once, by name; they are done again.
-        failed: what went wrong with others.
+        broken: what is damaged on disk of cells that were finished once, by name; they are done again.
+        failed: what went wrong in other cells.
     """
 
     def __init__(self, config: RunConfig, processes: Processes, retime: bool = False):
@@ -56,7 +56,7 @@ class Run:
         self.cells = build_cells(config)
         if config.on_bad_image == "skip":
             self.cells = self._readable()
-        # the first process decides, should others not see its disk
+        # the first process decides, in case others do not see its disk
         self.rows, self.broken = processes.gather(self._look())[0]
         self.missing = [
             cell
@@ -75,7 +75,7 @@ class Run:
         return [cell.without(bad) for cell in self.cells] if bad else self.cells
 
     def _look(self) -> tuple[dict[str, Record], dict[str, str]]:
-        """The rows on disk, and why there is none for cells that were finished."""
+        """The rows on disk, and for cells that were finished, why a row is missing."""
         rows: dict[str, Record] = {}
         broken: dict[str, str] = {}
         for cell in self.cells:
@@ -92,7 +92,7 @@ class Run:
     def work(
         self, show: Callable[[Cell], None] = lambda cell: None, advance: Advance = lambda n: None
     ) -> None:
-        """Finish what is missing. ``show`` hears of each cell that begins, ``advance`` of samples answered here."""
+        """Finish what is missing. ``show`` is called for each cell that begins, ``advance`` for answers given here."""
         self._write()
         for model, group in groupby(self.missing, key=lambda cell: cell.model):
             cells = list(group)
@@ -116,7 +116,7 @@ class Run:
         result, problem = None, None
         try:
             result = job()
-        except Exception as error:  # whatever it may be: it is reported, and the rest goes on
+        except Exception as error:  # of any kind: it is reported, and the other cells continue
             problem = (f"{type(error).__name__}: {error}", traceback.format_exc())
         for found in self.processes.gather(problem):
             if found is not None:
@@ -142,12 +142,12 @@ class Run:
             if times is not None:
                 write_json(folder / "times.json", times)
             write_json(folder / "row.json", row)
-        self.processes.gather(None)  # nobody throws its part away before that is on disk
+        self.processes.gather(None)  # no process deletes its part before the row is on disk
         remove_parts(folder)
         self.rows[cell.name] = row
 
     def _answer(self, loaded: Loaded, cell: Cell, advance: Advance) -> dict[str, Record]:
-        """This process's share of a cell: all records that it knows, by sample."""
+        """This process's share of a cell: all records that it has, by sample."""
         folder, task, scorer = self.folder.cell(cell.name), cell.task, Scorer(cell.task)
         known = read_remains(folder) | read_parts(folder)
         done = set().union(*self.processes.gather(set(known)))
@@ -192,7 +192,7 @@ class Run:
         return joined(rows, self.times(), self.config.seed, standings(self.folder, rows))
 
     def _write(self, judge: bool = False) -> None:
-        """Everything that is put together from the cells; to ``judge`` takes reading all samples."""
+        """Write everything that is assembled from the cells; ``judge`` compares policies, which reads all samples."""
         if not self.processes.first:
             return
         path, rows, times = self.folder.path, self.finished_rows(), self.times()
@@ -221,7 +221,7 @@ def execute(config: RunConfig, console: Console, source: str | None = None, reti
         config: what to run.
         console: where progress is shown.
         source: text of the file the config was read from, to be kept in the run folder.
-        retime: take the times of finished cells again, say because the machine was busy before.
+        retime: measure the times of finished cells again, for example because the machine was busy.
     """
     processes = Processes.join()
     try:
@@ -272,13 +272,13 @@ def _summary(run: Run, console: Console) -> None:
 def _say(console: Console, *parts: str | tuple[str, str]) -> None:
     """A line on the screen, or ``(text, style)`` parts of one.
 
-    Labels, errors and answers are other people's: brackets in them, such as ``[/INST]``, are no markup.
+    Labels, errors and answers may contain brackets, such as ``[/INST]``, which are not markup.
     """
     console.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def report_of(run: Run) -> Path | None:
-    """The page to look at, written anew; ``None`` while no cell is finished."""
+    """Write the report again; ``None`` while no cell is finished."""
     from vlm_prune.eval.report import write_report
 
     return write_report(run.folder) if run.finished_rows() else None

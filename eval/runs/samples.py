@@ -38,7 +38,7 @@ from vlm_prune.eval.scenes.questions import desk_questions
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what is true.
+    """One prompt and its ground truth.
 
     Attributes:
         id: unique in the task.
@@ -67,7 +67,7 @@ def build_samples(task: Task, model: str, seed: int, on_bad_image: OnBadImage = 
     Args:
         task: what is asked of which data.
         model: the model's label: scenes may have another size for it.
-        seed: of what is drawn.
+        seed: of random choices.
         on_bad_image: ``skip`` lets images be missing; a speed task takes the next image instead.
 
     Raises:
@@ -170,7 +170,7 @@ def _choices(task: ChoiceTask, rows: Iterable[Row]) -> Iterator[Sample]:
 
 
 def _labels(task: Task) -> Callable[[Row], tuple[str, Any] | None]:
-    """What is true of a row, and its split; ``None`` leaves the row out."""
+    """The ground truth of a row, and its split; ``None`` leaves the row out."""
     if isinstance(task, ChairTask):
         return lambda row: (row.split, row.need("objects", list))
     if isinstance(task, VqaTask | JudgedTask):
@@ -246,7 +246,7 @@ def _coco_questions(task: PopeTask, data: CocoData, seed: int) -> Iterator[Sampl
     instances, captions = _coco_files(data.coco)
     objects: dict[str, list[str]] = {}
     for path in instances:
-        # objects that the captions of an image name must not be asked for as absent
+        # objects that an image's captions mention must not be asked about as absent
         objects |= read_object_lists(path, next((c for c in captions if _part(c) == _part(path)), None))
     if not data.image_ids:
         there = _files(data.images)

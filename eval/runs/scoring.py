@@ -1,4 +1,4 @@
-"""From answers to scores: of each record, and of a cell. All is computed from records, nothing from the model."""
+"""From answers to scores, of each record and of a cell. Everything is computed from records, without the model."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Scorer:
         """What the judge says.
 
         Raises:
-            ValueError: that is no number.
+            ValueError: that is not a number.
         """
         rate = load_entry(task.judge)
         rating = rate(question=record["question"], answer=record["answer"], reference=record["label"])
@@ -112,7 +112,7 @@ class Scorer:
         return {"mentions": mentions, **score.metrics()}
 
     def row(self, records: Sequence[Record]) -> dict[str, Any]:
-        """What a cell's row says of its records: metrics, intervals, undefined, warnings, and the tokens kept."""
+        """The part of a cell's row that is computed from its records: metrics, intervals, warnings, tokens kept."""
         task = self.task
         if isinstance(task, PopeTask):
             scored = _pope(task, records)
@@ -240,7 +240,7 @@ def _mme(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _choice(records: Sequence[Record]) -> dict[str, Any]:
-    """Accuracy of whole questions, and of answers; intervals over images, in which questions are whole."""
+    """Accuracy of questions, and of answers; intervals are over images, with all answers to a question together."""
     right: dict[str, dict[str, list[bool]]] = {}
     for record in records:
         question = record["id"].rpartition("#")[0]

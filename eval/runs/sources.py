@@ -14,11 +14,11 @@ class ScenesData(Strict):
     """Procedural scenes, made for the shipped models.
 
     Attributes:
-        scenes: how many.
+        scenes: number of scenes.
         kind: ``shapes``, a few coloured objects; ``desk``, with signs, charts, tiny objects and clutter as well, of
             which a ``vqa`` task asks one question a category.
         size: width and height in pixels.
-        sizes: the same for single models, by label.
+        sizes: other sizes for some models, by label.
     """
 
     scenes: Annotated[int, Field(ge=1)]
@@ -48,12 +48,12 @@ class Columns(Strict):
 
 
 class TableData(Strict):
-    """What data of rows have in common.
+    """What all data in rows have in common.
 
     Attributes:
         images: folder of the images that rows name by path.
         columns: names of the columns, if they are not the usual ones.
-        limit: only the first so many rows of each split.
+        limit: the number of first rows to use of each split.
     """
 
     images: Path | None = None
@@ -65,7 +65,7 @@ class JsonlData(TableData):
     """JSON lines (or a JSON list, or CSV), one file or one a split.
 
     Attributes:
-        jsonl: the files. Of several, each is a split, called random, popular or adversarial if its name says so.
+        jsonl: the files. Each of several is a split, called random, popular or adversarial if its name says so.
     """
 
     jsonl: list[Path]
@@ -111,7 +111,7 @@ class CocoData(Strict):
         coco: the folder with instances_*.json and captions_*.json, or one instances file (POPE only).
         images: folder of the images.
         image_ids: a saved list of image ids; these and no others.
-        count: how many images to draw of those in the folder, instead (usual protocols take 500); default all.
+        count: instead, the number of images to draw from those in the folder (500 in usual protocols); default all.
     """
 
     coco: Path

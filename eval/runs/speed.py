@@ -1,4 +1,4 @@
-"""Times of single prompts, a policy in turn with the unpruned model."""
+"""Times of single prompts, a policy alternating with the unpruned model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def time_prompts(
 ) -> tuple[list[Record], dict[str, float]]:
     """Records of the samples with bytes and operations, and the times, in milliseconds.
 
-    ``tower`` reaches from pixels to projected features, choosing tokens included; ``prefill`` is the language
-    model's; ``answer`` is all of ``generate`` until the answer ends. Pruned and unpruned take turns within a round,
-    and who begins changes from round to round, so that drift and neighbours on the machine hit both alike. The first
-    round warms up and is thrown away. Times are medians over rounds and prompts.
+    ``tower`` is the time from pixels to projected features, with the choice of tokens; ``prefill`` is the language
+    model's; ``answer`` is all of ``generate``. Pruned and unpruned calls alternate within a round, and the order
+    changes from round to round, so that drift and other work on the machine affect both equally. The first
+    round warms up and is discarded. Times are medians over rounds and prompts.
     """
     inputs = [inputs_of(loaded, [sample]) for sample in samples]
     settings: list[tuple[str, str, dict[str, Any]]] = [("", policy, options), ("dense_", "none", {})]

@@ -1,7 +1,7 @@
-"""Policies of a run against each other, on the same samples: who beats, ties or loses, and who did not act at all.
+"""Policies of a run compared on the same samples: which beats, ties with or loses to which, and which did not act.
 
-Policies meet at equal model, task and budget, and each meets the unpruned model; `holm` corrects over all pairs of one
-such family. Everything is read from the records, so any run folder can be judged again.
+Policies are compared at equal model, task and budget, and each with the unpruned model; `holm` corrects over all pairs
+of one such family. Everything is read from the records, so any run folder can be compared again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from vlm_prune.eval.paired import (
 from vlm_prune.eval.runs.folder import Record, RunFolder, count_lines
 
 Key = tuple[str, str, str]
-"""Model, policy, and budget as JSON: what a line of the results is of."""
+"""Model, policy, and budget as JSON: the key of a line of the results."""
 
 Side = tuple[str, str]
-"""Policy, and budget as JSON: one of two that meet."""
+"""Policy, and budget as JSON: one of a pair."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Judged:
 
     Attributes:
         name: of the metric in a row.
-        title: as tables call it.
-        better: 1 if more of it is better, else -1.
-        counts: part and whole of a record.
+        title: its name in tables.
+        better: 1 if more of it is better, otherwise -1.
+        counts: returns numerator and denominator of a record.
     """
 
     name: str
@@ -106,7 +106,7 @@ JUDGED: dict[str, tuple[Judged, ...]] = {
 """By kind of task."""
 
 TURNED: dict[str, Verdict] = {"beats": "loses", "ties": "ties", "loses": "beats"}
-"""A verdict as the other side has it."""
+"""The verdict from the other side."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Pair:
         first: policy and budget as JSON; ``second`` alike.
         wins: samples on which the first is better; ``losses`` where the second is.
         value: the first's figure minus the second's, with its 95 % interval ``low`` to ``high``.
-        test: "McNemar" where each sample is right or wrong, else "bootstrap".
+        test: "McNemar" if each sample is right or wrong, otherwise "bootstrap".
         p: of no difference; ``adjusted`` by Holm over the family.
         verdict: "beats", "ties" or "loses", of the first.
     """
@@ -154,7 +154,7 @@ class Standings:
     stock: set[Side] = field(default_factory=set)
 
     def met(self, model: str, task: str, metric: str, side: Side) -> dict[Side, Verdict]:
-        """Whom a policy at a budget met, and its verdict over each."""
+        """The opponents of a policy at a budget, with its verdict on each."""
         found: dict[Side, Verdict] = {}
         for pair in self.pairs:
             if (pair.model, pair.task, pair.metric) == (model, task, metric):
@@ -186,7 +186,7 @@ def is_unpruned(row: Record) -> bool:
 
 
 def standings(folder: RunFolder, rows: Sequence[Record]) -> Standings:
-    """Judge the finished cells of a run; those whose samples are not whole, or are others, take no part."""
+    """Compare the finished cells of a run; cells with damaged or different samples are left out."""
     there = [row for row in rows if row["kind"] in JUDGED and _whole(folder, row)]
     # the gate names the first that is equal: the unpruned model, if it is that
     scored = sorted(there, key=lambda row: not is_unpruned(row))
@@ -213,7 +213,7 @@ def _whole(folder: RunFolder, row: Record) -> bool:
 
 @dataclass(frozen=True)
 class Played:
-    """What is left of a cell's records for comparing it.
+    """What is needed of a cell's records to compare it.
 
     Attributes:
         ids: of the samples.
@@ -263,12 +263,12 @@ def _digest(records: Sequence[Record]) -> str:
 
 
 def _all(units: Sequence[int] | None, tile: Record) -> Sequence[int] | None:
-    """A set of units, ``None`` for all of them: written out or not, they are the same."""
+    """A set of units, ``None`` if it is all of them, so that both ways to write that are equal."""
     return None if units is None or len(units) == tile["grid"][0] * tile["grid"][1] else units
 
 
 def families(played: Sequence[Played]) -> list[list[Played]]:
-    """The cells of a task that meet: those of equal budget, the unpruned model always among them."""
+    """The cells of a task that are compared: those of equal budget, always with the unpruned model."""
     stock = [one for one in played if is_unpruned(one.row)][:1]
     budgets = dict.fromkeys(one.key[2] for one in played)
     found = [

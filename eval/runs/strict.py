@@ -11,7 +11,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Misplaced(ValueError):
-    """A mistake that shows only beside the rest of the file; ``loc`` is the way to it from there."""
+    """A mistake that depends on other parts of the file; ``loc`` is the path to it from where it is found."""
 
     def __init__(self, message: str, *loc: int | str):
         super().__init__(message)

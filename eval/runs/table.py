@@ -1,4 +1,4 @@
-"""The rows of a run put side by side: one line a model, policy and budget, all tasks in it."""
+"""The rows of a run as a table: one line per model, policy and budget, with all tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {
     "length": "caption_length",
     "repetition": "caption_repetition",
 }
-"""What CHAIR's metrics are called in a line."""
+"""Names of CHAIR's metrics in a line."""
 
 COUNTS = {"pope": "n_questions", "chair": "n_captions"}
 
@@ -32,7 +32,7 @@ WHAT = {
     "choice": "answers",
     "judged": "answers",
 }
-"""What samples of a kind of task are called, if not questions."""
+"""Names for the samples of a kind of task, if not questions."""
 
 VERDICTS: tuple[Literal["beats", "ties", "loses"], ...] = ("beats", "ties", "loses")
 JUDGED_HOW = (
@@ -97,7 +97,7 @@ def joined(
 
 
 def _standing(row: Line, judged: Standings) -> Line:
-    """What a row's policy is worth beside the others."""
+    """How a row's policy compares with the others."""
     model, *side = key_of(row)
     found: Line = {}
     for figure in JUDGED[row["kind"]]:
@@ -158,12 +158,12 @@ def markdown(lines: Sequence[Line], tasks: Sequence[Task] = USUAL) -> str:
 
 
 def _escaped(text: str) -> str:
-    """One line that splits no row: labels may hold bars and line ends."""
+    """Text that does not break a table row: labels may contain bars and line breaks."""
     return re.sub(r"([\\|])", r"\\\1", " ".join(text.splitlines()))
 
 
 def _columns(task: Task, lines: Sequence[Line]) -> list[tuple[str, Callable[[Line], str]]]:
-    """Headings of a task, and what stands below them; only what some line has."""
+    """Headings of a task's columns and their cells; only columns that some line fills."""
     label, kind = task
     before = "" if label == kind else f"{label} "
     shown = {

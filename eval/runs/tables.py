@@ -23,7 +23,7 @@ USUAL = {
     "objects": ("objects",),
     "split": ("category", "split"),
 }
-"""What a column is usually called."""
+"""Usual names of each column."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
     again: Callable[[], dict[str, Any]]
 
     def get(self, what: str) -> Any:
-        """What the row has of a column, ``None`` if it has none."""
+        """The value of a column, ``None`` if the row has none."""
         given = getattr(self.columns, what)
         if given is not None and given not in self.values:
             raise ValueError(
@@ -49,7 +49,7 @@ class Row:
         return next((self.values[name] for name in names if self.values.get(name) is not None), None)
 
     def need(self, what: str, kind: type) -> Any:
-        """The same where it has to be there, and of a kind."""
+        """The value of a column that is required, and has to be of a type."""
         value = self.get(what)
         if not isinstance(value, kind):
             names = " or ".join(USUAL[what])
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def id(self) -> str:
-        """Its id, or else its number, from 1."""
+        """Its id, or its number, from 1."""
         value = self.get("id")
         return str(self.number if value is None else value)
 
@@ -97,7 +97,7 @@ class Row:
         return found
 
     def hint(self) -> str:
-        """What comes before a question of a multiple choice; empty if nothing does."""
+        """The hint before a multiple-choice question, or an empty string."""
         value = self.values.get("hint")
         return "" if value is None or str(value).lower() == "nan" else str(value)
 
@@ -168,7 +168,7 @@ def _disk(data: DiskData) -> Any:
 def _hub(data: HubData) -> Any:
     try:
         return _datasets().load_dataset(data.hub, data.config, split=data.split, revision=data.revision)
-    except Exception as error:  # whatever hub, network and cache may raise
+    except Exception as error:  # anything that hub, network and cache may raise
         raise ValueError(
             f"the data set {data.hub} could not be loaded ({type(error).__name__}: {error}). Check its name, config "
             "and split; without a network, download it first or use save_to_disk and disk:"

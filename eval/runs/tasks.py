@@ -20,7 +20,7 @@ Split = Literal["random", "popular", "adversarial"]
 
 
 class TaskEntry(Strict):
-    """What all tasks have.
+    """What all tasks share.
 
     Attributes:
         label: how results call it; default the task's kind.
@@ -46,12 +46,12 @@ class TaskEntry(Strict):
 
     @property
     def name(self) -> str:
-        """The label, or else the kind."""
+        """The label, or the kind."""
         return self.label or self.kind
 
 
 def _asks(task: TaskEntry) -> None:
-    """Raises where a prompt asks the same of every sample."""
+    """Raise if a prompt would ask the same for every sample."""
     if "{question}" in task.prompt:
         return
     braces = re.findall(r"\{\w*\}", task.prompt)
@@ -64,7 +64,7 @@ def _asks(task: TaskEntry) -> None:
 
 
 class PopeTask(TaskEntry):
-    """Does a model say an object is there when it is not?
+    """POPE: does a model say that an object is there when it is not?
 
     Attributes:
         splits: which absent objects are asked for, where questions are built (scenes, coco).
@@ -102,7 +102,7 @@ class PopeTask(TaskEntry):
 
 
 class ChairTask(TaskEntry):
-    """Which objects of a caption are not in the image?
+    """CHAIR: which objects of a caption are not in the image?
 
     Attributes:
         variant: how objects are found; default ``official`` for COCO's, ``plain`` for others.
@@ -132,13 +132,13 @@ class ChairTask(TaskEntry):
 
 
 class AmberGenerativeTask(TaskEntry):
-    """Which nouns of a description does AMBER not find in the image?
+    """AMBER's descriptions: which nouns are not in the image?
 
     Attributes:
         annotations: AMBER's ``annotations.json``: for each id the objects that are there, and those that tend to be
             imagined.
         relations: AMBER's ``relation.json``: other words for each object.
-        safe: AMBER's ``safe_words.txt``, words that are right in every image, one a line.
+        safe: AMBER's ``safe_words.txt``, words that are right in every image, one per line.
         nouns: ``plain`` takes every word that AMBER knows, in its singular; ``nltk`` those that NLTK tags as nouns, in
             their lemma, as the released script does.
     """
@@ -161,8 +161,8 @@ class AmberQuestionsTask(TaskEntry):
 
     Attributes:
         annotations: AMBER's ``annotations.json``: for each id the truth, and what is asked about.
-        parser: ``word`` takes an answer for "Yes" or "No" if its first word is that, in any case; ``exact`` only if it
-            is nothing else, as the released script does.
+        parser: ``word`` reads "Yes" or "No" from the first word of an answer, ignoring case; ``exact`` only from an
+            answer of that one word, as the released script does.
     """
 
     task: Literal["amber_d"]
@@ -178,7 +178,7 @@ class AmberQuestionsTask(TaskEntry):
 
 
 class MmeTask(TaskEntry):
-    """MME: two yes-no questions an image, of which a category's score wants both right."""
+    """MME: two yes-no questions per image; a category's score also counts images with both answers right."""
 
     task: Literal["mme"]
 
@@ -195,7 +195,7 @@ class ChoiceTask(TaskEntry):
     """Multiple choice, as MMBench asks it. ``{question}`` stands for the question, its hint and its lettered options.
 
     Attributes:
-        circular: ask once for each option, with the options moved on, and want all answers right.
+        circular: ask once for each option, with the options rotated; all answers have to be right.
     """
 
     task: Literal["choice"]
@@ -210,7 +210,7 @@ class ChoiceTask(TaskEntry):
 
 
 class JudgedTask(TaskEntry):
-    """Open answers that a judge of yours rates, as MMHal-Bench has them rated.
+    """Open answers, rated by a function of yours, as in MMHal-Bench.
 
     Attributes:
         judge: ``module:function`` of a module on the Python path. It is given ``question``, ``answer`` and
@@ -252,7 +252,7 @@ class VqaTask(TaskEntry):
 
     Attributes:
         metric: ``exact``, right if it equals one of them; ``vqa``, VQAv2's: right to the share of annotators who agree;
-            ``relaxed``, ChartQA's: numbers within 5 %; ``anls``, DocVQA's: by likeness of spelling.
+            ``relaxed``, ChartQA's: numbers within 5 %; ``anls``, DocVQA's: by edit distance.
     """
 
     task: Literal["vqa"]
@@ -266,11 +266,11 @@ class VqaTask(TaskEntry):
 
 
 class SpeedTask(TaskEntry):
-    """Times, operations and KV bytes of single prompts, in turn with the unpruned model.
+    """Times, operations and KV bytes of single prompts, alternating with the unpruned model.
 
     Attributes:
-        prompts: how many prompts, each of another image.
-        rounds: timed rounds, after one that warms up.
+        prompts: number of prompts, each with another image.
+        rounds: timed rounds, after a warm-up.
     """
 
     task: Literal["speed"]

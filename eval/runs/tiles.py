@@ -1,7 +1,7 @@
-"""Which part of an image each tile shows, found out by asking the model's own processor.
+"""Which part of an image each tile shows, measured with the model's processor.
 
-Processors resize, crop, pad and cut in their own ways. Instead of knowing each, an image whose colours are its
-coordinates (red: how far right, green: how far down) is sent through; what a tile shows can be read off it.
+Processors resize, crop, pad and cut in different ways. An image whose colours are its coordinates (red: how far right,
+green: how far down) is sent through the processor, and the part that a tile shows is read from its colours.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _coordinates(width: int, height: int) -> Image.Image:
 
 
 def _box(tile: npt.NDArray[np.float64], width: int, height: int) -> Box:
-    """Of a tile ``(3, height, width)`` in 0..1, by a straight line through its coordinates. Padding is not blue."""
+    """The box of a tile ``(3, height, width)`` in 0..1, by a linear fit of its coordinates. Padding is not blue."""
     shown = tile[2] > 0.9
     if not shown.any():
         return [0, 0, 0, 0]
@@ -88,7 +88,7 @@ def _ends(values: npt.NDArray[np.float64], shown: npt.NDArray[np.bool_], axis: i
     """Value at the first and at the last edge of the tile along ``axis``."""
     at = np.nonzero(shown)[axis] + 0.5
     inside = values[shown]
-    # near the borders of the image resizing repeats the last pixel, so the line is drawn through the middle
+    # near the borders of the image resizing repeats the last pixel, so the line is fitted to the middle
     middle = (inside > 0.02) & (inside < 0.98)
     if np.ptp(at[middle]) < 2 if middle.any() else True:
         middle = np.ones_like(middle)

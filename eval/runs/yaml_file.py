@@ -16,10 +16,10 @@ from vlm_prune.eval.runs.sources import SOURCES
 from vlm_prune.eval.runs.strict import Misplaced, Strict
 
 Loc = tuple[int | str, ...]
-"""A way of field names and positions in lists. Pydantic's have tags of unions in between, see `_place`."""
+"""A path of field names and positions in lists. Pydantic's paths also contain tags of unions, see `_place`."""
 
 DEEPEST = 50
-"""Lists in lists that a file may hold; Python's own limit would end the reader without a word on where."""
+"""The deepest nesting allowed in a file; Python's recursion limit would stop the reader without saying where."""
 
 
 class ConfigError(ValueError):
@@ -32,7 +32,7 @@ def load_config(path: Path) -> RunConfig:
 
 
 def parse_config(text: str, path: str) -> RunConfig:
-    """The same from text; ``path`` is what messages call it."""
+    """The same from text; ``path`` is its name in messages."""
     try:
         node, data = _read(text)
     except yaml.reader.ReaderError as error:
@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # whatever int, datetime and others raise
+        except Exception as error:  # anything that int, datetime and others raise
             value = str(getattr(node, "value", ""))[:80]
             problem = f"{value!r} is not what it looks like ({error}); quote it if it is a text"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
@@ -94,11 +94,11 @@ def _check_depth(text: str) -> None:
 
 
 def _repeated(node: yaml.Node) -> Iterator[tuple[int, str]]:
-    """Line and message of each key that appears twice in a mapping: YAML's reader would drop the first in silence."""
+    """Line and message of each key that appears twice in a mapping: YAML's reader would silently drop the first."""
     left, seen = [node], set()
     while left:
         at = left.pop()
-        if id(at) in seen:  # an anchor may stand in many places
+        if id(at) in seen:  # an anchor may be used in many places
             continue
         seen.add(id(at))
         if isinstance(at, yaml.SequenceNode):
@@ -117,7 +117,7 @@ def _repeated(node: yaml.Node) -> Iterator[tuple[int, str]]:
 
 
 def _explain(error: Any) -> tuple[Loc, str]:
-    """Where a mistake is, and what to say about it."""
+    """The position of a mistake, and its message."""
     place, owner, below = _place(error["loc"])
     kind, given = error["type"], error.get("input")
     context = error.get("ctx", {})
@@ -156,7 +156,7 @@ NEEDED = {
     "model": "a mapping, such as {key: value},",
     "path": "a path",
 }
-"""What a field holds, by the first word of pydantic's kind of error."""
+"""The expected value of a field, by the first word of pydantic's type of error."""
 
 LIMITS = {
     "greater_than_equal": ("{ge} or more", "ge"),
@@ -186,7 +186,7 @@ def _plain(number: float) -> str:
 
 
 def _choice(given: Any, known: Iterable[str]) -> str:
-    """What there is, the nearest first."""
+    """The available names, the nearest one first."""
     options = list(known)
     near = difflib.get_close_matches(str(given), options, n=1, cutoff=0.5)
     hint = f'Did you mean "{near[0]}"? ' if near else ""
@@ -196,7 +196,7 @@ def _choice(given: Any, known: Iterable[str]) -> str:
 def _unnamed(
     place: Loc, given: Any, kinds: list[type[Strict]], wanted: list[str], message: str
 ) -> tuple[Loc, str]:
-    """About a mapping without the key that says which of ``kinds`` it is: an unknown key may be meant to be that."""
+    """For a mapping without the key that says which of ``kinds`` it is: an unknown key may be a misspelling of it."""
     if not isinstance(given, dict):
         return place, f"{message}, got {_short(given)}"
     for key in given:
@@ -211,7 +211,7 @@ def _short(given: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# --- where things stand ---
+# --- positions in the file ---
 
 
 def _place(loc: Loc) -> tuple[Loc, type[Strict], list[type[Strict]]]:
