@@ -87,8 +87,15 @@ def _tiles(config: Any, sizes: Any) -> list[int]:
     return [image_size_to_num_patches(size, grid_pinpoints=pinpoints, patch_size=side) for size in sizes]
 
 
+def _sizes(given: Mapping[str, Any]) -> Any:
+    """Heights and widths of the images, on the host: stock code reads them there, one by one."""
+    sizes = given["image_sizes"]
+    return sizes.cpu() if isinstance(sizes, torch.Tensor) else sizes
+
+
 def _next_images(base: Any, given: Mapping[str, Any]) -> Arrangement:
-    sizes, images = given["image_sizes"], _tiles(base.config, given["image_sizes"])
+    sizes = _sizes(given)
+    images = _tiles(base.config, sizes)
 
     def pack(features: torch.Tensor, newline: torch.Tensor) -> list[torch.Tensor]:
         tiles = torch.split(features, images)
@@ -99,7 +106,7 @@ def _next_images(base: Any, given: Mapping[str, Any]) -> Arrangement:
 
 
 def _onevision_images(base: Any, given: Mapping[str, Any]) -> Arrangement:
-    sizes, config = given["image_sizes"], base.config
+    sizes, config = _sizes(given), base.config
     images, together = _tiles(config, sizes), given.get("batch_num_images")
     if together is not None:  # several images in one prompt come as one tile each
         alone = [int(n) == 1 for n in together for _ in range(int(n))]
