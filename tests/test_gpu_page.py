@@ -144,26 +144,30 @@ def test_it_starts_where_few_packages_are():
     assert not foreign & unexpected
 
 
-def test_bars_are_over_the_eager_stock_call_of_the_same_batch(tmp_path):
+def test_bars_are_over_the_eager_stock_call(tmp_path):
     whole = [
-        {"policy": "dense", "batch": 1, "wall ms": 40.0, "peak MiB": 100.0},
-        {"policy": "uniform", "batch": 1, "wall ms": 50.0, "peak MiB": 25.0},
-        {"policy": "flowcut", "batch": 16, "wall ms": 50.0},
+        {"policy": "dense", "batch": 1, "over stock": 1.0, "peak MiB": 100.0},
+        {"policy": "uniform", "batch": 1, "over stock": 1.25, "peak MiB": 25.0},
+        {"policy": "flowcut", "batch": 16, "over stock": 0.5, "peak MiB": 50.0},
     ]
     graphs = [
-        {"policy": "dense", "batch": 1, "wall ms": 20.0, "captured": ""},
-        {"policy": "none", "batch": 1, "wall ms": 10.0, "captured": "vision tower"},
-        {"policy": "uniform", "batch": 1, "wall ms": 5.0, "captured": "vision tower"},
-        {"policy": "flowcut", "batch": 1, "wall ms": 30.0, "captured": ""},
+        {"policy": "dense", "batch": 1, "over stock": 1.0, "peak MiB": 100.0, "captured": ""},
+        {"policy": "none", "batch": 1, "over stock": 0.5, "peak MiB": 90.0, "captured": "vision tower"},
+        {"policy": "uniform", "batch": 1, "over stock": 0.25, "peak MiB": 20.0, "captured": "vision tower"},
+        {"policy": "flowcut", "batch": 1, "over stock": 1.5, "peak MiB": 20.0, "captured": ""},
     ]
     sections = [{"title": "Whole calls", "rows": whole}, {"title": "Captured calls", "rows": graphs}]
     page = {"title": "a card", "facts": {"commit": "abc", "calls": "x"}, "sections": sections}
     rows = bars.whole_calls(page)
-    assert bars.over_stock(rows, "wall ms") == {
+    assert bars.times(rows) == {
         "batch 1, eager": {"uniform": 1.25},
+        "batch 16, eager": {"flowcut": 0.5},
         "batch 1, captured": {"none": 0.5, "uniform": 0.25},
     }
-    assert bars.over_stock(rows, "peak MiB") == {"batch 1, eager": {"uniform": 0.25}}
+    assert bars.memory(rows) == {
+        "batch 1, eager": {"uniform": 0.25},
+        "batch 1, captured": {"none": 0.9, "uniform": 0.2},
+    }
     (tmp_path / "card.json").write_text(json.dumps(page))
     bars.main([str(tmp_path / "card.json")])
     assert (tmp_path / "card.png").stat().st_size > 1000

@@ -20,20 +20,30 @@ EAGER, CAPTURED = "Whole calls", "Captured calls"
 Row = Mapping[str, Any]
 
 
-def over_stock(rows: Iterable[Row], column: str) -> dict[str, dict[str, float]]:
-    """What each policy needs of ``column`` over what the eager stock call of the same table needs, by group of bars.
-
-    A group is a batch, eager or captured. Rows without the column, and batches without a stock row, are left out.
-    """
-    rows = [row for row in rows if row.get(column) is not None]
-    stock = {(row["table"], row["batch"]): row[column] for row in rows if row["policy"] == STOCK}
+def times(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Wall time of each policy over the eager stock call in the same rounds, by batch, eager or captured."""
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
-        least = stock.get((row["table"], row["batch"]))
-        if row["policy"] != STOCK and least:
-            group = f"batch {row['batch']}, {'captured' if row['table'] == CAPTURED else 'eager'}"
-            groups.setdefault(group, {})[row["policy"]] = row[column] / least
+        if row["policy"] != STOCK:
+            groups.setdefault(_group(row), {})[row["policy"]] = row["over stock"]
     return groups
+
+
+def memory(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Peak memory above the weights of each policy over that of the eager stock call, by group of bars.
+
+    Batches without a stock row are left out.
+    """
+    stock = {row["batch"]: row["peak MiB"] for row in rows if row["policy"] == STOCK}
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["policy"] != STOCK and row["batch"] in stock:
+            groups.setdefault(_group(row), {})[row["policy"]] = row["peak MiB"] / stock[row["batch"]]
+    return groups
+
+
+def _group(row: Row) -> str:
+    return f"batch {row['batch']}, {'captured' if row['table'] == CAPTURED else 'eager'}"
 
 
 def whole_calls(page: Mapping[str, Any]) -> list[Row]:
@@ -57,21 +67,16 @@ def draw(page: Mapping[str, Any], path: Path) -> bool:
     from vlm_prune.eval.report.looks import looks
 
     rows = whole_calls(page)
-    panels = [("wall ms", "wall time over stock"), ("peak MiB", "peak memory above the weights, over stock")]
-    found = [(title, groups) for column, title in panels if (groups := over_stock(rows, column))]
-    if not found:
+    found = [
+        ("wall time over stock, eager", times(rows)),
+        ("peak memory above the weights, over stock, eager", memory(rows)),
+    ]
+    if not found[0][1]:
         return False
     colours = {name: look.light for name, look in looks({row["policy"] for row in rows} - {STOCK}).items()}
-    heights = [sum(len(bars) + 1 for bars in groups.values()) for _, groups in found]
-    figure, axes = plt.subplots(
-        len(found),
-        1,
-        figsize=(7, 1 + 0.24 * sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (title, groups), axis in zip(found, axes[:, 0], strict=True):
+    height = 1 + 0.22 * sum(len(bars) + 1 for bars in found[0][1].values())
+    figure, axes = plt.subplots(1, len(found), figsize=(11, height), squeeze=False, layout="constrained")
+    for (title, groups), axis in zip(found, axes[0], strict=True):
         _panel(axis, title, groups, colours)
     about = page["facts"]
     figure.suptitle(f"{page['title']}, commit {about['commit']}: {about['calls']}", fontsize=9)
