@@ -113,9 +113,10 @@ def test_every_policy_on_every_family(family, policy, stand_in):  # noqa: F811
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("policy", FIXED)
-@pytest.mark.parametrize("family", [*FAMILIES, "llava_next"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_cuda_graphs_compute_what_eager_calls_do(family, policy):
+    """Not on LLaVA-NeXT: stock code there makes tensors on the GPU from image sizes, so its tower runs eagerly."""
     model = make(family).to("cuda")
     compared(family, policy, model, "cuda")
 

@@ -389,12 +389,12 @@ def sections(dry: bool) -> list[tuple[str, Measure, float]]:
     graphs: Plan = {1: (1, ("uniform",))} if dry else CAPTURED
     batches, new = ((1, 2), 2) if dry else (tuple(PLAN), 34)
     return [
-        ("CUDA tests", tests, 0.15),
+        ("CUDA tests", tests, 0.25),
         ("Against the CPU", correctness, 0.15),
-        ("Kernels", kernels, 0.05),
-        ("Whole calls", partial(whole_calls, plan=plan), 0.35),
-        ("Captured calls", partial(captured_calls, plan=graphs), 0.15),
-        ("Answers", partial(answers, batches=batches, new=new), 0.15),
+        ("Kernels", kernels, 0.03),
+        ("Whole calls", partial(whole_calls, plan=plan), 0.3),
+        ("Captured calls", partial(captured_calls, plan=graphs), 0.17),
+        ("Answers", partial(answers, batches=batches, new=new), 0.1),
     ]
 
 
