@@ -272,7 +272,7 @@ def _check(policy: VFlowOpt) -> None:
         if value is not None and len(value) != 3:
             raise ValueError(f"{name}={value!r}: give the processor's, one number for each of the 3 channels")
     if policy.counts == "entering" and policy.r_v is not None:
-        raise ValueError(f'r_v={policy.r_v} with counts="entering", where the budget is r_v: leave r_v out')
+        raise ValueError(f'r_v={policy.r_v} with counts="entering", where the budget is r_v: leave it out')
     if policy.alpha and policy.entropy_of == "true_grey" and None in (policy.image_mean, policy.image_std):
         raise ValueError(
             f"alpha={policy.alpha} weighs the entropy of true pixels, which image_mean and image_std of the processor "
