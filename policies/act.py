@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from ..contract.policy import Policy
-from .attention_rows import (
-    BLOCK,
-    all_rows,
-    first_key,
-    put_rows,
-    real_rows,
-    row_probabilities,
-    weighted_values,
-)
+from .attention_rows import BLOCK, all_rows, first_key, real_rows, rewrite_rows, row_probabilities
 from .settings import check_number
 
 if TYPE_CHECKING:
@@ -99,17 +91,16 @@ class ACT(Policy):
         chosen, real = self._heads(view), real_rows(view)
         first = torch.nn.functional.one_hot(first_key(view), view.key.shape[2]).bool()[:, None, None]
         whole = self._sinks(view) if view.prefill else None
-        output = view.output
-        for rows in all_rows(view).split(BLOCK, dim=1):
-            probabilities = row_probabilities(view, rows, view.logit_edits)
+
+        def change(probabilities: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             sinks = probabilities > self.threshold
             if whole is not None:
                 found, brings = whole[:, :, None], view.brings
                 sinks = found if brings is None else torch.where(brings[:, None, None, None], found, sinks)
             new = calibrate(probabilities, sinks & ~first, self.kept)
-            selected = chosen[:, None] & real.gather(1, rows)[:, None]
-            output = put_rows(output, rows, weighted_values(new, view.value), selected)
-        return output
+            return new, chosen[:, None] & real.gather(1, rows)[:, None]
+
+        return rewrite_rows(view, all_rows(view), view.logit_edits, change)
 
     def _heads(self, view: ModulateView) -> torch.Tensor:
         """The heads to calibrate in this layer: bool ``(heads,)``."""

@@ -9,7 +9,7 @@ Rows are numbered among the queries of the call: int64 ``(batch, rows)``, so eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +94,24 @@ def put_rows(
     if output.shape[1] > 1:
         return overwrite_rows(output, rows, new, changed)
     return torch.where(changed.transpose(1, 2)[..., None], new.to(output.dtype), output)
+
+
+def rewrite_rows(
+    view: ModulateView,
+    rows: torch.Tensor,
+    edits: Iterable[LogitEdit],
+    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """The layer's head outputs with some ``rows`` ``(batch, rows)`` recomputed, a block of them at a time.
+
+    ``change`` takes the probabilities of a block after ``edits`` of the logits, and its rows; it returns the new
+    probabilities and where they apply, bool ``(batch, heads, rows)`` or broadcast.
+    """
+    output = view.output
+    for block in rows.split(BLOCK, dim=1):
+        new, changed = change(row_probabilities(view, block, edits), block)
+        output = put_rows(output, block, weighted_values(new, view.value), changed)
+    return output
 
 
 def all_rows(view: ModulateView) -> torch.Tensor:

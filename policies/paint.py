@@ -14,7 +14,7 @@ import torch
 
 from ..contract.policy import Policy
 from ..kernels import to_device
-from .attention_rows import BLOCK, all_rows, final_row, put_rows, row_probabilities, weighted_values
+from .attention_rows import all_rows, final_row, rewrite_rows
 from .scores import global_attention
 from .settings import check_choice, check_number
 
@@ -110,11 +110,9 @@ def lift_rows(view: ModulateView, gain: torch.Tensor, prefill: bool) -> torch.Te
         here = (rows[..., None] == chosen[:, None]).any(-1)
         return lift(logits, gain[:, None, None] * here[:, None, :, None])
 
-    edits = [*view.logit_edits, edit]
-    output = view.output
-    for rows in chosen.split(BLOCK, dim=1):
-        new = weighted_values(row_probabilities(view, rows, edits), view.value)
-        output = put_rows(output, rows, new, lifted)
+    output = rewrite_rows(
+        view, chosen, [*view.logit_edits, edit], lambda probabilities, rows: (probabilities, lifted)
+    )
     view.logit_edits.append(edit)
     return output
 

@@ -15,7 +15,7 @@ import torch
 
 from ..contract.policy import Policy
 from ..kernels import to_device
-from .attention_rows import BLOCK, put_rows, row_probabilities, rows_where, weighted_values
+from .attention_rows import rewrite_rows, rows_where
 from .settings import check_choice, check_number
 from .sinks import default_tau, first_token_dims, known_sink_dims, sink_score
 
@@ -167,13 +167,12 @@ class VAR(Policy):
         if sinks is None:
             return None
         text = view.once("text after the image", lambda: view.text_after_image, view.visual, view.valid)
-        output = view.output
-        for rows in rows_where(text, view.most_text()).split(BLOCK, dim=1):
-            probabilities = row_probabilities(view, rows, view.logit_edits)
+
+        def change(probabilities: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             asked = text if text.shape[1] == 1 else text.gather(1, rows)
-            new, selected = self._moved(probabilities, sinks, view, asked[:, None])
-            output = put_rows(output, rows, weighted_values(new, view.value), selected)
-        return output
+            return self._moved(probabilities, sinks, view, asked[:, None])
+
+        return rewrite_rows(view, rows_where(text, view.most_text()), view.logit_edits, change)
 
     def _moved(
         self, probabilities: torch.Tensor, sinks: torch.Tensor, view: ModulateView, asked: torch.Tensor

@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from ..contract.policy import Policy
-from .attention_rows import (
-    BLOCK,
-    all_rows,
-    first_key,
-    put_rows,
-    real_rows,
-    row_probabilities,
-    weighted_values,
-)
+from .attention_rows import all_rows, first_key, real_rows, rewrite_rows
 from .settings import check_number
 
 if TYPE_CHECKING:
@@ -88,11 +80,12 @@ class ZeroTuning(Policy):
         def edit(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             return logits + shift[:, None, None] * chosen[:, None, None]
 
-        edits, output = [*view.logit_edits, edit], view.output
-        chosen, real = chosen & (self.gamma != 1), real_rows(view)
-        for rows in all_rows(view).split(BLOCK, dim=1):
-            new = weighted_values(row_probabilities(view, rows, edits), view.value)
-            selected = chosen[:, None] & real.gather(1, rows)[:, None]
-            output = put_rows(output, rows, new, selected)
+        changed, real = chosen & (self.gamma != 1), real_rows(view)
+        output = rewrite_rows(
+            view,
+            all_rows(view),
+            [*view.logit_edits, edit],
+            lambda probabilities, rows: (probabilities, changed[:, None] & real.gather(1, rows)[:, None]),
+        )
         view.logit_edits.append(edit)
         return output

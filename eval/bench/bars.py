@@ -22,11 +22,7 @@ Row = Mapping[str, Any]
 
 def times(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     """Wall time of each policy over the eager stock call in the same rounds, by batch, eager or captured."""
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["policy"] != STOCK:
-            groups.setdefault(_group(row), {})[row["policy"]] = row["over stock"]
-    return groups
+    return _grouped((row, row["over stock"]) for row in rows)
 
 
 def memory(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -35,15 +31,16 @@ def memory(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     Batches without a stock row are left out.
     """
     stock = {row["batch"]: row["peak MiB"] for row in rows if row["policy"] == STOCK}
+    return _grouped((row, row["peak MiB"] / stock[row["batch"]]) for row in rows if row["batch"] in stock)
+
+
+def _grouped(ratios: Iterable[tuple[Row, float]]) -> dict[str, dict[str, float]]:
     groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["policy"] != STOCK and row["batch"] in stock:
-            groups.setdefault(_group(row), {})[row["policy"]] = row["peak MiB"] / stock[row["batch"]]
+    for row, ratio in ratios:
+        if row["policy"] != STOCK:
+            group = f"batch {row['batch']}, {'captured' if row['table'] == CAPTURED else 'eager'}"
+            groups.setdefault(group, {})[row["policy"]] = ratio
     return groups
-
-
-def _group(row: Row) -> str:
-    return f"batch {row['batch']}, {'captured' if row['table'] == CAPTURED else 'eager'}"
 
 
 def whole_calls(page: Mapping[str, Any]) -> list[Row]:

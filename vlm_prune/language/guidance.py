@@ -68,6 +68,7 @@ class Guidance:
         self.session = session  # first: a deep copy gets here before any other part, and copies in this order
         self.model, self.anatomy, self.policy = model, anatomy, policy
         self.early = tuple(sorted(policy.early_layers(len(anatomy.decoder_layers))))
+        self.arguments = tuple(inspect.signature(model.forward).parameters)
 
     @property
     def about_text(self) -> bool:
@@ -88,7 +89,7 @@ class Guidance:
         """Run the second pass, and request the hidden states that the policy reads of the first."""
         if _inside(self):
             return None
-        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         by_name = given.get("return_dict")
         if not (getattr(self.model.config, "return_dict", True) if by_name is None else by_name):
             raise UnsupportedCallError(
@@ -169,9 +170,12 @@ class Guidance:
             before = cache is not None and int(cache.get_seq_length()) > 0
             held = copy.deepcopy(cache) if before else DynamicCache(config=self.anatomy.decoder.config)
         known = None if twin is None else twin.mask
-        ask = self._about_other if self.policy.second_pass == "image" else self._about_text
-        asked, real = ask(given, images, known, self._mask(given, known), held)
-        name = CACHE if CACHE in inspect.signature(self.model.forward).parameters else "past_key_values"
+        real = self._mask(given, known)
+        if self.policy.second_pass == "image":
+            asked = self._about_other(given, real)
+        else:
+            asked, real = self._about_text(given, images, known, real, held)
+        name = CACHE if CACHE in self.arguments else "past_key_values"
         with torch.no_grad():
             output = self.model(**asked, **{name: held})
         guided.second = output.logits
@@ -190,15 +194,8 @@ class Guidance:
             return None if known is None else torch.nn.functional.pad(known.to(rows.device), (0, 1), value=1)
         return padding_mask(mask, cache_of(given), blocks=False)
 
-    def _about_other(
-        self,
-        given: dict[str, Any],
-        images: torch.Tensor | None,
-        known: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        held: Cache | None,
-    ) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """The arguments of a pass with distorted images, and the padding mask after it."""
+    def _about_other(self, given: dict[str, Any], mask: torch.Tensor | None) -> dict[str, Any]:
+        """The arguments of a pass with distorted images, padded as ``mask`` says."""
         left_out = ("labels", "output_hidden_states", "past_key_values", CACHE)
         asked = {name: x for name, x in given.items() if name not in left_out}
         for name, grid in PIXELS.items():
@@ -206,7 +203,7 @@ class Guidance:
                 asked[name] = self._distorted(asked[name], asked.get(grid))
         if encoded := {k: x for k, x in (given.get("mm_encoder_outputs") or {}).items() if x is not None}:
             asked["mm_encoder_outputs"] = self._encoded(given, encoded)
-        return {**asked, "attention_mask": mask}, mask
+        return {**asked, "attention_mask": mask}
 
     def _distorted(self, pixels: Any, grid: torch.Tensor | None) -> Any:
         """Distorted pixels: image by image in a packed tensor ``(patches, values)``, tile by tile otherwise."""
